@@ -1,0 +1,72 @@
+//! Devices copy and reduce bytes in one place. One per kind of memory: host (here), CUDA (to come).
+
+pub mod host;
+
+use crate::error::Cause;
+use crate::memory::{Memory, PieceRange, RunId};
+use crate::types::{DType, ReduceOp};
+
+/// Names one step of one window of one run, in every completion.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Token {
+    /// The run.
+    pub run: RunId,
+    /// The window.
+    pub window: u32,
+    /// The step of the schedule (for point-to-point messages: 0).
+    pub step: u32,
+}
+
+/// How values are combined: the pair that selects a kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Reduction {
+    /// Element type.
+    pub dtype: DType,
+    /// Operation; [`ReduceOp::Average`] combines as Sum.
+    pub op: ReduceOp,
+}
+
+/// The last multiplication of a reduction.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Finish {
+    /// 1 for all operations but Average.
+    pub divisor: u32,
+    /// Postscale.
+    pub post: f64,
+}
+
+impl Finish {
+    /// Whether it changes nothing.
+    #[must_use]
+    pub fn is_identity(&self) -> bool {
+        self.divisor == 1 && self.post == 1.0
+    }
+}
+
+/// Work within one place. All piece ranges of one order hold equally many bytes (`srcs` each as many as `dst`).
+#[derive(Clone, Debug)]
+pub enum DeviceOrder {
+    /// `dst = src`.
+    Copy { dst: PieceRange, src: PieceRange },
+    /// `dst = src * factor`, rounded once.
+    Scale { dst: PieceRange, src: PieceRange, dtype: DType, factor: f64 },
+    /// `dst = a ⊕ b`, `a` first.
+    Reduce { dst: PieceRange, a: PieceRange, b: PieceRange, reduction: Reduction },
+    /// The canonical tree over `srcs` in a wide accumulator, with prescale and finish, rounded once.
+    ReduceMany { dst: PieceRange, srcs: Vec<PieceRange>, reduction: Reduction, pre: f64, finish: Finish },
+    /// Adasum, piece by piece: each piece of `dst`, `a` and `b` is one whole tensor.
+    Combine { dst: PieceRange, a: PieceRange, b: PieceRange, dtype: DType },
+    /// `dst = dst * post / divisor`, rounded once (integers: floor).
+    Finish { dst: PieceRange, dtype: DType, finish: Finish },
+    /// `dst` = the identity of the operation.
+    Identity { dst: PieceRange, reduction: Reduction },
+}
+
+/// Copies and reduces bytes in one place.
+pub trait Device: Send {
+    /// Starts an order. A device that completes at once (host) returns `Ok(true)`; one that completes later
+    /// returns `Ok(false)` and tells through [`Device::progress`].
+    fn post(&mut self, token: Token, order: &DeviceOrder, memory: &Memory) -> Result<bool, Cause>;
+    /// Appends what completed since the last call.
+    fn progress(&mut self, done: &mut Vec<Token>) -> Result<(), Cause>;
+}

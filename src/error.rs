@@ -1,0 +1,161 @@
+//! Errors, sorted by what the caller can do about them.
+#![forbid(unsafe_code)]
+
+use crate::types::{Epoch, Rank};
+use std::fmt;
+use std::sync::Arc;
+
+/// What a call that failed says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Error {
+    /// Fix the program: this can never work. Nothing was sent.
+    Usage(String),
+    /// Fix the tensor: ranks disagree about it. Every rank gets this error for it; the group goes on.
+    Mismatch(Arc<Mismatch>),
+    /// Re-form the group: it is broken. Every operation in flight gets the same error.
+    Broken(Arc<Broken>),
+    /// The group was shut down in an orderly way, here or by the rank named.
+    Shutdown(Option<Rank>),
+    /// The time allowed for this wait is over; the operation stays in flight and can be waited for again.
+    Timeout(String),
+}
+
+/// What the caller can do; bindings map this, and only this, to exception classes and codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// Correct the call.
+    FixProgram,
+    /// Correct the tensor on one of the ranks named.
+    FixTensor,
+    /// Initialise again, among the survivors.
+    ReformGroup,
+    /// The job is over.
+    Stop,
+    /// Wait again.
+    WaitAgain,
+}
+
+/// Two ranks that disagree about one operation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mismatch {
+    /// The operation's name.
+    pub tensor: String,
+    /// What differs, in words that name both ranks and both values, and the remedy.
+    pub message: String,
+}
+
+/// Why an epoch ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broken {
+    /// The epoch that ended.
+    pub epoch: Epoch,
+    /// The rank at fault, where it is known.
+    pub culprit: Option<Rank>,
+    /// What happened to it.
+    pub cause: Cause,
+}
+
+/// What happened to a peer, or to this process. The words do not depend on which rank tells, so that every
+/// rank reports the same error.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Its connections were closed by its kernel: the process has ended.
+    Exited,
+    /// It has sent nothing, not even a heartbeat, for this many milliseconds: stopped, swapped out or cut off.
+    Silent {
+        /// The silence, in milliseconds.
+        for_ms: u64,
+    },
+    /// It sent something that no correct peer sends.
+    Misbehaved(String),
+    /// It (or every rank) waited longer than the limit for these ranks to submit a tensor.
+    Stalled {
+        /// The tensor.
+        tensor: String,
+        /// Ranks that did not submit it.
+        missing: Vec<Rank>,
+    },
+    /// A call of its operating system failed.
+    System(String),
+    /// It could not be reached.
+    Unreachable(String),
+    /// It asked for the end of the epoch; its words.
+    Aborted(String),
+}
+
+impl Error {
+    /// What the caller can do about it.
+    #[must_use]
+    pub fn remedy(&self) -> Remedy {
+        match self {
+            Error::Usage(_) => Remedy::FixProgram,
+            Error::Mismatch(_) => Remedy::FixTensor,
+            Error::Broken(_) => Remedy::ReformGroup,
+            Error::Shutdown(_) => Remedy::Stop,
+            Error::Timeout(_) => Remedy::WaitAgain,
+        }
+    }
+    /// A usage error with these words.
+    pub fn usage(message: impl Into<String>) -> Error {
+        Error::Usage(message.into())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Usage(message) => f.write_str(message),
+            Error::Mismatch(m) => write!(f, "{}", m.message),
+            Error::Broken(broken) => broken.fmt(f),
+            Error::Shutdown(Some(rank)) => {
+                write!(
+                    f,
+                    "{rank} has shut down, and this operation needs it; submit no operation after a rank's last one"
+                )
+            }
+            Error::Shutdown(None) => {
+                f.write_str("Carole has been shut down on this rank; call init() again to go on")
+            }
+            Error::Timeout(message) => f.write_str(message),
+        }
+    }
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.culprit {
+            Some(rank) => write!(f, "epoch {} is broken: {rank} {}", self.epoch.0, self.cause)?,
+            None => write!(f, "epoch {} is broken: {}", self.epoch.0, self.cause)?,
+        }
+        f.write_str("; call shutdown() and init() to form a new group")
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cause::Exited => f.write_str("has ended (its connections were closed)"),
+            Cause::Silent { for_ms } => {
+                write!(f, "has been silent for {for_ms} ms (stopped, swapped out or cut off)")
+            }
+            Cause::Misbehaved(what) => write!(f, "sent what no correct peer sends: {what}"),
+            Cause::Stalled { tensor, missing } => {
+                write!(f, "stalled: '{tensor}' was not submitted by ")?;
+                let mut separator = "";
+                for rank in missing {
+                    write!(f, "{separator}{rank}")?;
+                    separator = ", ";
+                }
+                Ok(())
+            }
+            Cause::System(what) => write!(f, "failed in its operating system: {what}"),
+            Cause::Unreachable(what) => write!(f, "cannot be reached: {what}"),
+            Cause::Aborted(what) => write!(f, "ended the epoch: {what}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// The result of a call.
+pub type Result<T> = std::result::Result<T, Error>;

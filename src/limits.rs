@@ -1,0 +1,65 @@
+//! Every bound of the system, with its reason. What comes from a peer is held against these before
+//! anything is allocated.
+#![forbid(unsafe_code)]
+
+/// Ranks in a job: fan-in trees and per-rank tables are sized for it.
+pub const RANKS_MAX: usize = 1 << 16;
+/// Operations in flight per process set; beyond it submit is an error, never a wait (ranks that submit in
+/// different orders would deadlock).
+pub const IN_FLIGHT_MAX: usize = 1 << 20;
+/// Bytes of a tensor's name.
+pub const NAME_BYTES_MAX: usize = 4096;
+/// Dimensions of a tensor; NumPy allows 64.
+pub const DIMENSIONS_MAX: usize = 64;
+/// Tensors in one grouped operation.
+pub const GROUP_TENSORS_MAX: usize = 1 << 16;
+/// Bytes of one tensor: far above any memory, low enough that sums of them cannot overflow.
+pub const TENSOR_BYTES_MAX: u64 = 1 << 46;
+/// One control message; larger agreements are cut into several.
+pub const CONTROL_BYTES_MAX: usize = 1 << 20;
+/// Keys in the response cache of a set. Beyond it the least recently agreed key is evicted, in agreed order.
+pub const CACHE_KEYS_MAX: usize = 1 << 16;
+/// Names that unnamed operations reuse, per set and collective.
+pub const UNNAMED_RING: u32 = 1024;
+/// Children of one node of a coordinator's tree: latency grows with the depth, load with the width.
+pub const TREE_FAN_IN: usize = 8;
+/// Payload at or below this many bytes may travel before it is asked for, while landing space lasts.
+pub const EAGER_BYTES_MAX: usize = 8 << 10;
+/// Landing space for eager payload, per link and direction.
+pub const EAGER_CREDIT_BYTES: usize = 128 << 10;
+/// Payload is cut into frames of at most this many bytes, so that lanes share and control is not held up.
+pub const FRAME_BYTES_MAX: usize = 256 << 10;
+/// One direction of a shared-memory link: large enough to stream, small enough to stay in cache.
+pub const SHM_RING_BYTES: usize = 1 << 20;
+/// The control ring of a shared-memory link.
+pub const SHM_CONTROL_BYTES: usize = 64 << 10;
+/// TCP connections per link that carry payload, at most.
+pub const TCP_LANES_MAX: usize = 16;
+/// Windows of one batch in flight.
+pub const WINDOWS_MAX: u32 = 64;
+/// Reasons and messages that come from a peer are cut to this many bytes.
+pub const REASON_BYTES_MAX: usize = 2048;
+
+/// Silence after which a peer is held to be stopped.
+pub const SILENCE_MS: u64 = 3000;
+/// Heartbeats are sent when a link has been silent this long.
+pub const HEARTBEAT_MS: u64 = 500;
+/// What an unauthenticated connection may take before it is closed.
+pub const HANDSHAKE_MS: u64 = 5000;
+/// Unauthenticated connections at one time; further ones are closed at once.
+pub const UNAUTHENTICATED_MAX: usize = 64;
+/// Bytes of a handshake message.
+pub const HANDSHAKE_BYTES_MAX: usize = 4096;
+/// Bytes of the table of ranks that the rendezvous sends to each.
+pub const TABLE_BYTES_MAX: usize = 64 << 20;
+/// Shutdown waits at most this long for goodbyes to leave.
+pub const SHUTDOWN_MS: u64 = 2000;
+
+const _: () = {
+    assert!(EAGER_BYTES_MAX <= EAGER_CREDIT_BYTES);
+    assert!(EAGER_BYTES_MAX <= FRAME_BYTES_MAX);
+    assert!(FRAME_BYTES_MAX < SHM_RING_BYTES);
+    assert!(NAME_BYTES_MAX * 4 < CONTROL_BYTES_MAX);
+    assert!(HEARTBEAT_MS * 4 < SILENCE_MS);
+    assert!(SHM_RING_BYTES.is_power_of_two() && SHM_CONTROL_BYTES.is_power_of_two());
+};

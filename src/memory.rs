@@ -1,0 +1,165 @@
+//! Where bytes are. The one place in which a name of memory becomes an address.
+//!
+//! A run (one schedule in flight) sees its memory as a small table of *regions*: the inputs and outputs of
+//! its tensors, and its scratch. A [`Piece`] names bytes of one region by number. Layouts made of pieces are
+//! computed once per shape and reused by every run of that shape; only the table of addresses changes.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Some bytes of one region of a run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    /// Index into the run's table.
+    pub region: u32,
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Length in bytes; never 0 inside a [`PieceRange`].
+    pub len: u64,
+}
+
+/// A shared list of pieces, and which of them are meant.
+#[derive(Clone, Debug)]
+pub struct PieceRange {
+    /// The list that a layout made.
+    pub list: Arc<[Piece]>,
+    /// First piece.
+    pub start: u32,
+    /// One past the last piece.
+    pub end: u32,
+}
+
+impl PieceRange {
+    /// The pieces.
+    #[must_use]
+    pub fn pieces(&self) -> &[Piece] {
+        &self.list[self.start as usize..self.end as usize]
+    }
+    /// Bytes in all.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.pieces().iter().map(|p| p.len).sum()
+    }
+}
+
+/// Memory that somebody promised to keep alive and unaliased until the run that uses it is over.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    address: NonNull<u8>,
+    len: u64,
+}
+
+// SAFETY: a region is an address that its maker promised to keep valid on any thread; access is
+// serialised by the engine's baton.
+unsafe impl Send for Region {}
+
+impl Region {
+    /// A region of `len` bytes at `address`.
+    ///
+    /// # Safety
+    /// Until every run whose table holds it has been forgotten, the bytes must stay allocated, and nobody
+    /// else may write them (or read them, if the run writes them).
+    pub unsafe fn new(address: *mut u8, len: u64) -> Region {
+        Region {
+            address: NonNull::new(address).unwrap_or(NonNull::dangling()),
+            len: if address.is_null() { 0 } else { len },
+        }
+    }
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+    /// Whether it has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// A run in flight, as its memory is known by. A slot and a generation: a late use of a slot that has been
+/// given to another run is caught.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct RunId {
+    /// Index.
+    pub slot: u32,
+    /// How often the slot has been used.
+    pub generation: u32,
+}
+
+/// The tables of all runs in flight.
+#[derive(Default)]
+pub struct Memory {
+    runs: Vec<Table>,
+    free: Vec<u32>,
+}
+
+#[derive(Default)]
+struct Table {
+    generation: u32,
+    live: bool,
+    regions: Vec<Region>,
+}
+
+impl Memory {
+    /// Registers a run with these regions. Reuses a slot (and its capacity) where one is free.
+    pub fn register(&mut self, regions: impl IntoIterator<Item = Region>) -> RunId {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.runs.push(Table::default());
+            (self.runs.len() - 1) as u32
+        });
+        let table = &mut self.runs[slot as usize];
+        table.generation += 1;
+        table.live = true;
+        table.regions.clear();
+        table.regions.extend(regions);
+        RunId { slot, generation: table.generation }
+    }
+
+    /// Forgets a run: its memory is the owner's again.
+    pub fn forget(&mut self, run: RunId) {
+        let table = &mut self.runs[run.slot as usize];
+        assert!(table.live && table.generation == run.generation, "a run is forgotten once");
+        table.live = false;
+        self.free.push(run.slot);
+    }
+
+    /// The address of a piece, checked to lie inside its region.
+    #[must_use]
+    pub fn address(&self, run: RunId, piece: &Piece) -> *mut u8 {
+        let table = &self.runs[run.slot as usize];
+        assert!(table.live && table.generation == run.generation, "memory of a run that is over");
+        let region = &table.regions[piece.region as usize];
+        assert!(
+            piece.offset.checked_add(piece.len).is_some_and(|end| end <= region.len),
+            "a piece lies inside its region"
+        );
+        // SAFETY: offset + len <= region.len was just checked, and the region is one allocation.
+        unsafe { region.address.as_ptr().add(piece.offset as usize) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "a piece lies inside its region")]
+    fn a_piece_outside_its_region_is_caught() {
+        let mut bytes = [0u8; 8];
+        let mut memory = Memory::default();
+        // SAFETY: `bytes` outlives `memory`.
+        let run = memory.register([unsafe { Region::new(bytes.as_mut_ptr(), 8) }]);
+        let _ = memory.address(run, &Piece { region: 0, offset: 4, len: 5 });
+    }
+
+    #[test]
+    #[should_panic(expected = "memory of a run that is over")]
+    fn a_late_use_is_caught() {
+        let mut memory = Memory::default();
+        let run = memory.register([]);
+        memory.forget(run);
+        memory.register([]);
+        let _ = memory.address(run, &Piece { region: 0, offset: 0, len: 1 });
+    }
+}
