@@ -2,6 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
+pub use crate::engine::{Outcome, OutputTensor};
+pub use crate::memory::OwnedBytes;
 use std::any::Any;
 use std::time::Duration;
 
@@ -93,42 +95,6 @@ impl Default for Request<'_> {
 /// An operation in flight. Copyable; a use after its wait is an error, not undefined.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Handle(pub u64);
-
-/// Bytes that the engine allocated (64-byte aligned).
-#[derive(Debug)]
-pub struct OwnedBytes {
-    address: *mut u8,
-    len: usize,
-}
-
-// SAFETY: the bytes are owned and not shared.
-unsafe impl Send for OwnedBytes {}
-// SAFETY: shared access only reads.
-unsafe impl Sync for OwnedBytes {}
-
-/// One output.
-#[derive(Debug)]
-pub struct OutputTensor {
-    /// Element type.
-    pub dtype: DType,
-    /// Dimensions of the output.
-    pub shape: Vec<u64>,
-    /// The bytes, where the engine allocated them; `None` where the caller's `output` was used.
-    pub memory: Option<OwnedBytes>,
-}
-
-/// What an operation produced.
-#[derive(Debug, Default)]
-pub struct Outcome {
-    /// The outputs, one per tensor. Empty for barrier and join, and on members that get no result.
-    pub tensors: Vec<OutputTensor>,
-    /// Alltoall: the rows received from each member, for each tensor one after another.
-    pub received_splits: Vec<u64>,
-    /// Join: the last rank to join.
-    pub last_joined: Option<Rank>,
-    /// AddSet: the new set.
-    pub set: Option<SetId>,
-}
 
 /// The end of an operation: what it produced, and what the binding had asked to be kept alive for it.
 pub struct Completion {
@@ -234,39 +200,4 @@ pub fn process_set(_set: SetId) -> Result<SetInfo> {
 /// All process sets, the global one first.
 pub fn process_sets() -> Result<Vec<SetInfo>> {
     not_yet()
-}
-
-impl OwnedBytes {
-    /// Zeroed bytes, aligned to 64.
-    #[must_use]
-    pub fn zeroed(len: usize) -> OwnedBytes {
-        let layout = Self::layout(len);
-        // SAFETY: the layout's size is not 0.
-        let address = unsafe { std::alloc::alloc_zeroed(layout) };
-        if address.is_null() {
-            std::alloc::handle_alloc_error(layout);
-        }
-        OwnedBytes { address, len }
-    }
-    fn layout(len: usize) -> std::alloc::Layout {
-        std::alloc::Layout::from_size_align(len.max(1), 64).expect("lengths are bounded by TENSOR_BYTES_MAX")
-    }
-    /// The first byte.
-    #[must_use]
-    pub fn as_ptr(&self) -> *mut u8 {
-        self.address
-    }
-    /// The bytes.
-    #[must_use]
-    pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: `len` bytes at `address` are owned and initialised.
-        unsafe { std::slice::from_raw_parts(self.address, self.len) }
-    }
-}
-
-impl Drop for OwnedBytes {
-    fn drop(&mut self) {
-        // SAFETY: allocated with the same layout in `zeroed`.
-        unsafe { std::alloc::dealloc(self.address, Self::layout(self.len)) }
-    }
 }
