@@ -11,6 +11,7 @@ pub mod fusion;
 pub mod launch;
 pub mod layout;
 pub mod limits;
+pub mod log;
 pub mod membership;
 pub mod memory;
 pub mod rendezvous;
