@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use super::load::{Shape, log2_ceil};
-use super::{Builder, Leg, Load, Query, tree};
+use super::{Builder, Leg, Load, Query, direct, tree};
 use crate::types::ReduceOp;
 
 pub(super) fn fits(query: &Query) -> Result<(), &'static str> {
@@ -46,18 +46,26 @@ fn combine_to_first(b: &mut Builder) {
     b.finish(b.all());
 }
 
-pub(super) fn load(query: &Query) -> Load {
+pub(super) fn allreduce_load(query: &Query) -> Load {
+    up_load(query) + tree::broadcast_load(query)
+}
+pub(super) fn reduce_load(query: &Query) -> Load {
+    let one_more = query.bytes as f64 / f64::from(query.size().max(2) - 1);
+    let handed = if query.root == 0 { Load::default() } else { direct::rooted_load(query, one_more) };
+    up_load(query) + handed
+}
+fn up_load(query: &Query) -> Load {
     let s = Shape::of(query);
     let levels = log2_ceil(s.p);
-    let leg = Leg { steps: levels, path_bytes: levels * s.n, port_bytes: levels * s.n };
-    let (near, far) = if s.is_far() { (Leg::default(), leg) } else { (leg, Leg::default()) };
-    let up = Load {
-        near,
-        far,
+    let far_levels = log2_ceil(s.h).min(levels);
+    // Neighbours, who share a host, combine first.
+    let leg = |steps: f64| Leg { steps, path_bytes: steps * s.n, port_bytes: steps * s.n };
+    Load {
+        near: leg(levels - far_levels),
+        far: leg(far_levels),
         messages: levels,
         // Two passes: the dot products, then the combination.
         path_reduced: 2.0 * levels * s.n,
         port_reduced: 2.0 * levels * s.n,
-    };
-    up + tree::broadcast_load(query)
+    }
 }

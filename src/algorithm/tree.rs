@@ -115,13 +115,48 @@ pub(super) fn allreduce_load(query: &Query) -> Load {
 }
 pub(super) fn reduce_load(query: &Query) -> Load {
     let s = Shape::of(query);
-    let reduced = if s.p > 1.0 { 2.0 * s.n } else { 0.0 };
+    let reduced = (s.p - 1.0).min(2.0) * s.n;
     Load { path_reduced: reduced * log2_ceil(s.p), port_reduced: reduced, ..broadcast_load(query) }
 }
 pub(super) fn broadcast_load(query: &Query) -> Load {
-    let s = Shape::of(query);
-    load_of(s.n, s.p, s.is_far(), s.l)
+    load_from(query, query.root)
 }
+
+/// Walks the tree once: which edges pass between hosts depends on where the members are.
+fn load_from(query: &Query, root: u32) -> Load {
+    let (p, n) = (query.hosts.len(), query.bytes as f64);
+    let host = |v: usize| query.hosts[(v + root as usize) % p] as usize;
+    let hosts = query.hosts.iter().max().map_or(1, |h| *h as usize + 1);
+    let (mut out, mut into) = (vec![0.0; hosts], vec![0.0; hosts]);
+    // For each member, what lies between it and the root: (near steps, near bytes, far steps, far bytes).
+    let mut ways = vec![[0.0; 4]; p];
+    for v in 1..p {
+        let parent = (v - 1) / 2;
+        let is_far = |child: usize| host(child) != host(parent);
+        // The second child is served after the first, if both are on the same kind of wire.
+        let turn = if v % 2 == 0 && is_far(v - 1) == is_far(v) { 2.0 } else { 1.0 };
+        ways[v] = ways[parent];
+        let at = if is_far(v) { 2 } else { 0 };
+        ways[v][at] += 1.0;
+        ways[v][at + 1] += turn * n;
+        if is_far(v) {
+            out[host(parent)] += n;
+            into[host(v)] += n;
+        }
+    }
+    let far_port = out.iter().chain(&into).fold(0.0, |a: f64, b| a.max(*b));
+    let longest =
+        ways.iter().max_by(|a, b| (a[2], a[3], a[1]).partial_cmp(&(b[2], b[3], b[1])).expect("finite"));
+    let [near_steps, near_bytes, far_steps, far_bytes] = *longest.expect("there is a member");
+    let near_port = near_bytes.min(2.0 * n);
+    Load {
+        near: Leg { steps: near_steps, path_bytes: near_bytes, port_bytes: near_port },
+        far: Leg { steps: far_steps, path_bytes: far_bytes.max(far_port), port_bytes: far_port },
+        messages: (p as f64 - 1.0).min(3.0),
+        ..Load::default()
+    }
+}
+
 /// The load of one direction over `p` members, of which `l` share a port when they are far.
 pub(super) fn load_of(n: f64, p: f64, far: bool, l: f64) -> Load {
     if p <= 1.0 {
@@ -132,5 +167,5 @@ pub(super) fn load_of(n: f64, p: f64, far: bool, l: f64) -> Load {
     let leg = Leg { steps: depth, path_bytes: depth * busy, port_bytes: busy };
     let leg_far = Leg { port_bytes: (busy + (l - 1.0) * n).max(busy), ..leg };
     let (near, far) = if far { (Leg::default(), leg_far) } else { (leg, Leg::default()) };
-    Load { near, far, messages: 3.0, ..Load::default() }
+    Load { near, far, messages: (p - 1.0).min(3.0), ..Load::default() }
 }
