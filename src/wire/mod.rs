@@ -17,7 +17,7 @@ pub use cursor::{Malformed, Reader};
 
 use crate::error::Broken;
 use crate::limits::CONTROL_BYTES_MAX;
-use crate::types::SetId;
+use crate::types::{Rank, SetId};
 
 /// The version of everything in this module and of the frames of `transport`. The handshake compares it; a
 /// change of any encoding increments it.
@@ -35,8 +35,9 @@ pub enum Message<'a> {
     },
     /// I live.
     Heartbeat,
-    /// I leave in an orderly way; the end of my connections is no failure.
-    Goodbye,
+    /// This rank leaves in an orderly way; the end of its connections is no failure. Passed on by everyone who
+    /// hears it first, since not everyone has a link to it.
+    Goodbye(Rank),
     /// The epoch is broken, and why. Passed on by everyone who hears it first.
     Abort(Broken),
 }
@@ -66,7 +67,10 @@ impl<'a> Message<'a> {
                 out.extend_from_slice(body);
             }
             Message::Heartbeat => out.push(HEARTBEAT),
-            Message::Goodbye => out.push(GOODBYE),
+            Message::Goodbye(rank) => {
+                out.push(GOODBYE);
+                out.extend_from_slice(&rank.0.to_le_bytes());
+            }
             Message::Abort(broken) => {
                 out.push(ABORT);
                 failure::put_broken(out, broken);
@@ -86,7 +90,10 @@ impl<'a> Message<'a> {
                 Ok(Message::Coordination { set, body: reader.rest() })
             }
             HEARTBEAT => reader.end().map(|()| Message::Heartbeat),
-            GOODBYE => reader.end().map(|()| Message::Goodbye),
+            GOODBYE => {
+                let rank = Rank(reader.u32()?);
+                reader.end().map(|()| Message::Goodbye(rank))
+            }
             ABORT => {
                 let broken = failure::broken(&mut reader)?;
                 reader.end()?;
