@@ -443,6 +443,11 @@ impl Coordinator {
         }
     }
 
+    /// The members to which this one needs a link: its parent and its children in the tree.
+    pub fn neighbours(&self) -> impl Iterator<Item = Member> + '_ {
+        self.tree.parent.into_iter().chain(self.tree.children.iter().copied())
+    }
+
     /// Operations submitted here that have no outcome.
     #[must_use]
     pub fn in_flight(&self) -> usize {
