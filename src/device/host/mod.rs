@@ -1,7 +1,7 @@
 //! Copies and reductions in ordinary memory.
 //!
-//! What a value becomes is in [`number`] and [`half`], loops in [`kernel`], which element carries out which
-//! operation in [`table`], and the reference that all of it is checked against in [`oracle`].
+//! What a value becomes is in `number` and `half`, loops in `kernel`, which element carries out which
+//! operation in `table`, and the reference that all of it is checked against in [`oracle`].
 //!
 //! # Numbers
 //! - Integers wrap. Integer Average is floor division, exact for every value; with a postscale it is
@@ -17,12 +17,13 @@
 //! - The identity of Sum is -0.0, which changes no value (+0.0 would turn -0.0 into +0.0).
 //! - Prescaled integers are floored one by one before they are combined, so that a reduction over several
 //!   steps and one in a single step agree.
-//! - All this presumes the processor's default floating-point mode. A thread that has set flush-to-zero or
-//!   denormals-are-zero gets other subnormals.
+//! - On x86-64 a thread that flushes subnormals or rounds otherwise than to nearest gets the same bits:
+//!   kernels put its floating-point mode aside (`mode`).
 
 mod half;
 mod kernel;
 mod level;
+mod mode;
 mod number;
 pub mod oracle;
 mod table;
