@@ -1,6 +1,6 @@
 //! Copies and reductions in ordinary memory.
 //!
-//! What a value becomes is in `number` and `half`, loops in `kernel`, which element carries out which
+//! What a value becomes is in `number` and `half`, loops in `kernel` and `adasum`, which element carries out which
 //! operation in `table`, and the reference that all of it is checked against in [`oracle`].
 //!
 //! # Numbers
@@ -20,6 +20,7 @@
 //! - On x86-64 a thread that flushes subnormals or rounds otherwise than to nearest gets the same bits:
 //!   kernels put its floating-point mode aside (`mode`).
 
+mod adasum;
 mod half;
 mod kernel;
 mod level;
@@ -33,7 +34,7 @@ mod walk;
 
 use super::{Device, DeviceOrder, Finish, Reduction, Token};
 use crate::error::Cause;
-use crate::memory::{Memory, Piece};
+use crate::memory::Memory;
 use crate::types::DType;
 pub use level::{Level, available, level, set_level};
 use walk::Position;
@@ -112,10 +113,9 @@ impl Device for HostDevice {
             }
             DeviceOrder::ReduceMany { .. } => self.reduce_many(token, order, memory),
             DeviceOrder::Combine { dst, a, b, dtype } => {
-                let lens = |pieces: &[Piece]| pieces.len();
-                let tensors = lens(dst.pieces());
+                let tensors = [dst, a, b].map(|range| range.pieces().len());
                 assert!(
-                    tensors == lens(a.pieces()) && tensors == lens(b.pieces()),
+                    tensors[0] == tensors[1] && tensors[0] == tensors[2],
                     "Adasum's operands are the same tensors"
                 );
                 for ((dst, a), b) in dst.pieces().iter().zip(a.pieces()).zip(b.pieces()) {

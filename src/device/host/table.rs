@@ -1,6 +1,7 @@
 //! The table: which element carries out which operation of which type, and the kernels of all levels made
 //! from it. A new type or operation is a row here, its bodies in [`super::number`], and the oracle.
 
+use super::adasum;
 use super::half::{self, BF16};
 #[cfg(target_arch = "x86_64")]
 use super::half::{Avx2, Avx512, VectorF16};
@@ -134,7 +135,7 @@ macro_rules! kernels {
             $(#[$feature])*
             unsafe fn combine_as<E: Loops + Real>(dst: *mut u8, a: *const u8, b: *const u8, n: usize) {
                 // SAFETY: see above.
-                unsafe { kernel::combine::<E>(dst.cast(), a.cast(), b.cast(), count::<E>(n)) }
+                unsafe { adasum::combine::<E>(dst.cast(), a.cast(), b.cast(), count::<E>(n)) }
             }
 
             pub(super) unsafe fn reduce(

@@ -3,7 +3,7 @@
 
 use super::oracle::{self, Order};
 use super::*;
-use crate::memory::{PieceRange, Region, RunId};
+use crate::memory::{Piece, PieceRange, Region, RunId};
 use crate::types::ReduceOp;
 use proptest::prelude::*;
 use std::sync::Arc;
