@@ -174,11 +174,21 @@ pub(super) fn allreduce_load(query: &Query) -> Load {
 }
 pub(super) fn allgather_load(query: &Query) -> Load {
     let s = Shape::of(query);
-    one_way_load(&s, log2_ceil(s.p), s.n * (s.p - 1.0) / s.p)
+    let leg = |steps, bytes| Leg { steps, path_bytes: bytes, port_bytes: bytes };
+    let steps = log2_ceil(s.p);
+    let near_steps = log2_ceil(s.l).min(steps);
+    // What is far away is most of the vector, and every member of a host fetches it through the one port.
+    let far_bytes = s.l * s.n * (s.p - s.l) / s.p;
+    Load {
+        near: leg(near_steps, s.n * (s.l - 1.0) / s.p),
+        far: leg(steps - near_steps, far_bytes),
+        messages: steps,
+        ..Load::default()
+    }
 }
 pub(super) fn reducescatter_load(query: &Query) -> Load {
     let load = allgather_load(query);
-    let bytes = load.near.path_bytes + load.far.path_bytes;
+    let bytes = query.bytes as f64 * (1.0 - 1.0 / f64::from(query.size()));
     Load { path_reduced: bytes, port_reduced: bytes, ..load }
 }
 
