@@ -34,6 +34,9 @@ pub enum Outcome {
     Joined(Member),
 }
 
+/// A message under way: when it arrives, a number that keeps ties in order, from, to, bytes.
+type Flight = Reverse<(Time, u64, u32, u32, Vec<u8>)>;
+
 pub struct Cluster {
     pub nodes: Vec<Coordinator>,
     pub now: Time,
@@ -46,10 +49,14 @@ pub struct Cluster {
     /// Errors of `receive`, which no correct peer causes.
     pub blamed: Vec<(Member, Cause)>,
     pub messages: u64,
+    /// Bytes of the largest message.
+    pub largest: usize,
     /// Deliver some marks twice: a planted bug that must be noticed.
     pub duplicate_marks: bool,
+    /// Change a byte of one in so many messages; 0 none.
+    pub corrupt_one_in: u64,
     next_op: u32,
-    wire: BinaryHeap<Reverse<(Time, u64, u32, u32, Vec<u8>)>>,
+    wire: BinaryHeap<Flight>,
     last: BTreeMap<(u32, u32), Time>,
 }
 
@@ -77,7 +84,9 @@ impl Cluster {
             breaks: Vec::new(),
             blamed: Vec::new(),
             messages: 0,
+            largest: 0,
             duplicate_marks: false,
+            corrupt_one_in: 0,
             next_op: 0,
             wire: BinaryHeap::new(),
             last: BTreeMap::new(),
@@ -119,6 +128,7 @@ impl Cluster {
             match intent {
                 Intent::Tell { to, message } => {
                     self.messages += 1;
+                    self.largest = self.largest.max(message.len());
                     let copies = if self.duplicate_marks && self.random.below(4) == 0 { 2 } else { 1 };
                     for _ in 0..copies {
                         let pair = (member as u32, to.0);
@@ -132,11 +142,10 @@ impl Cluster {
                 Intent::Run(cut) => {
                     self.logs[member].push(String::from("cut"));
                     for a in &cut {
-                        let call = (a.call.width, &a.call.values);
-                        self.logs[member].push(format!(
-                            "{} {} {:?} {call:?} {:?}",
-                            a.key.0, a.name, a.absent, a.signature.tensors
-                        ));
+                        let shown = &a.call.values[..a.call.values.len().min(500)];
+                        let shapes = &a.signature.tensors[..a.signature.tensors.len().min(3)];
+                        self.logs[member]
+                            .push(format!("{} {} {:?} {shown:?} {shapes:?}", a.key.0, a.name, a.absent));
                         if let Some(op) = a.op {
                             let (absent, call) = (a.absent.to_vec(), (*a.call).clone());
                             let ran = Outcome::Ran { key: a.key, absent, call };
@@ -170,7 +179,11 @@ impl Cluster {
             let timer = timers.min();
             match (message, timer) {
                 (Some(at), timer) if at <= until && timer.is_none_or(|(t, _)| at <= t) => {
-                    let Reverse((at, _, from, to, bytes)) = self.wire.pop().expect("peeked");
+                    let Reverse((at, _, from, to, mut bytes)) = self.wire.pop().expect("peeked");
+                    if self.corrupt_one_in > 0 && self.random.below(self.corrupt_one_in) == 0 {
+                        let place = 5 + self.random.below(bytes.len() as u64 - 5) as usize;
+                        bytes[place] = self.random.next() as u8 >> self.random.below(8);
+                    }
                     self.now = self.now.max(at);
                     let Ok(Message::Coordination { set: SetId(5), body }) = Message::decode(&bytes) else {
                         panic!("not a coordination message of this set");

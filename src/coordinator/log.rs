@@ -93,8 +93,11 @@ impl Coordinator {
     }
 
     fn publish(&mut self, payload: &[u8], now: Time) {
-        self.to_children(Kind::Cut, 0, payload);
-        self.apply(payload, now).expect("the root applies what it has written");
+        self.tell_children(Kind::Cut, 0, payload);
+        if let Err(cause) = self.apply(payload, now) {
+            // What the root has written is right, so this is the end of a resource: the keys.
+            self.intents.push_back(Intent::Break(None, cause));
+        }
     }
 
     /// Takes a cut from the parent.

@@ -386,7 +386,7 @@ impl Coordinator {
         let payload = reader.rest();
         if kind == Kind::Cut {
             // Before it is applied, so that those below need not wait for it.
-            self.to_children(kind, flags, payload);
+            self.tell_children(kind, flags, payload);
         }
         let mut whole = std::mem::take(&mut self.unfinished[source]);
         if matches!(kind, Kind::Up | Kind::Cut) && (flags & MORE != 0 || !whole.is_empty()) {
@@ -481,7 +481,7 @@ impl Coordinator {
         }
     }
 
-    fn to_children(&mut self, kind: Kind, flags: u8, payload: &[u8]) {
+    fn tell_children(&mut self, kind: Kind, flags: u8, payload: &[u8]) {
         for i in 0..self.tree.children.len() {
             self.tell(self.tree.children[i], kind, flags, payload);
         }

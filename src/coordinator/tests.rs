@@ -1,3 +1,5 @@
+#![expect(clippy::needless_range_loop, reason = "members are indices of several lists at once")]
+
 use super::cluster::*;
 use super::*;
 use crate::types::{DType, JoinAverage, Place, ReduceOp};
@@ -337,22 +339,28 @@ fn too_many_splits_on_one_rank_is_a_mismatch() {
 
 #[test]
 fn a_call_table_larger_than_a_message_is_continued() {
-    // 360,000 splits of four bytes each: more than a mebibyte.
-    let n = 600;
+    // 12 members with 3000 tensors of 12 splits of four bytes each: more than a mebibyte.
+    let n = 12;
     let mut cluster = Cluster::new(&hosts(n, 4), rules(), 2);
-    let alltoall = signature(Collective::Alltoall, &[0, 4]);
+    let mut alltoall = signature(Collective::Alltoall, &[0, 4]);
+    alltoall.tensors = vec![alltoall.tensors[0].clone(); 3000];
     let small = signature(Collective::Allreduce, &[1]);
-    let splits: Vec<u64> = (0..n as u64).map(|i| (1 << 22) + i).collect();
-    let mut ops = vec![Vec::new(); n];
-    for m in 0..n {
-        ops[m].push(cluster.try_submit(m, "a", false, &alltoall, &splits, None).unwrap());
-        ops[m].push(cluster.submit(m, "b", &small));
+    let splits: Vec<u64> = (0..3000 * n as u64).map(|i| (1 << 22) + i).collect();
+    for _ in 0..2 {
+        let mut ops = vec![Vec::new(); n];
+        for (m, ops) in ops.iter_mut().enumerate() {
+            ops.push(cluster.try_submit(m, "a", false, &alltoall, &splits, None).unwrap());
+            ops.push(cluster.submit(m, "b", &small));
+        }
+        cluster.settle();
+        check_all_ran(&cluster, &ops);
+        let Some(Outcome::Ran { call, .. }) = cluster.outcomes[n - 1].get(&ops[n - 1][0]) else { panic!() };
+        assert!(
+            call.values.len() == n * splits.len() && call.values.chunks(splits.len()).all(|r| r == splits)
+        );
     }
-    cluster.settle();
-    check_all_ran(&cluster, &ops);
-    assert_eq!(cluster.blamed, []);
-    let Some(Outcome::Ran { call, .. }) = cluster.outcomes[n - 1].get(&ops[n - 1][0]) else { panic!() };
-    assert!(call.values.chunks(n).all(|row| row == splits));
+    assert!(cluster.largest > CONTROL_BYTES_MAX / 2 && cluster.largest <= CONTROL_BYTES_MAX);
+    cluster.check_finished();
 }
 
 #[test]
@@ -602,4 +610,34 @@ fn words_against_the_direction_of_the_tree_and_nonsense_are_blamed() {
     assert!(matches!(answer, Err(Cause::Misbehaved(_))));
     let answer = cluster.nodes[1].receive(Member(2), &[2, 0, 0, 0, 0, 0, 0, 0, 0, 0], Time(0));
     assert!(matches!(answer, Err(Cause::Misbehaved(_))));
+}
+
+#[test]
+fn corrupted_messages_are_blamed_or_obeyed_but_never_panic() {
+    let mut blamed = 0;
+    for seed in 0..600 {
+        let n = 2 + seed as usize % 8;
+        let rules = Rules { cache_keys: 3, stall_warn_ns: 400_000, ..rules() };
+        let mut cluster = Cluster::new(&hosts(n, seed as usize / 8), rules, seed);
+        cluster.corrupt_one_in = 12;
+        for _ in 0..3 {
+            for m in 0..n {
+                for i in 0..4u64 {
+                    let (kind, call): (_, &[u64]) =
+                        if i == 3 { (Collective::Allgather, &[7]) } else { (Collective::Allreduce, &[]) };
+                    let it = signature(kind, &[0, i]);
+                    let refused = (cluster.random.below(30) == 0).then_some("no");
+                    let _ = cluster.try_submit(m, &format!("g{i}"), i == 1, &it, call, refused);
+                }
+                if cluster.random.below(4) == 0 {
+                    let _ = cluster.try_submit(m, "", false, &signature(Collective::Join, &[]), &[], None);
+                }
+            }
+            if cluster.blamed.is_empty() {
+                cluster.settle();
+            }
+        }
+        blamed += usize::from(!cluster.blamed.is_empty());
+    }
+    assert!(blamed > 300, "{blamed}");
 }
