@@ -3,7 +3,8 @@
 
 use carole::coordinator::{Coordinator, Intent, OpId, Rules, Setup, Submission};
 use carole::types::{
-    Collective, DType, JoinAverage, Member, Place, Rank, ReduceOp, Scale, SetId, Signature, TensorSignature, Time,
+    Collective, DType, JoinAverage, Member, Place, Rank, ReduceOp, Scale, SetId, Signature, TensorSignature,
+    Time,
 };
 use carole::wire::Message;
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -31,6 +31,8 @@ pub mod tree;
 mod cluster;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_faults;
 
 use crate::error::{Cause, Mismatch};
 use crate::limits::{CONTROL_BYTES_MAX, IN_FLIGHT_MAX, NAME_BYTES_MAX};
