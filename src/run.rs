@@ -70,7 +70,7 @@ impl Program {
 fn ordinals(schedule: &Schedule) -> Vec<u32> {
     let mut sent = vec![0u32; schedule.size as usize];
     let mut received = vec![0u32; schedule.size as usize];
-    let mut number = |counts: &mut Vec<u32>, peer: u32| {
+    let number = |counts: &mut Vec<u32>, peer: u32| {
         let n = counts[peer as usize];
         counts[peer as usize] += 1;
         n

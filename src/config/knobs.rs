@@ -167,6 +167,10 @@ knobs! {
     /// Where ranks find each other: `host:port` of the rendezvous server, or `file:/path` in a directory that
     /// all ranks see.
     rendezvous: Maybe<Text> = "auto", "CAROLE_RENDEZVOUS", Local;
+    /// The port on which rank 0 serves the rendezvous under torchrun, whose own store has MASTER_PORT.
+    rendezvous_port: Maybe<Small<1, 65535>> = "auto", "CAROLE_RENDEZVOUS_PORT", Local;
+    /// The name of the job, which tells jobs of one user on one host apart that were started without a launcher.
+    job: Maybe<Text> = "auto", "CAROLE_JOB", Local;
     /// A file with the job's secret, readable by its owner only.
     secret_file: Maybe<FilePath> = "auto", "CAROLE_SECRET_FILE", Local;
     /// The number of an inherited descriptor from which the job's secret is read; the launcher sets it.

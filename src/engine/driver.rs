@@ -88,7 +88,7 @@ struct Shared {
 /// The engine of this process, and the thread that drives it while nobody waits.
 pub struct Driver {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// The longest sleep: a bound on what a lost wake could cost, never relied upon.
@@ -125,7 +125,7 @@ impl Driver {
         });
         let background = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("carole".into()).spawn(move || background.background())?;
-        Ok(Driver { shared, thread: Some(thread) })
+        Ok(Driver { shared, thread: Mutex::new(Some(thread)) })
     }
 
     /// Submits what `fill` writes. With `quiet` nobody is woken: the caller waits at once and drives itself.
@@ -191,12 +191,13 @@ impl Driver {
     }
 
     /// Says goodbye, lets it leave for a bounded time, and stops.
-    pub fn stop(mut self) {
+    pub fn stop(&self) {
         self.stop_background();
         let mut engine = lock(&self.shared.engine);
         let now = self.shared.now();
         engine.leave();
         let limit = now.after_ns(limits::SHUTDOWN_MS * 1_000_000);
+        *lock(&self.shared.failure) = Some(Error::Shutdown(None));
         loop {
             let moved = self.shared.turn(&mut engine);
             let now = self.shared.now();
@@ -211,11 +212,11 @@ impl Driver {
         }
     }
 
-    fn stop_background(&mut self) {
+    fn stop_background(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.nudge.wake();
         self.shared.waker.wake();
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = lock(&self.thread).take() {
             // The thread catches its own panics; there is nothing to learn from its result.
             let _ = thread.join();
         }

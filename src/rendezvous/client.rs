@@ -109,7 +109,7 @@ pub fn join(config: &Join) -> Result<Joined> {
     };
     let interfaces: Vec<String> = config
         .environment
-        .get("CAROLE_INTERFACE")
+        .get("CAROLE_INTERFACES")
         .map(|list| {
             list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
         })

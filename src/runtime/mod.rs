@@ -5,6 +5,7 @@ mod request;
 
 use crate::engine::handles::{Handles, Message, Waited};
 use crate::error::{Error, Result};
+use crate::fork;
 use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
 pub use crate::engine::{Outcome, OutputTensor};
 pub use crate::memory::OwnedBytes;
@@ -162,7 +163,7 @@ pub fn init(options: &Options) -> Result<()> {
             false => Err(Error::usage("init() was called with other arguments before; call shutdown() first")),
         };
     }
-    live::watch_forks(&FORKED);
+    fork::watch(&FORKED);
     let live = Arc::new(Live::start(options, Arc::clone(handles()))?);
     *LIVE.write().unwrap_or_else(PoisonError::into_inner) = Some(live);
     for ranks in &options.process_sets {
