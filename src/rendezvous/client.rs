@@ -493,9 +493,11 @@ fn pause(watch: &Option<OwnedFd>, deadline: Instant) {
     let left = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(PAUSE_MS));
     let timeout = timespec(left);
     match watch {
-        None => drop(poll(&mut [], Some(&timeout))),
+        None => {
+            let _ = poll(&mut [], Some(&timeout));
+        }
         Some(watch) => {
-            drop(poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&timeout)));
+            let _ = poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&timeout));
             // What changed does not matter: the next attempt looks for itself.
             let mut names = [0u8; 4096];
             while rustix::io::read(watch, &mut names).is_ok_and(|n| n > 0) {}
