@@ -372,12 +372,12 @@ impl Seeker<'_> {
                 where_.display()
             ))
         };
-        if let Err(why) = server::check_private(directory) {
-            return Err(if directory.exists() {
-                Failure::Final(format!("{} {why}", directory.display()))
-            } else {
-                again(why)
-            });
+        // Looked at once only: rank 0 may be making it right now, and then the next attempt finds it.
+        match std::fs::symlink_metadata(directory) {
+            Err(e) => return Err(again(e.to_string())),
+            Ok(facts) => server::is_private(&facts).map_err(|why| {
+                Failure::Final(format!("the rendezvous directory {} {why}", directory.display()))
+            })?,
         }
         let stream = UnixStream::connect(&where_).map_err(|e| again(e.to_string()))?;
         let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|e| again(e.to_string()))?;
