@@ -96,6 +96,12 @@ impl Sink {
         }
     }
 
+    /// Drops what waits to be written.
+    pub fn give_up(&mut self) {
+        self.queue.clear();
+        self.written = 0;
+    }
+
     /// Writes a little: call it when the descriptor can be written to. The descriptor is shared with other
     /// processes, so it cannot be made non-blocking; a write of this size to a writable pipe does not block.
     pub fn write_some(&mut self) {
