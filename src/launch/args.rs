@@ -307,8 +307,10 @@ fn values_of(command: &clap::Command, flag: &str) -> usize {
     let mut short = flag.strip_prefix('-').unwrap_or_default().chars();
     let short = if long.is_none() { short.next().filter(|_| short.next().is_none()) } else { None };
     let known = command.get_arguments().find(|known| match long {
-        Some(long) => known.get_long_and_visible_aliases().is_some_and(|names| names.contains(&long))
-            || known.get_all_aliases().is_some_and(|names| names.contains(&long)),
+        Some(long) => {
+            known.get_long_and_visible_aliases().is_some_and(|names| names.contains(&long))
+                || known.get_all_aliases().is_some_and(|names| names.contains(&long))
+        }
         None => short.is_some() && known.get_short() == short,
     });
     let takes = |argument: &&clap::Arg| argument.get_action().takes_values();
@@ -352,25 +354,77 @@ mod tests {
     #[test]
     fn every_flag_of_horovodrun_is_taken() {
         for line in [
-            "-v", "-cb", "--check-build", "--disable-cache", "--start-timeout 5", "--network-interfaces a,b",
-            "--network-interface a --network-interface b", "--output-filename d", "--verbose", "--config-file f",
-            "-p 22", "--ssh-port 22", "-i f", "--ssh-identity-file f", "--fusion-threshold-mb 1",
-            "--cycle-time-ms 1.5", "--cache-capacity 1", "--hierarchical-allreduce", "--no-hierarchical-allreduce",
-            "--hierarchical-allgather", "--no-hierarchical-allgather", "--torus-allreduce", "--no-torus-allreduce",
-            "--autotune", "--no-autotune", "--autotune-log-file f", "--autotune-warmup-samples 1",
-            "--autotune-steps-per-sample 1", "--autotune-bayes-opt-max-samples 1",
-            "--autotune-gaussian-process-noise 0.5", "--min-np 1", "--min-num-proc 1", "--max-np 1",
-            "--max-num-proc 1", "--slots-per-host 1", "--elastic-timeout 1", "--reset-limit 1",
-            "--blacklist-cooldown-range 1 2", "--host-discovery-script f", "--timeline-filename f",
-            "--timeline-mark-cycles", "--no-timeline-mark-cycles", "--no-stall-check", "--stall-check",
-            "--stall-check-warning-time-seconds 1", "--stall-check-shutdown-time-seconds 1",
-            "--mpi-threads-disable", "--no-mpi-threads-disable", "--mpi-args=-x", "--tcp", "--binding-args=-x",
-            "--num-nccl-streams 1", "--thread-affinity 0,1", "--gloo-timeout-seconds 1", "--log-level INFO",
-            "--log-with-timestamp", "--log-without-timestamp", "-prefix-timestamp",
-            "--prefix-output-with-timestamp", "--log-hide-timestamp", "--no-log-hide-timestamp", "-H a:1",
-            "--hosts a:1", "-hostfile f", "--hostfile f", "--gloo", "--mpi", "--jsrun",
+            "-v",
+            "-cb",
+            "--check-build",
+            "--disable-cache",
+            "--start-timeout 5",
+            "--network-interfaces a,b",
+            "--network-interface a --network-interface b",
+            "--output-filename d",
+            "--verbose",
+            "--config-file f",
+            "-p 22",
+            "--ssh-port 22",
+            "-i f",
+            "--ssh-identity-file f",
+            "--fusion-threshold-mb 1",
+            "--cycle-time-ms 1.5",
+            "--cache-capacity 1",
+            "--hierarchical-allreduce",
+            "--no-hierarchical-allreduce",
+            "--hierarchical-allgather",
+            "--no-hierarchical-allgather",
+            "--torus-allreduce",
+            "--no-torus-allreduce",
+            "--autotune",
+            "--no-autotune",
+            "--autotune-log-file f",
+            "--autotune-warmup-samples 1",
+            "--autotune-steps-per-sample 1",
+            "--autotune-bayes-opt-max-samples 1",
+            "--autotune-gaussian-process-noise 0.5",
+            "--min-np 1",
+            "--min-num-proc 1",
+            "--max-np 1",
+            "--max-num-proc 1",
+            "--slots-per-host 1",
+            "--elastic-timeout 1",
+            "--reset-limit 1",
+            "--blacklist-cooldown-range 1 2",
+            "--host-discovery-script f",
+            "--timeline-filename f",
+            "--timeline-mark-cycles",
+            "--no-timeline-mark-cycles",
+            "--no-stall-check",
+            "--stall-check",
+            "--stall-check-warning-time-seconds 1",
+            "--stall-check-shutdown-time-seconds 1",
+            "--mpi-threads-disable",
+            "--no-mpi-threads-disable",
+            "--mpi-args=-x",
+            "--tcp",
+            "--binding-args=-x",
+            "--num-nccl-streams 1",
+            "--thread-affinity 0,1",
+            "--gloo-timeout-seconds 1",
+            "--log-level INFO",
+            "--log-with-timestamp",
+            "--log-without-timestamp",
+            "-prefix-timestamp",
+            "--prefix-output-with-timestamp",
+            "--log-hide-timestamp",
+            "--no-log-hide-timestamp",
+            "-H a:1",
+            "--hosts a:1",
+            "-hostfile f",
+            "--hostfile f",
+            "--gloo",
+            "--mpi",
+            "--jsrun",
         ] {
-            let arguments = read(&format!("carolerun {line} -np 1 x")).unwrap_or_else(|e| panic!("{line}: {e}"));
+            let arguments =
+                read(&format!("carolerun {line} -np 1 x")).unwrap_or_else(|e| panic!("{line}: {e}"));
             assert_eq!((arguments.num_proc, arguments.command.len()), (Some(1), 1), "{line}");
         }
         assert!(read("carolerun --no-such-flag -np 1 x").is_err());

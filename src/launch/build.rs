@@ -23,12 +23,7 @@ pub fn report() -> String {
     };
     section(
         "Available Frameworks",
-        &[
-            (false, "TensorFlow"),
-            (both("torch"), "PyTorch"),
-            (false, "MXNet"),
-            (both("numpy"), "NumPy"),
-        ],
+        &[(false, "TensorFlow"), (both("torch"), "PyTorch"), (false, "MXNet"), (both("numpy"), "NumPy")],
     );
     section("Available Controllers", &[(false, "MPI"), (false, "Gloo"), (true, "Carole")]);
     section(
@@ -48,9 +43,11 @@ pub fn report() -> String {
 }
 
 fn modules(python: &str) -> Option<Vec<String>> {
-    let output = Command::new(python).args(["-c", PROBE]).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    let output =
+        Command::new(python).args(["-c", PROBE]).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    output.status.success().then(|| {
-        text.lines().filter_map(|line| line.strip_suffix(" True")).map(str::to_string).collect()
-    })
+    output
+        .status
+        .success()
+        .then(|| text.lines().filter_map(|line| line.strip_suffix(" True")).map(str::to_string).collect())
 }

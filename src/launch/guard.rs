@@ -139,7 +139,8 @@ impl Lines {
         match from.read(&mut chunk) {
             Ok(0) => return None,
             Ok(n) => self.0.extend_from_slice(&chunk[..n]),
-            Err(e) if matches!(e.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock) => {}
+            Err(e)
+                if matches!(e.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock) => {}
             Err(_) => return None,
         }
         let mut lines = Vec::new();

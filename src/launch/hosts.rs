@@ -31,9 +31,8 @@ pub fn check_hostfile(path: &Path, processes: u32, this_host: &str) -> Result<()
         if line.is_empty() {
             continue;
         }
-        let bad = || {
-            Error::usage(format!("{}:{}: '{line}' is not 'HOST slots=N'", path.display(), index + 1))
-        };
+        let bad =
+            || Error::usage(format!("{}:{}: '{line}' is not 'HOST slots=N'", path.display(), index + 1));
         let mut words = line.split_whitespace();
         let host = words.next().ok_or_else(bad)?;
         let count = match words.next() {
@@ -48,7 +47,9 @@ pub fn check_hostfile(path: &Path, processes: u32, this_host: &str) -> Result<()
 
 fn split_slots(item: &str) -> Result<(&str, u64)> {
     // An IPv6 address stands in brackets, or has no slots.
-    let colon = item.rfind(':').filter(|at| item.ends_with(|c: char| c.is_ascii_digit()) && !item[..*at].ends_with(':'));
+    let colon = item
+        .rfind(':')
+        .filter(|at| item.ends_with(|c: char| c.is_ascii_digit()) && !item[..*at].ends_with(':'));
     let Some(at) = colon else { return Ok((item, 1)) };
     let count = item[at + 1..].parse::<u32>().ok().filter(|count| *count > 0);
     let count = count.ok_or_else(|| {
@@ -91,7 +92,14 @@ mod tests {
 
     #[test]
     fn this_host_has_several_names() {
-        for list in ["localhost:4", "127.0.0.1:4", "localhost:1,127.0.0.1:3", "node7:4", "NODE7.example.org:4", "[::1]:4"] {
+        for list in [
+            "localhost:4",
+            "127.0.0.1:4",
+            "localhost:1,127.0.0.1:3",
+            "node7:4",
+            "NODE7.example.org:4",
+            "[::1]:4",
+        ] {
             check_hosts(list, 4, "node7.example.org").unwrap_or_else(|e| panic!("{list}: {e}"));
         }
         check_hosts("localhost", 1, "x").unwrap();

@@ -120,7 +120,9 @@ const PLACE: [&str; 20] = [
 /// Checks what was asked for, and says how many ranks there will be.
 fn check(arguments: &Arguments) -> Result<u32> {
     let Some(size) = arguments.num_proc else {
-        return Err(Error::usage("-np N is missing: how many processes to start, as in carolerun -np 4 python train.py"));
+        return Err(Error::usage(
+            "-np N is missing: how many processes to start, as in carolerun -np 4 python train.py",
+        ));
     };
     if size == 0 || size as usize > limits::RANKS_MAX {
         return Err(Error::usage(format!("-np {size}: a job has from 1 to {} processes", limits::RANKS_MAX)));
@@ -131,7 +133,10 @@ fn check(arguments: &Arguments) -> Result<u32> {
         )));
     }
     if !(arguments.kill_after >= 0.0 && arguments.kill_after <= 86_400.0) {
-        return Err(Error::usage(format!("--kill-after {}: a number of seconds up to a day", arguments.kill_after)));
+        return Err(Error::usage(format!(
+            "--kill-after {}: a number of seconds up to a day",
+            arguments.kill_after
+        )));
     }
     let this_host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     if let Some(list) = &arguments.hosts.hosts {
@@ -159,7 +164,8 @@ fn launch(arguments: &Arguments, config: &Config, size: u32) -> Result<i32> {
     };
     let (order_reader, order_writer) = pipe()?;
     let (report_reader, report_writer) = pipe()?;
-    let signals = sys::Signals::block(&[&FORWARDED[..], &[libc::SIGCHLD, libc::SIGTTOU]].concat()).map_err(system)?;
+    let signals =
+        sys::Signals::block(&[&FORWARDED[..], &[libc::SIGCHLD, libc::SIGTTOU]].concat()).map_err(system)?;
     // Nothing of ours may run between fork and this point in another thread: the rendezvous starts later.
     sys::set_subreaper(true);
     let guard = match sys::fork().map_err(system)? {
@@ -221,7 +227,11 @@ fn address(server: &Server) -> String {
 }
 
 /// The pipes of all ranks: the ends for the ranks, and the ends for us.
-fn make_streams(arguments: &Arguments, config: &Config, size: u32) -> Result<(Vec<RankSpec>, Vec<[Stream; 2]>)> {
+fn make_streams(
+    arguments: &Arguments,
+    config: &Config,
+    size: u32,
+) -> Result<(Vec<RankSpec>, Vec<[Stream; 2]>)> {
     let timestamps = arguments.output.prefix_output_with_timestamp;
     let settings = config.set_by(Layer::Flag);
     let (mut specs, mut streams) = (Vec::new(), Vec::new());

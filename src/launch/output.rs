@@ -232,7 +232,9 @@ mod tests {
     fn lines_are_the_same_however_the_bytes_are_cut() {
         let text = b"one\n\ntwo\r\nbar 1\rbar 2\r\xff\x00end";
         let expected: Vec<Vec<u8>> =
-            [&b"one\n"[..], b"\n", b"two\r\n", b"bar 1\r", b"bar 2\r", b"\xff\x00end\n"].map(<[u8]>::to_vec).into();
+            [&b"one\n"[..], b"\n", b"two\r\n", b"bar 1\r", b"bar 2\r", b"\xff\x00end\n"]
+                .map(<[u8]>::to_vec)
+                .into();
         for cut in 0..text.len() {
             assert_eq!(split(&[&text[..cut], &text[cut..]]), expected, "cut at {cut}");
         }

@@ -238,12 +238,19 @@ impl Supervisor {
         let command = self.setup.command.to_string_lossy().into_owned();
         let error = std::io::Error::from_raw_os_error(errno);
         let (code, mut words) = match errno {
-            libc::ENOENT if std::path::Path::new(&self.setup.command).is_file() => {
-                (127, format!("'{command}' cannot be run: the interpreter that its first line names does not exist"))
-            }
+            libc::ENOENT if std::path::Path::new(&self.setup.command).is_file() => (
+                127,
+                format!(
+                    "'{command}' cannot be run: the interpreter that its first line names does not exist"
+                ),
+            ),
             libc::ENOENT => (127, format!("the command '{command}' was not found")),
-            libc::EACCES | libc::ENOEXEC => (126, format!("the command '{command}' is not executable: {error}")),
-            libc::EAGAIN => (126, format!("'{command}' cannot be started: too many processes ({error}); see ulimit -u")),
+            libc::EACCES | libc::ENOEXEC => {
+                (126, format!("the command '{command}' is not executable: {error}"))
+            }
+            libc::EAGAIN => {
+                (126, format!("'{command}' cannot be started: too many processes ({error}); see ulimit -u"))
+            }
             _ => (126, format!("'{command}' cannot be started: {error}")),
         };
         if args::looks_like_python(&self.setup.command) {
@@ -292,7 +299,8 @@ impl Supervisor {
             1 => "; ending the other one".to_string(),
             n => format!("; ending the other {n}"),
         };
-        let first = if self.endings.len() > 1 && self.stage == Stage::Running { " failed first: it" } else { "" };
+        let first =
+            if self.endings.len() > 1 && self.stage == Stage::Running { " failed first: it" } else { "" };
         self.say(&format!("rank {rank}{first} {}{last}{others}", ending.words()));
     }
 

@@ -69,7 +69,9 @@ impl Signals {
         let mut record = [0; size_of::<libc::signalfd_siginfo>()];
         match (&self.file).read(&mut record) {
             // The number is the first field, ssi_signo.
-            Ok(n) if n == record.len() => Some(i32::from_ne_bytes([record[0], record[1], record[2], record[3]])),
+            Ok(n) if n == record.len() => {
+                Some(i32::from_ne_bytes([record[0], record[1], record[2], record[3]]))
+            }
             _ => None,
         }
     }
