@@ -83,7 +83,7 @@ fn run(arguments: &Arguments) -> Result<i32> {
     }
     let unused = arguments.unused.given();
     if !unused.is_empty() {
-        complain(&format!("{} has no effect in this version of Carole", unused.join(", ")));
+        complain(&format!("no effect in this version of Carole: {}", unused.join(", ")));
     }
     launch(arguments, &config, size)
 }
