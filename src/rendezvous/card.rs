@@ -87,7 +87,11 @@ impl Card {
     fn encode(&self, writer: &mut Writer) {
         let hints = &self.hints;
         writer.word(self.rank.0);
-        writer.option(hints.local_rank).option(hints.local_size).option(hints.cross_rank).option(hints.cross_size);
+        writer
+            .option(hints.local_rank)
+            .option(hints.local_size)
+            .option(hints.cross_rank)
+            .option(hints.cross_size);
         writer.text(&self.host_id, HOST_BYTES_MAX).text(&self.hostname, HOST_BYTES_MAX).word(self.pid);
         writer.text(&self.build, BUILD_BYTES_MAX).byte(self.simd);
         let addresses = &self.addresses[..self.addresses.len().min(ADDRESSES_MAX)];

@@ -110,11 +110,14 @@ pub fn join(config: &Join) -> Result<Joined> {
     let interfaces: Vec<String> = config
         .environment
         .get("CAROLE_INTERFACE")
-        .map(|list| list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect())
+        .map(|list| {
+            list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
+        })
         .unwrap_or_default();
     let doors = Doors::open(one_host, &interfaces)?;
     let (server, secret, goal) = prepare(config, &place, meeting, secret)?;
-    let registration = Registration { card: card(config, &place, &doors), size: place.size, knobs: config.knobs.clone() };
+    let registration =
+        Registration { card: card(config, &place, &doors), size: place.size, knobs: config.knobs.clone() };
     let (table, secret) = Seeker { config, place: &place, secret, goal, registration }.seek()?;
     Ok(joined(config, place.rank, table, secret, doors, server))
 }
@@ -124,11 +127,19 @@ fn alone(config: &Join, place: &Place) -> Result<Joined> {
     let doors = Doors::none();
     let card = card(config, place, &doors);
     let job = secret.job();
-    let table = Table { epoch: config.epoch, job, cards: vec![card], knobs: config.knobs.clone(), simd: config.simd };
+    let table =
+        Table { epoch: config.epoch, job, cards: vec![card], knobs: config.knobs.clone(), simd: config.simd };
     Ok(joined(config, 0, table, secret, doors, None))
 }
 
-fn joined(config: &Join, rank: u32, table: Table, secret: Secret, doors: Doors, server: Option<Server>) -> Joined {
+fn joined(
+    config: &Join,
+    rank: u32,
+    table: Table,
+    secret: Secret,
+    doors: Doors,
+    server: Option<Server>,
+) -> Joined {
     let topology = Topology::of(&table);
     if rank == 0 {
         topology.contradictions.iter().for_each(|text| (config.warn)(text));
@@ -142,9 +153,9 @@ fn find_secret(config: &Join) -> Result<Option<Secret>> {
         return Ok(Some(secret.clone()));
     }
     if let Some(text) = config.environment.get("CAROLE_SECRET_FD") {
-        let number = text
-            .parse()
-            .map_err(|_| Error::usage(format!("CAROLE_SECRET_FD={text}: it is the number of an inherited descriptor")))?;
+        let number = text.parse().map_err(|_| {
+            Error::usage(format!("CAROLE_SECRET_FD={text}: it is the number of an inherited descriptor"))
+        })?;
         return Secret::from_descriptor(number).map(Some);
     }
     match config.environment.get("CAROLE_SECRET_FILE") {
@@ -229,9 +240,14 @@ fn prepare(
 }
 
 fn bind_for(address: &str) -> Result<Bind> {
-    let port: u16 = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).expect("checked when read");
+    let port: u16 =
+        address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).expect("checked when read");
     let addresses = resolve(address).map_err(Error::Usage)?;
-    Ok(if addresses.iter().all(|a| a.ip().is_loopback()) { Bind::Address(addresses[0]) } else { Bind::Everywhere(port) })
+    Ok(if addresses.iter().all(|a| a.ip().is_loopback()) {
+        Bind::Address(addresses[0])
+    } else {
+        Bind::Everywhere(port)
+    })
 }
 
 fn resolve(name: &str) -> std::result::Result<Vec<SocketAddr>, String> {
@@ -248,7 +264,9 @@ fn resolve(name: &str) -> std::result::Result<Vec<SocketAddr>, String> {
 fn private_directory(environment: &Environment, key: &str) -> PathBuf {
     let me = rustix::process::geteuid().as_raw();
     let runtime = environment.get("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let base = runtime.filter(|path| path.is_absolute() && server::check_private(path).is_ok() && path.as_os_str().len() < 40);
+    let base = runtime.filter(|path| {
+        path.is_absolute() && server::check_private(path).is_ok() && path.as_os_str().len() < 40
+    });
     let name = Secret::insecure(key).job();
     base.unwrap_or_else(|| PathBuf::from("/tmp")).join(format!("carole-{me}-{name}"))
 }
@@ -299,7 +317,8 @@ impl Seeker<'_> {
             _ => return None,
         };
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
-        let flags = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::CLOSE_WRITE;
+        let flags =
+            inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::CLOSE_WRITE;
         inotify::add_watch(&watch, directory, flags).ok()?;
         Some(watch)
     }
@@ -323,7 +342,8 @@ impl Seeker<'_> {
         let secret = self.secret.as_ref().expect("every meeting over TCP has a secret");
         let mut failure = Failure::Again(last.clone());
         for address in addresses {
-            let left = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(CONNECT_MS));
+            let left =
+                deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(CONNECT_MS));
             if left.is_zero() {
                 break;
             }
@@ -353,7 +373,11 @@ impl Seeker<'_> {
             ))
         };
         if let Err(why) = server::check_private(directory) {
-            return Err(if directory.exists() { Failure::Final(format!("{} {why}", directory.display())) } else { again(why) });
+            return Err(if directory.exists() {
+                Failure::Final(format!("{} {why}", directory.display()))
+            } else {
+                again(why)
+            });
         }
         let stream = UnixStream::connect(&where_).map_err(|e| again(e.to_string()))?;
         let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|e| again(e.to_string()))?;
@@ -386,7 +410,8 @@ impl Seeker<'_> {
             peer: SERVICE,
             purpose: Purpose::Register,
             link: 0,
-            nonce: proof::nonce().map_err(|e| Failure::Final(format!("the kernel gave no random bytes: {e}")))?,
+            nonce: proof::nonce()
+                .map_err(|e| Failure::Final(format!("the kernel gave no random bytes: {e}")))?,
         };
         let mut handshake = Handshake::connector(secret, hello);
         let deadline = Instant::now() + Duration::from_millis(HANDSHAKE_MS);
@@ -398,7 +423,8 @@ impl Seeker<'_> {
         channel.queue(&frame(&self.registration.encode()));
         // From here the service decides; its deadline began when the first rank registered.
         let deadline = Instant::now() + Duration::from_millis(self.config.start_timeout_ms + VERDICT_MS);
-        let lost = |why: String| Failure::Again(format!("the rendezvous ended while ranks were arriving: {why}"));
+        let lost =
+            |why: String| Failure::Again(format!("the rendezvous ended while ranks were arriving: {why}"));
         let len = read(&mut channel, LENGTH_BYTES, deadline).map_err(lost)?;
         let len = u32::from_le_bytes(len.try_into().expect("four bytes")) as usize;
         if len > TABLE_BYTES_MAX {
@@ -417,7 +443,11 @@ impl Seeker<'_> {
             && table.job == secret.job()
             && table.cards.len() == self.place.size as usize
             && table.cards[self.place.rank as usize] == self.registration.card;
-        if fits { Ok(table) } else { Err(Failure::Final("the rendezvous sent the table of another job".into())) }
+        if fits {
+            Ok(table)
+        } else {
+            Err(Failure::Final("the rendezvous sent the table of another job".into()))
+        }
     }
 
     /// A wrong answer at a place that was named is final. A file may be an earlier job's, and whoever closes early
@@ -463,9 +493,11 @@ fn pause(watch: &Option<OwnedFd>, deadline: Instant) {
     let left = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(PAUSE_MS));
     let timeout = timespec(left);
     match watch {
-        None => drop(poll(&mut [], Some(&timeout))),
+        None => {
+            let _ = poll(&mut [], Some(&timeout));
+        }
         Some(watch) => {
-            drop(poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&timeout)));
+            let _ = poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&timeout));
             // What changed does not matter: the next attempt looks for itself.
             let mut names = [0u8; 4096];
             while rustix::io::read(watch, &mut names).is_ok_and(|n| n > 0) {}

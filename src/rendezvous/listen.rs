@@ -53,7 +53,8 @@ impl Doors {
         addresses.sort_by_key(|address| address.ip().is_loopback());
         addresses.truncate(super::card::ADDRESSES_MAX);
         let mut socket = [0; 16];
-        getrandom::fill(&mut socket).map_err(|e| Error::usage(format!("the kernel gave no random bytes: {e}")))?;
+        getrandom::fill(&mut socket)
+            .map_err(|e| Error::usage(format!("the kernel gave no random bytes: {e}")))?;
         let unix = std::os::unix::net::SocketAddr::from_abstract_name(socket_name(&socket))
             .and_then(|name| UnixListener::bind_addr(&name))
             .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))

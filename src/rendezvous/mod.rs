@@ -10,7 +10,7 @@ pub mod client;
 pub mod codec;
 pub mod listen;
 pub mod place;
-//PORTER pub mod porter;
+pub mod porter;
 pub mod proof;
 pub mod reactor;
 pub mod secret;

@@ -72,7 +72,17 @@ struct Family {
 
 const fn family(origin: &'static str, names: [&'static str; 4]) -> Family {
     let [rank, size, local_rank, local_size] = names;
-    Family { origin, rank, size, local_rank, local_size, cross_rank: "", cross_size: "", only_with: "", ours: false }
+    Family {
+        origin,
+        rank,
+        size,
+        local_rank,
+        local_size,
+        cross_rank: "",
+        cross_size: "",
+        only_with: "",
+        ours: false,
+    }
 }
 
 /// In order of precedence. Slurm's stand also in shells that srun did not start, hence the condition; and
@@ -101,7 +111,10 @@ const FAMILIES: [Family; 7] = [
         ],
     ),
     family("PMI", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]),
-    family("JSM", ["JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"]),
+    family(
+        "JSM",
+        ["JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"],
+    ),
     Family {
         only_with: "SLURM_STEP_ID",
         ..family("Slurm", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"])
@@ -166,7 +179,8 @@ impl Family {
         let hints = Hints {
             local_rank: number(environment, self.local_rank)?,
             // Slurm says how many tasks each node has as a list ("2(x3),1"): only a plain number is a hint.
-            local_size: number(environment, self.local_size).or_else(|e| if self.only_with.is_empty() { Err(e) } else { Ok(None) })?,
+            local_size: number(environment, self.local_size)
+                .or_else(|e| if self.only_with.is_empty() { Err(e) } else { Ok(None) })?,
             cross_rank: number(environment, self.cross_rank)?,
             cross_size: number(environment, self.cross_size)?,
         };
@@ -182,12 +196,28 @@ impl Family {
         ))
     }
 
-    fn check(&self, rank_name: &str, rank: Option<u32>, size_name: &str, part: Option<u32>, size: u32) -> Result<()> {
-        if let (Some(rank), Some(part)) = (rank, part) && rank >= part {
-            return Err(Error::usage(format!("{rank_name}={rank} with {size_name}={part}: it must be below")));
+    fn check(
+        &self,
+        rank_name: &str,
+        rank: Option<u32>,
+        size_name: &str,
+        part: Option<u32>,
+        size: u32,
+    ) -> Result<()> {
+        if let (Some(rank), Some(part)) = (rank, part)
+            && rank >= part
+        {
+            return Err(Error::usage(format!(
+                "{rank_name}={rank} with {size_name}={part}: it must be below"
+            )));
         }
-        if let Some(part) = part && (part == 0 || part > size) {
-            return Err(Error::usage(format!("{size_name}={part} with {}={size}: it must be 1 to {size}", self.size)));
+        if let Some(part) = part
+            && (part == 0 || part > size)
+        {
+            return Err(Error::usage(format!(
+                "{size_name}={part} with {}={size}: it must be 1 to {size}",
+                self.size
+            )));
         }
         Ok(())
     }
@@ -246,7 +276,9 @@ impl Meeting {
     fn parse(text: &str, environment: &Environment, secret: bool, one_host: bool) -> Result<Meeting> {
         if let Some(path) = text.strip_prefix("file://") {
             if !path.starts_with('/') {
-                return Err(Error::usage(format!("CAROLE_RENDEZVOUS={text}: a file is named as file:///PATH")));
+                return Err(Error::usage(format!(
+                    "CAROLE_RENDEZVOUS={text}: a file is named as file:///PATH"
+                )));
             }
             return match (secret, one_host) {
                 (true, _) => Ok(Meeting::File(PathBuf::from(path))),
@@ -267,7 +299,9 @@ impl Meeting {
             return if secret { Ok(Meeting::Service(addresses)) } else { Err(no_secret(text)) };
         }
         let [address] = addresses.as_slice() else {
-            return Err(Error::usage(format!("CAROLE_RENDEZVOUS={text}: rank 0 serves at one HOST:PORT, not at several")));
+            return Err(Error::usage(format!(
+                "CAROLE_RENDEZVOUS={text}: rank 0 serves at one HOST:PORT, not at several"
+            )));
         };
         match secret {
             true => Ok(Meeting::RankZero(address.clone())),
@@ -290,7 +324,9 @@ fn port_from_torch(environment: &Environment) -> Result<u16> {
         return parse_port("CAROLE_RENDEZVOUS_PORT", text);
     }
     let Some(text) = environment.get("MASTER_PORT") else {
-        return Err(Error::usage("MASTER_ADDR is set but MASTER_PORT is not: set MASTER_PORT too, or CAROLE_RENDEZVOUS=HOST:PORT"));
+        return Err(Error::usage(
+            "MASTER_ADDR is set but MASTER_PORT is not: set MASTER_PORT too, or CAROLE_RENDEZVOUS=HOST:PORT",
+        ));
     };
     let port = parse_port("MASTER_PORT", text)?;
     port.checked_add(PORT_ABOVE_TORCH).ok_or_else(|| {
@@ -308,7 +344,11 @@ fn parse_port(name: &str, text: &str) -> Result<u16> {
 }
 
 fn join(host: &str, port: u16) -> String {
-    if host.contains(':') && !host.starts_with('[') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    if host.contains(':') && !host.starts_with('[') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
 }
 
 fn check_address(address: &str) -> Result<()> {

@@ -56,8 +56,9 @@ impl Secret {
     /// A new secret from the kernel's generator.
     pub fn mint() -> Result<Secret> {
         let mut bytes = Bytes([0; SECRET_BYTES]);
-        getrandom::fill(&mut bytes.0)
-            .map_err(|e| Error::usage(format!("cannot mint a job secret: the kernel gave no random bytes: {e}")))?;
+        getrandom::fill(&mut bytes.0).map_err(|e| {
+            Error::usage(format!("cannot mint a job secret: the kernel gave no random bytes: {e}"))
+        })?;
         Ok(Secret(Arc::new(bytes)))
     }
 
@@ -111,7 +112,10 @@ impl Secret {
         }
         if facts.mode() & 0o077 != 0 {
             let mode = facts.mode() & 0o777;
-            return Err(refuse(format!("has mode {mode:04o}, so others can use it; run: chmod 600 {}", path.display())));
+            return Err(refuse(format!(
+                "has mode {mode:04o}, so others can use it; run: chmod 600 {}",
+                path.display()
+            )));
         }
         read_hex(file).map_err(refuse)
     }

@@ -144,16 +144,20 @@ fn open(bind: &Bind, litter: &mut Litter) -> Result<(Vec<Door>, Vec<SocketAddr>)
     let mut addresses = Vec::new();
     for listener in &listeners {
         let reachable = listener.local_addr().and_then(|local| listen::reachable(local, &[]));
-        addresses.extend(reachable.map_err(|e| Error::usage(format!("cannot list this host's addresses: {e}")))?);
+        addresses
+            .extend(reachable.map_err(|e| Error::usage(format!("cannot list this host's addresses: {e}")))?);
     }
     addresses.sort_by_key(|address| address.ip().is_loopback());
     Ok((listeners.into_iter().map(Door::Tcp).collect(), addresses))
 }
 
 fn open_private(directory: &Path, litter: &mut Litter) -> Result<Door> {
-    let refuse = |why: String| Error::usage(format!("the rendezvous directory {}: {why}", directory.display()));
+    let refuse =
+        |why: String| Error::usage(format!("the rendezvous directory {}: {why}", directory.display()));
     match std::fs::DirBuilder::new().mode(0o700).create(directory) {
-        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(refuse(format!("cannot be made: {e}"))),
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(refuse(format!("cannot be made: {e}")));
+        }
         _ => check_private(directory).map_err(refuse)?,
     }
     let path = directory.join(PRIVATE_SOCKET);
@@ -224,8 +228,10 @@ fn disagreement(registered: &[(u32, &[Knob])]) -> Option<String> {
         if by_value.len() == 1 && said == registered.len() {
             continue;
         }
-        let mut parts: Vec<String> =
-            by_value.iter().map(|(value, ranks)| format!("{} on {}", quote(value), name_ranks(ranks))).collect();
+        let mut parts: Vec<String> = by_value
+            .iter()
+            .map(|(value, ranks)| format!("{} on {}", quote(value), name_ranks(ranks)))
+            .collect();
         if said < registered.len() {
             let silent: Vec<u32> = registered
                 .iter()
@@ -234,7 +240,10 @@ fn disagreement(registered: &[(u32, &[Knob])]) -> Option<String> {
                 .collect();
             parts.push(format!("unknown on {}", name_ranks(&silent)));
         }
-        return Some(format!("{name} must be the same on all ranks, but it is {}; set it alike", parts.join(", ")));
+        return Some(format!(
+            "{name} must be the same on all ranks, but it is {}; set it alike",
+            parts.join(", ")
+        ));
     }
     None
 }

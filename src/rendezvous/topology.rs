@@ -46,10 +46,12 @@ impl Topology {
             hosts[host].push(card.rank);
         }
         let mut contradictions = Vec::new();
-        let mut ranks = vec![Coordinates { host: 0, local_rank: 0, cross_rank: 0, cross_size: 0 }; table.cards.len()];
+        let mut ranks =
+            vec![Coordinates { host: 0, local_rank: 0, cross_rank: 0, cross_size: 0 }; table.cards.len()];
         for (host, members) in hosts.iter().enumerate() {
             for (rank, local_rank) in local_ranks(table, members, &mut contradictions) {
-                ranks[rank.0 as usize] = Coordinates { host: host as u32, local_rank, cross_rank: 0, cross_size: 0 };
+                ranks[rank.0 as usize] =
+                    Coordinates { host: host as u32, local_rank, cross_rank: 0, cross_size: 0 };
             }
         }
         let widest = hosts.iter().map(Vec::len).max().unwrap_or(0);
@@ -94,7 +96,9 @@ fn local_ranks(table: &Table, members: &[Rank], contradictions: &mut Vec<String>
     if fits {
         return members.iter().map(|rank| (*rank, hint(rank).local_rank.expect("it fits"))).collect();
     }
-    if let Some(rank) = members.iter().find(|rank| hint(rank).local_rank.is_some() || hint(rank).local_size.is_some()) {
+    if let Some(rank) =
+        members.iter().find(|rank| hint(rank).local_rank.is_some() || hint(rank).local_size.is_some())
+    {
         let hints = hint(rank);
         let text = |v: Option<u32>| v.map_or("unset".to_owned(), |v| v.to_string());
         contradictions.push(format!(
@@ -153,7 +157,8 @@ mod tests {
     fn given_local_ranks_are_kept_where_they_fit() {
         let mut table = table(&["a", "a"]);
         for (rank, local) in [(0, 1), (1, 0)] {
-            table.cards[rank].hints = Hints { local_rank: Some(local), local_size: Some(2), ..Hints::default() };
+            table.cards[rank].hints =
+                Hints { local_rank: Some(local), local_size: Some(2), ..Hints::default() };
         }
         let topology = Topology::of(&table);
         assert_eq!(topology.ranks[0].local_rank, 1);

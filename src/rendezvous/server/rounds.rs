@@ -104,7 +104,9 @@ impl Rounds {
             return refuse(reason);
         }
         if !self.open.contains_key(&epoch.0) && self.open.len() == ROUNDS_MAX {
-            return refuse(format!("ranks register for more than {ROUNDS_MAX} different epochs; start the job again"));
+            return refuse(format!(
+                "ranks register for more than {ROUNDS_MAX} different epochs; start the job again"
+            ));
         }
         let deadline = now + self.start_timeout;
         let round = self.open.entry(epoch.0).or_insert_with(|| Round { deadline, ranks: BTreeMap::new() });

@@ -44,7 +44,7 @@ struct Connection {
 }
 
 enum Stage {
-    Proving(Handshake),
+    Proving(Box<Handshake>),
     Length { rank: Rank, epoch: Epoch },
     Body { rank: Rank, epoch: Epoch, len: usize },
     Registered,
@@ -132,7 +132,12 @@ impl Service {
             match accepted {
                 Ok((stream, from)) => self.admit(stream, from),
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock) => return,
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)) => {
+                Err(e)
+                    if matches!(
+                        e.raw_os_error(),
+                        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+                    ) =>
+                {
                     (self.options.warn)(&format!("the rendezvous service cannot accept connections: {e}"));
                     if self.watch_doors(false).is_ok() {
                         self.relief = Some(Instant::now() + Duration::from_millis(RELIEF_MS));
@@ -174,7 +179,7 @@ impl Service {
             return;
         }
         let deadline = Instant::now() + Duration::from_millis(HANDSHAKE_MS);
-        let stage = Stage::Proving(handshake);
+        let stage = Stage::Proving(Box::new(handshake));
         self.connections.insert(number, Connection { channel, from, stage, deadline, watching_write: false });
         self.timed.insert(number);
         self.advance(number);
@@ -185,7 +190,8 @@ impl Service {
         let grace = Duration::from_millis(HANDSHAKE_MS.saturating_sub(super::GREETING_MS));
         let silent = self.timed.iter().copied().find(|number| {
             let connection = &self.connections[number];
-            matches!(&connection.stage, Stage::Proving(h) if !h.greeted()) && connection.deadline <= Instant::now() + grace
+            matches!(&connection.stage, Stage::Proving(h) if !h.greeted())
+                && connection.deadline <= Instant::now() + grace
         });
         silent.map(|number| self.close(number)).is_some()
     }
@@ -235,7 +241,9 @@ impl Service {
     fn watch_write(&mut self, number: Number) {
         let Some(connection) = self.connections.get_mut(&number) else { return };
         let wants = connection.channel.wants_write();
-        if wants != connection.watching_write && self.reactor.change(&connection.channel, number, wants).is_ok() {
+        if wants != connection.watching_write
+            && self.reactor.change(&connection.channel, number, wants).is_ok()
+        {
             connection.watching_write = wants;
         }
     }
@@ -276,14 +284,20 @@ impl Connection {
         loop {
             match &mut self.stage {
                 Stage::Proving(handshake) => {
-                    if !self.channel.prove(handshake).map_err(|e| handshake_note(handshake, &e.to_string()))? {
+                    if !self
+                        .channel
+                        .prove(handshake)
+                        .map_err(|e| handshake_note(handshake, &e.to_string()))?
+                    {
                         return Ok(None);
                     }
                     let peer = handshake.proven().expect("just proven");
                     self.stage = Stage::Length { rank: peer.rank, epoch: peer.epoch };
                 }
                 Stage::Length { rank, epoch } => {
-                    let Some(bytes) = self.channel.fill(LENGTH_BYTES).map_err(|_| None)? else { return Ok(None) };
+                    let Some(bytes) = self.channel.fill(LENGTH_BYTES).map_err(|_| None)? else {
+                        return Ok(None);
+                    };
                     let len = u32::from_le_bytes(bytes.try_into().expect("four bytes")) as usize;
                     if len > REGISTRATION_BYTES_MAX {
                         return Err(Some(format!("{rank} sent a registration of {len} bytes")));
