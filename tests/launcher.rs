@@ -289,7 +289,7 @@ fn start_family(name: &str, more: &[&str]) -> Job {
 fn nothing_is_left_when_the_launcher_is_killed() {
     let mut job = start_family("orphans", &[]);
     // Launcher, guard, and for each rank a shell and two sleeps.
-    assert_eq!(job.processes().len(), 8);
+    until("all processes of the job are seen", || job.processes().len() == 8);
     kill(job.pid(), "KILL");
     job.child.wait().unwrap();
     until("all processes of the job are gone", || job.processes().is_empty());
@@ -298,6 +298,7 @@ fn nothing_is_left_when_the_launcher_is_killed() {
 #[test]
 fn nothing_is_left_when_the_guard_is_killed() {
     let job = start_family("guardless", &[]);
+    until("all processes of the job are seen", || job.processes().len() == 8);
     let guard = job.processes().into_iter().find(|pid| {
         std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "carole-guard")
     });
@@ -406,7 +407,7 @@ fn bad_commands_and_arguments_get_clear_words() {
         (&["-np", "1", "-H", "elsewhere:2", "true"], 2, "ssh"),
         (&["-np", "1", "--transport", "mpi", "true"], 2, "no MPI"),
         (&["-np", "1", "--config-file", "/no/such/file", "true"], 2, "/no/such/file"),
-        (&["-np", "1", "--kill-after", "-1", "true"], 2, "kill-after"),
+        (&["-np", "1", "--kill-after=-1", "true"], 2, "kill-after"),
     ] {
         let output = run(arguments);
         let errors = text(&output.stderr);

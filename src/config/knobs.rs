@@ -135,7 +135,7 @@ knobs! {
     /// The congestion control of TCP connections, by the kernel's name for it (`cubic`, `bbr`, `dctcp`).
     tcp_congestion: Maybe<Text> = "auto", "CAROLE_TCP_CONGESTION", Local;
     /// Network interfaces (names or addresses) that TCP may use. `none` leaves the choice to a probe.
-    interfaces: List<Text> = "none", "CAROLE_INTERFACES", Local,
+    interfaces: List<Text> = "none", "CAROLE_INTERFACE", Local,
         "HOROVOD_GLOO_IFACE" => as_is;
     /// How long, in microseconds, a thread that waits spins before it sleeps. 0 sleeps at once, which the
     /// engine also does by itself where a host has more ranks than processors.
