@@ -164,12 +164,12 @@ knobs! {
     /// Allows connections off the loopback interface without a secret. Anyone who reaches the port can then
     /// read and change the job's data.
     insecure: Switch = "0", "CAROLE_INSECURE", Agreed;
-    /// Where ranks find each other: `host:port` of the rendezvous server, or `file:/path` in a directory that
-    /// all ranks see.
+    /// Where ranks find each other: `HOST:PORT` of the launcher's rendezvous server or of rank 0, or
+    /// `file:///PATH` on a file system that all ranks see.
     rendezvous: Maybe<Text> = "auto", "CAROLE_RENDEZVOUS", Local;
-    /// The port on which rank 0 serves the rendezvous under torchrun, whose own store has MASTER_PORT.
+    /// The port of rank 0's rendezvous when only its host is known (torchrun's MASTER_ADDR).
     rendezvous_port: Maybe<Small<1, 65535>> = "auto", "CAROLE_RENDEZVOUS_PORT", Local;
-    /// The name of the job, which tells jobs of one user on one host apart that were started without a launcher.
+    /// Tells jobs of one user on one host apart when nothing else does (no launcher, no rendezvous).
     job: Maybe<Text> = "auto", "CAROLE_JOB", Local;
     /// A file with the job's secret, readable by its owner only.
     secret_file: Maybe<FilePath> = "auto", "CAROLE_SECRET_FILE", Local;
