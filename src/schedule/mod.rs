@@ -25,6 +25,8 @@ pub struct Span {
     pub space: Space,
     /// Which chunks.
     pub chunks: Range<u32>,
+    /// The `i`-th chunk of the span is as long as data chunk `of + i` (for input and output: `chunks.start`).
+    pub of: u32,
 }
 
 /// What a step does. `to` and `from` are members of the set.
