@@ -138,14 +138,16 @@ def train_alone(options, network, data):
 def tolerance(network, steps):
     """How far the weights of two such trainings may be apart.
 
-    The mean of the ranks' gradients and the gradient of the whole batch are the same sum in another order, so each
-    gradient differs by a few units of float32 rounding (2**-24 of the sum of its terms' magnitudes). SGD adds up
-    one such difference per step; rounding errors are not one-sided and grow like the square root of their number,
-    and momentum 0.9 multiplies a steady difference by ten. Training amplifies early differences a little, too:
-    16 stands for that, and for sums whose terms cancel. All of this is float32, as the training is.
+    The mean of the ranks' gradients and the gradient of the whole batch are the same sum in another order, so they
+    differ by units of float32 rounding: 2**-24 of their size. So does each step, which rounds the new weight to
+    within 2**-24 of the weight; since a step changes a weight by far less than the weight itself, the latter is
+    the larger of the two. Roundings are not one-sided, so that they add up like the square root of the number of
+    steps. There are two trainings that round, and a factor of 8 is for the way in which training carries an early
+    difference on (where a ReLU turns on one side and not on the other, a rounding becomes a small step): 16 in
+    all. A gradient that is wrong in its third digit would show as a hundred times more.
     """
     largest = max(np.abs(weight).max() for weight in network.weights)
-    return np.float32(2**-24) * largest * np.sqrt(np.float32(steps)) * np.float32(10 * 16)
+    return np.float32(16 * 2**-24) * largest * np.sqrt(np.float32(steps))
 
 
 def compare(options, network, data):

@@ -89,6 +89,11 @@ fn view_interface(object: &Bound<'_, PyAny>, interface: &Bound<'_, PyAny>) -> Re
     let field = |name: &str| interface.get_item(name).map_err(text);
     let missing = |name: &str| format!("its __array_interface__ has no '{name}'");
     let typestr: String = field("typestr")?.ok_or_else(|| missing("typestr"))?.extract().map_err(text)?;
+    let foreign = if cfg!(target_endian = "little") { '>' } else { '<' };
+    if typestr.starts_with(foreign) {
+        let remedy = "pass x.astype(x.dtype.newbyteorder('='))";
+        return Err(format!("its bytes are in foreign order ('{typestr}'); {remedy}"));
+    }
     let dtype = dtype_of_typestr(object, &typestr)
         .ok_or_else(|| format!("its element type '{typestr}' has no counterpart ({})", dtype_name(object)))?;
     let shape: Vec<u64> = field("shape")?.ok_or_else(|| missing("shape"))?.extract().map_err(text)?;
@@ -151,12 +156,7 @@ fn dtype_name(object: &Bound<'_, PyAny>) -> String {
 }
 
 fn dtype_of_typestr(object: &Bound<'_, PyAny>, typestr: &str) -> Option<DType> {
-    let order = typestr.chars().next()?;
-    let foreign = if cfg!(target_endian = "little") { '>' } else { '<' };
-    if order == foreign || !typestr.is_ascii() {
-        return None;
-    }
-    Some(match &typestr[1..] {
+    Some(match typestr.get(1..)? {
         "b1" => DType::Bool,
         "u1" => DType::U8,
         "i1" => DType::I8,

@@ -58,7 +58,13 @@ pub fn submit<'py>(
         return Err(refuse(py, &call, reason));
     }
     let understood = call.understand().map_err(|reason| refuse(py, &call, &reason))?;
-    let outs = outs.unwrap_or_default();
+    let outs = match outs {
+        Some(outs) if outs.len() != tensors.len() => {
+            let reason = format!("{} outputs were given for {} inputs", outs.len(), tensors.len());
+            return Err(refuse(py, &call, &reason));
+        }
+        outs => outs.unwrap_or_default(),
+    };
     let views = view_all(&tensors, &outs, &understood, set).map_err(|reason| refuse(py, &call, &reason))?;
     let arguments: Vec<TensorArg<'_>> = views
         .inputs
@@ -262,9 +268,6 @@ fn view_all(
     call: &Understood,
     set: u32,
 ) -> Result<Views, String> {
-    if !outs.is_empty() && outs.len() != tensors.len() {
-        return Err(format!("{} outputs were given for {} inputs", outs.len(), tensors.len()));
-    }
     let mut views = Views::default();
     for (i, tensor) in tensors.iter().enumerate() {
         let (input, keep) = array::view(tensor)?;

@@ -71,11 +71,12 @@ def _submit(
     splits: Optional[Sequence[int]] = None,
 ) -> Handle:
     refused = None
-    if not isinstance(tensors, list):
+    if not single:
         try:
             tensors = list(tensors)
+            outs = None if outs is None else list(outs)
         except TypeError:
-            refused, tensors = "a grouped operation takes a list of arrays", []
+            refused, tensors, outs = "a grouped operation takes lists of arrays", [], None
     if not single and not tensors and refused is None:
         refused = "a grouped operation takes at least one array"
     return _native.submit(
