@@ -5,7 +5,7 @@ use super::operation::{self, OutputTensor, Sizes};
 use super::plan::{Action, BatchShape, Plan, dealt_bytes};
 use crate::coordinator::{Agreed, OpId};
 use crate::device::{Device, DeviceOrder, Reduction, Token};
-use crate::error::{Broken, Cause, Error};
+use crate::error::{Cause, Error};
 use crate::fusion::Batch;
 use crate::layout::scratch_region;
 use crate::memory::{OwnedBytes, Piece, PieceRange, Region, RunId};
@@ -55,15 +55,15 @@ const SCRATCH_KEPT: usize = 8;
 
 impl Engine {
     /// Starts one batch of an agreed cut.
-    pub(super) fn start_batch(&mut self, set: SetId, cut: &[Agreed], batch: &Batch) {
+    pub(super) fn start_batch(&mut self, set: SetId, cut: &[Agreed], batch: &Batch<'_>) {
         let mut flight = self.spare_flights.pop().unwrap_or_default();
         let process_set = &self.sets[&set];
         let (me, size) = (process_set.me(), process_set.size());
-        let first = &cut[batch.parts[0].item];
+        let first = &cut[batch.operation as usize];
         let signature = Arc::clone(&first.signature);
         let root = if signature.collective.has_root() { process_set.member_of(signature.root).unwrap_or(0) } else { 0 };
         let hosts = Arc::clone(&process_set.hosts);
-        let dtype = signature.tensors[batch.parts[0].tensor].dtype;
+        let dtype = signature.tensors[batch.parts[0].tensor as usize].dtype;
         let reduction = Reduction { dtype, op: signature.op };
 
         flight.set = set;
@@ -73,12 +73,12 @@ impl Engine {
         flight.stand_ins.clear();
         flight.identity = None;
         let mut total_bytes = 0;
-        for part in &batch.parts {
-            let agreed = &cut[part.item];
-            let sizes = operation::sizes(agreed, part.tensor, me, size, root);
-            total_bytes += push_bytes(agreed, part.tensor, me, size, &mut flight.bytes);
+        for part in batch.parts {
+            let agreed = &cut[part.operation as usize];
+            let sizes = operation::sizes(agreed, part.tensor as usize, me, size, root);
+            total_bytes += push_bytes(agreed, part.tensor as usize, me, size, &mut flight.bytes);
             match agreed.op {
-                Some(op) => self.take_tensor(op, part.tensor, dtype, sizes, &mut flight.regions),
+                Some(op) => self.take_tensor(op, part.tensor as usize, dtype, sizes, &mut flight.regions),
                 None => stand_in(&sizes, reduction, signature.collective, &mut flight),
             }
             flight.ops.push(agreed.op);
@@ -290,8 +290,7 @@ impl Engine {
 
     /// Ends the epoch because something failed here.
     pub(super) fn break_epoch_with(&mut self, culprit: Option<Rank>, cause: Cause) {
-        let broken = Broken { epoch: self.epoch, culprit, cause };
-        self.membership_abort(broken);
+        self.membership.break_here(culprit, cause);
     }
 
     /// Fails everything in flight and withdraws it from the links.

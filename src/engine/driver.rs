@@ -99,17 +99,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Driver {
-    /// Starts driving. `make` builds the engine, given the moment that its clock shows; `waker` is the eventfd
+    /// Starts driving. `make` builds the engine, `waker` is the eventfd
     /// that peers and the porter write.
     pub fn start(
         waker: Waker,
         handles: Arc<Handles>,
         patience: Patience,
-        make: impl FnOnce(Time) -> Engine,
+        make: impl FnOnce() -> Engine,
     ) -> std::io::Result<Driver> {
         let origin = Instant::now();
         let shared = Arc::new(Shared {
-            engine: Mutex::new(make(Time(0))),
+            engine: Mutex::new(make()),
             handles,
             mail: Mutex::default(),
             has_mail: AtomicBool::new(false),
@@ -171,6 +171,11 @@ impl Driver {
         }
     }
 
+    /// Gives up a handle.
+    pub fn abandon(&self, handle: u64) {
+        self.shared.handles.abandon(handle);
+    }
+
     /// Reads something from the engine.
     pub fn with<T>(&self, read: impl FnOnce(&mut Engine) -> T) -> T {
         read(&mut lock(&self.shared.engine))
@@ -182,7 +187,7 @@ impl Driver {
         let index = self.shared.handles.index(handle).ok()?;
         // Not while another caller holds the baton in its sleep: an explanation is not worth a hang.
         let engine = self.shared.engine.try_lock().ok()?;
-        engine.explain(OpId(index))
+        engine.explain(OpId(index), self.shared.now())
     }
 
     /// Says goodbye, lets it leave for a bounded time, and stops.
@@ -190,7 +195,7 @@ impl Driver {
         self.stop_background();
         let mut engine = lock(&self.shared.engine);
         let now = self.shared.now();
-        engine.leave(now);
+        engine.leave();
         let limit = now.after_ns(limits::SHUTDOWN_MS * 1_000_000);
         loop {
             let moved = self.shared.turn(&mut engine);
@@ -253,7 +258,7 @@ impl Shared {
             moved
         }));
         outcome.unwrap_or_else(|panic| {
-            self.fail(engine, &panic);
+            self.fail(engine, &*panic);
             false
         })
     }
@@ -267,16 +272,17 @@ impl Shared {
         }
     }
 
-    fn fail(&self, engine: &mut Engine, panic: &Box<dyn Any + Send>) {
+    fn fail(&self, engine: &mut Engine, panic: &(dyn Any + Send)) {
         let text = panic.downcast_ref::<&str>().map(ToString::to_string);
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic".into());
-        let broken = Broken { epoch: engine.epoch, culprit: Some(engine.me), cause: Cause::Aborted(text) };
-        let error = Error::Broken(Arc::new(broken.clone()));
+        let cause = Cause::Aborted(text);
+        let broken = Broken { epoch: engine.epoch, culprit: Some(engine.me), cause: cause.clone() };
+        let error = Error::Broken(Arc::new(broken));
         *lock(&self.failure) = Some(error.clone());
         let now = self.now();
         // The invariant that broke may be anywhere; what can still be done is done, each part by itself.
         let _ = catch_unwind(AssertUnwindSafe(|| {
-            engine.membership_abort(broken);
+            engine.membership.break_here(Some(engine.me), cause);
             engine.turn(now);
         }));
         let _ = catch_unwind(AssertUnwindSafe(|| self.report(engine)));

@@ -40,8 +40,10 @@ pub struct Links {
 pub enum LinkChange {
     /// It is up.
     Up(Rank),
-    /// It is dead, or never came up.
+    /// It was up and is dead.
     Down(Rank, Cause),
+    /// It could not be made.
+    Unreachable(Rank, Cause),
 }
 
 impl Links {
@@ -136,10 +138,12 @@ impl Links {
 
     fn fall(&mut self, peer: Rank, cause: Cause, changes: &mut Vec<LinkChange>) {
         let slot = &mut self.slots[peer.0 as usize];
-        if !matches!(slot, Slot::Dead) {
-            *slot = Slot::Dead;
-            self.up.retain(|&p| p != peer);
-            changes.push(LinkChange::Down(peer, cause));
+        let was = std::mem::replace(slot, Slot::Dead);
+        self.up.retain(|&p| p != peer);
+        match was {
+            Slot::Dead => {}
+            Slot::Up(_) => changes.push(LinkChange::Down(peer, cause)),
+            Slot::None | Slot::Requested(_) => changes.push(LinkChange::Unreachable(peer, cause)),
         }
     }
 

@@ -17,10 +17,10 @@ mod sets;
 
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
 
-use crate::coordinator::{OpId, Rules, SubmitError};
+use crate::coordinator::{self, OpId, Rules};
 use crate::device::host::HostDevice;
 use crate::error::{Broken, Cause, Error, Result};
-use crate::fusion::{Fusion, FusionRules};
+use crate::fusion::{self, Fusion};
 use crate::limits;
 use crate::membership::{self, Membership};
 use crate::memory::{Memory, OwnedBytes};
@@ -49,7 +49,7 @@ pub struct EngineSetup {
     /// How coordinators behave.
     pub agreement: Rules,
     /// How agreed operations are batched.
-    pub fusion: FusionRules,
+    pub fusion: fusion::Rules,
     /// How algorithms are chosen.
     pub plans: PlanRules,
     /// When silence is taken for death.
@@ -115,7 +115,7 @@ pub struct Engine {
 impl Engine {
     /// An engine whose global set holds all ranks of `setup`.
     #[must_use]
-    pub fn new(setup: EngineSetup, fabric: Box<dyn Fabric>, now: Time) -> Engine {
+    pub fn new(setup: EngineSetup, fabric: Box<dyn Fabric>) -> Engine {
         let size = setup.hosts.len() as u32;
         let mut engine = Engine {
             me: setup.me,
@@ -127,7 +127,7 @@ impl Engine {
             fusion: Fusion::default(),
             sets: BTreeMap::new(),
             next_set: 0,
-            membership: Membership::new(setup.epoch, setup.me, setup.membership.clone(), now),
+            membership: Membership::new(setup.epoch, setup.me, size, setup.membership),
             ops: HashMap::new(),
             spare_ops: Vec::new(),
             flights: Vec::new(),
@@ -158,29 +158,17 @@ impl Engine {
         self.admit(submission.set, submission.op)?;
         let coordinator = self.coordinator_of(submission.set).expect("admitted sets have a coordinator");
         let accepted = coordinator.submit(
-            submission.op,
-            submission.name,
-            submission.signature,
-            submission.call,
-            submission.refused,
-            submission.hold,
+            coordinator::Submission {
+                op: submission.op,
+                name: submission.name,
+                hold_if_busy: submission.hold,
+                signature: submission.signature,
+                call: submission.call,
+                refused: submission.refused,
+            },
             now,
         );
-        match accepted {
-            Ok(()) => {}
-            Err(SubmitError::DuplicateName) => {
-                return Err(Error::usage(format!(
-                    "'{}' is in flight already on {}; wait for it first, or give the second operation another name",
-                    submission.name, self.me
-                )));
-            }
-            Err(SubmitError::TooMany) => {
-                return Err(Error::usage(format!(
-                    "{} operations are in flight in this process set; wait for some of them first",
-                    limits::IN_FLIGHT_MAX
-                )));
-            }
-        }
+        accepted.map_err(|error| Error::usage(format!("'{}' on {}: {error}", submission.name, self.me)))?;
         let mut operation = self.spare_ops.pop().unwrap_or_default();
         operation.set = submission.set;
         operation.tensors.clear();
@@ -221,7 +209,8 @@ impl Engine {
             moved = true;
             match change {
                 LinkChange::Up(peer) => self.membership.link_up(peer, now),
-                LinkChange::Down(peer, cause) => self.membership.link_down(peer, cause, now),
+                LinkChange::Down(peer, cause) => self.membership.link_down(peer, cause),
+                LinkChange::Unreachable(peer, cause) => self.membership.unreachable(peer, cause),
             }
         }
         self.changes = changes;
@@ -242,8 +231,13 @@ impl Engine {
             LinkEvent::Control(range) => {
                 let outcome = match wire::Message::decode(&control[range.clone()]) {
                     Ok(wire::Message::Coordination { set, body }) => self.coordinate(peer, set, body, now),
-                    Ok(other) => {
-                        self.membership.receive(peer, &other, now);
+                    Ok(wire::Message::Heartbeat) => Ok(()),
+                    Ok(wire::Message::Goodbye(who)) => {
+                        self.membership.goodbye(peer, who);
+                        Ok(())
+                    }
+                    Ok(wire::Message::Abort(broken)) => {
+                        self.membership.abort(peer, broken);
                         Ok(())
                     }
                     Err(malformed) => Err(Cause::Misbehaved(malformed.0.to_string())),
@@ -290,11 +284,10 @@ impl Engine {
         while let Some(intent) = self.membership.poll() {
             moved = true;
             match intent {
-                membership::Intent::Tell { to, message } => {
-                    let mut encoded = std::mem::take(&mut self.encoded);
-                    message.encode(&mut encoded);
-                    self.links.tell_if_known(to, &encoded);
-                    self.encoded = encoded;
+                membership::Intent::Heartbeat(to) => self.say(to, &wire::Message::Heartbeat),
+                membership::Intent::Goodbye { to, who } => self.say(to, &wire::Message::Goodbye(who)),
+                membership::Intent::Abort { to, broken } => {
+                    self.say(to, &wire::Message::Abort(Broken::clone(&broken)));
                 }
                 membership::Intent::Broke(broken) => {
                     let error = Error::Broken(broken);
@@ -310,15 +303,20 @@ impl Engine {
         moved
     }
 
-    fn membership_abort(&mut self, broken: Broken) {
-        self.membership.abort(broken);
+    fn say(&mut self, to: Rank, message: &wire::Message<'_>) {
+        message.encode(&mut self.encoded);
+        self.links.tell_if_known(to, &self.encoded);
     }
 
     /// Says goodbye to everybody. Operations in flight end with [`Error::Shutdown`].
-    pub fn leave(&mut self, now: Time) {
+    pub fn leave(&mut self) {
         self.fail_all(&Error::Shutdown(None));
-        self.membership.leave(now);
-        self.turn_membership(now);
+        if self.broken.is_none() {
+            for place in 0..self.links.up().len() {
+                let to = self.links.up()[place];
+                self.say(to, &wire::Message::Goodbye(self.me));
+            }
+        }
         self.broken.get_or_insert(Error::Shutdown(None));
     }
 
@@ -414,10 +412,10 @@ impl Engine {
 
     /// What an operation waits for, in words.
     #[must_use]
-    pub fn explain(&self, op: OpId) -> Option<String> {
+    pub fn explain(&self, op: OpId, now: Time) -> Option<String> {
         let operation = self.ops.get(&op)?;
         let coordinator = self.sets.get(&operation.set)?.coordinator.as_ref()?;
-        Some(coordinator.explain(op))
+        Some(coordinator.explain(op, now))
     }
 
     /// The transport of the link to a peer, if it is up.

@@ -8,7 +8,7 @@ use crate::device::{DeviceOrder, Finish, Reduction};
 use crate::layout::{Cut, Extent, Layout, dealt_rows, input_region, output_region};
 use crate::memory::{Piece, PieceRange};
 use crate::run::Program;
-use crate::schedule::{Builder, Schedule, Span, Verb};
+use crate::schedule::{Schedule, Span, Verb};
 use crate::select::select;
 use crate::types::{Collective, DType, ReduceOp, Scale};
 use std::collections::HashMap;
@@ -150,9 +150,7 @@ fn make(shape: &BatchShape<'_>, rules: &PlanRules) -> Plan {
         strict: rules.strict,
     };
     let choice = select(&query, &rules.prices, rules.forced.as_deref(), rules.window_bytes);
-    let mut builder = Builder::new(shape.me, &query, choice.chunks);
-    (choice.algorithm.build)(&mut builder, &query);
-    let schedule = builder.finish_schedule();
+    let schedule = choice.algorithm.schedule(shape.me, &query);
     let layout = layout(shape, choice.chunks);
     let program = Arc::new(Program::new(&schedule, choice.windows, WINDOWS_IN_FLIGHT));
     let stride = layout.scratch_stride(choice.windows);

@@ -46,10 +46,11 @@ impl Engine {
         let member = ranks.binary_search(&self.me).ok().map(|m| Member(m as u32));
         let coordinator = member.map(|me| {
             Coordinator::new(Setup {
+                set: id,
                 me,
                 ranks: Arc::clone(&ranks),
                 hosts: Arc::clone(&hosts),
-                rules: self.setup.agreement.clone(),
+                rules: self.setup.agreement,
             })
         });
         if let Some(coordinator) = &coordinator {
@@ -143,8 +144,9 @@ impl Engine {
             }
         }
         let mut fusion = std::mem::take(&mut self.fusion);
-        for batch in fusion.fuse(cut, &self.setup.fusion) {
-            self.start_batch(id, cut, batch);
+        fusion.fuse(cut, self.setup.fusion);
+        for batch in fusion.batches().filter(|batch| !batch.parts.is_empty()) {
+            self.start_batch(id, cut, &batch);
         }
         self.fusion = fusion;
     }
