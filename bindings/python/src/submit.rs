@@ -20,6 +20,8 @@ struct Call<'a, 'py> {
     root: &'a Bound<'py, PyAny>,
     join_average: &'a Bound<'py, PyAny>,
     splits: Option<&'a Bound<'py, PyAny>>,
+    /// Whether the caller waits at once, so that no other thread need be woken to drive.
+    waits: bool,
 }
 
 /// The same arguments, understood.
@@ -34,7 +36,7 @@ struct Understood {
 
 /// Submits an operation on arrays.
 #[pyfunction]
-#[pyo3(signature = (collective, tensors, outs, single, name, set, op, pre, post, root, join_average, splits, refused=None))]
+#[pyo3(signature = (collective, tensors, outs, single, name, set, op, pre, post, root, join_average, splits, refused=None, waits=false))]
 #[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
 pub fn submit<'py>(
     py: Python<'py>,
@@ -51,8 +53,9 @@ pub fn submit<'py>(
     join_average: &Bound<'py, PyAny>,
     splits: Option<&Bound<'py, PyAny>>,
     refused: Option<&str>,
+    waits: bool,
 ) -> PyResult<Handle> {
-    let call = Call { collective, name, set, op, pre, post, root, join_average, splits };
+    let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits };
     release_finished();
     if let Some(reason) = refused {
         return Err(refuse(py, &call, reason));
@@ -87,7 +90,7 @@ pub fn submit<'py>(
 /// Submits an operation on memory that the caller vouches for: each tensor is (input address, output address or
 /// 0, type code, shape), and `keep` keeps all of them alive.
 #[pyfunction]
-#[pyo3(signature = (collective, tensors, keep, name, set, op, pre, post, root, splits, refused=None))]
+#[pyo3(signature = (collective, tensors, keep, name, set, op, pre, post, root, splits, refused=None, waits=false))]
 #[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
 pub fn submit_raw<'py>(
     py: Python<'py>,
@@ -102,9 +105,10 @@ pub fn submit_raw<'py>(
     root: &Bound<'py, PyAny>,
     splits: Option<&Bound<'py, PyAny>>,
     refused: Option<&str>,
+    waits: bool,
 ) -> PyResult<Handle> {
     let size = pyo3::types::PyString::new(py, "size").into_any();
-    let call = Call { collective, name, set, op, pre, post, root, join_average: &size, splits };
+    let call = Call { collective, name, set, op, pre, post, root, join_average: &size, splits, waits };
     release_finished();
     if let Some(reason) = refused {
         return Err(refuse(py, &call, reason));
@@ -214,7 +218,14 @@ impl Call<'_, '_> {
         };
         // SAFETY: `keep` holds all memory where it is until the operation has an outcome; that Python code
         // does not write inputs or touch outputs meanwhile is its documented duty.
-        unsafe { runtime::submit(&request, Some(keep)) }.map_err(|error| errors::to_python(py, &error))
+        let handle = unsafe {
+            if self.waits {
+                runtime::submit_to_wait(&request, Some(keep))
+            } else {
+                runtime::submit(&request, Some(keep))
+            }
+        };
+        handle.map_err(|error| errors::to_python(py, &error))
     }
 }
 

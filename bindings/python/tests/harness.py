@@ -18,7 +18,7 @@ import time
 import traceback
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Collection, Dict, List, Optional
 
 TIMEOUT_S = 60.0
 
@@ -45,9 +45,9 @@ def run(
     init: bool = True,
     env: Optional[Dict[str, str]] = None,
     timeout_s: float = TIMEOUT_S,
-    may_die: bool = False,
+    may_die: Collection[int] = (),
 ) -> List[Any]:
-    """Results in rank order. With `may_die`, a rank that ends without a result has None."""
+    """Results in rank order; None for a rank of `may_die` that ended without one."""
     path, name = body.__code__.co_filename, body.__name__
     job = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="carole-test-") as folder:
@@ -78,7 +78,7 @@ def run(
         for rank, process in enumerate(processes):
             file = Path(folder, f"result.{rank}")
             results.append(pickle.loads(file.read_bytes()) if file.exists() else None)
-            if rank not in late and not may_die and (process.returncode != 0 or not file.exists()):
+            if rank not in late and rank not in may_die and (process.returncode != 0 or not file.exists()):
                 bad.append(f"rank {rank} ended with {process.returncode}")
         if bad:
             for rank in range(size):

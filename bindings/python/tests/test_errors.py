@@ -273,7 +273,7 @@ def body_killed():
 
 
 def test_a_killed_rank_breaks_the_group_everywhere():
-    first, none, third = run(3, body_killed, may_die=True)
+    first, none, third = run(3, body_killed, may_die=[1])
     assert none is None
     assert first[0] == third[0] == 1
     assert first[1] == third[1] and "rank 1" in first[1]

@@ -54,6 +54,7 @@ def submit(
     join_average: Any,
     splits: Optional[Any],
     refused: Optional[str] = None,
+    waits: bool = False,
 ) -> Handle: ...
 def submit_raw(
     collective: int,
@@ -67,6 +68,7 @@ def submit_raw(
     root: Any,
     splits: Optional[Any],
     refused: Optional[str] = None,
+    waits: bool = False,
 ) -> Handle: ...
 def transfer(sending: bool, tensor: Any, peer: int, tag: int, set: int) -> Handle: ...
 def launch(arguments: Sequence[str]) -> int: ...

@@ -69,6 +69,7 @@ def _submit(
     root: int = 0,
     join_average: str = "size",
     splits: Optional[Sequence[int]] = None,
+    waits: bool = False,
 ) -> Handle:
     refused = None
     if not single:
@@ -81,7 +82,7 @@ def _submit(
         refused = "a grouped operation takes at least one array"
     return _native.submit(
         collective, tensors, outs, single, name, set_id(process_set), op, pre, post, root, join_average,
-        splits, refused,
+        splits, refused, waits,
     )  # fmt: skip
 
 
@@ -151,9 +152,9 @@ def allreduce(
     Returns:
         `out`, or a new array of the same shape and type.
     """
-    return allreduce_async(
-        tensor, op, name=name, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
-        process_set=process_set, join_average=join_average, out=out,
+    return _submit(
+        _ALLREDUCE, [tensor], outs=None if out is None else [out], name=name, process_set=process_set, op=op,
+        pre=prescale_factor, post=postscale_factor, join_average=join_average, waits=True,
     ).wait()  # fmt: skip
 
 
@@ -224,9 +225,9 @@ def grouped_allreduce(
 
     The arrays may differ in shape and type. Returns a list in their order.
     """
-    return grouped_allreduce_async(
-        tensors, op, name=name, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
-        process_set=process_set, join_average=join_average, out=out,
+    return _submit(
+        _ALLREDUCE, tensors, outs=out, single=False, name=name, process_set=process_set, op=op,
+        pre=prescale_factor, post=postscale_factor, join_average=join_average, waits=True,
     ).wait()  # fmt: skip
 
 
@@ -258,10 +259,10 @@ def grouped_allreduce_(
     join_average: str = "size",
 ) -> List[Any]:
     """`grouped_allreduce` in place."""
-    return grouped_allreduce_async_(
+    return grouped_allreduce(
         tensors, op, name=name, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
-        process_set=process_set, join_average=join_average,
-    ).wait()  # fmt: skip
+        process_set=process_set, join_average=join_average, out=tensors,
+    )  # fmt: skip
 
 
 def allgather_async(tensor: Any, *, name: Optional[str] = None, process_set: Set = None) -> Handle:
@@ -279,7 +280,7 @@ def allgather(tensor: Any, *, name: Optional[str] = None, process_set: Set = Non
     Returns:
         A new array, whose first dimension is the sum of all ranks' first dimensions.
     """
-    return allgather_async(tensor, name=name, process_set=process_set).wait()
+    return _submit(_ALLGATHER, [tensor], name=name, process_set=process_set, waits=True).wait()
 
 
 def grouped_allgather_async(
@@ -293,7 +294,9 @@ def grouped_allgather(
     tensors: Sequence[Any], *, name: Optional[str] = None, process_set: Set = None
 ) -> List[Any]:
     """`allgather` of several arrays as one operation. Returns a list in their order."""
-    return grouped_allgather_async(tensors, name=name, process_set=process_set).wait()
+    return _submit(
+        _ALLGATHER, tensors, single=False, name=name, process_set=process_set, waits=True
+    ).wait()
 
 
 def broadcast_async(
@@ -314,7 +317,10 @@ def broadcast(
         root: the rank whose values are sent: a rank of the whole job, in every process set.
         name, process_set, out: as for `allreduce`.
     """
-    return broadcast_async(tensor, root, name=name, process_set=process_set, out=out).wait()
+    outs = None if out is None else [out]
+    return _submit(
+        _BROADCAST, [tensor], outs=outs, root=root, name=name, process_set=process_set, waits=True
+    ).wait()
 
 
 def broadcast_async_(
@@ -326,7 +332,7 @@ def broadcast_async_(
 
 def broadcast_(tensor: Any, root: int = 0, *, name: Optional[str] = None, process_set: Set = None) -> Any:
     """`broadcast` in place: the root's values replace the contents of `tensor`, which is returned."""
-    return broadcast_async_(tensor, root, name=name, process_set=process_set).wait()
+    return broadcast(tensor, root, name=name, process_set=process_set, out=tensor)
 
 
 def reducescatter_async(
@@ -363,9 +369,9 @@ def reducescatter(
     The rows are dealt in rank order; where they do not divide evenly, the lower ranks get one row more.
     Arguments are those of `allreduce`; `out` has this rank's rows.
     """
-    return reducescatter_async(
-        tensor, op, name=name, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
-        process_set=process_set, join_average=join_average, out=out,
+    return _submit(
+        _REDUCESCATTER, [tensor], outs=None if out is None else [out], name=name, process_set=process_set,
+        op=op, pre=prescale_factor, post=postscale_factor, join_average=join_average, waits=True,
     ).wait()  # fmt: skip
 
 
@@ -397,9 +403,9 @@ def grouped_reducescatter(
     join_average: str = "size",
 ) -> List[Any]:
     """`reducescatter` of several arrays as one operation. Returns a list in their order."""
-    return grouped_reducescatter_async(
-        tensors, op, name=name, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
-        process_set=process_set, join_average=join_average,
+    return _submit(
+        _REDUCESCATTER, tensors, single=False, name=name, process_set=process_set, op=op,
+        pre=prescale_factor, post=postscale_factor, join_average=join_average, waits=True,
     ).wait()  # fmt: skip
 
 
@@ -432,7 +438,9 @@ def alltoall(
         The rows received, in rank order; with `splits`, a tuple of them and of how many rows came from each
         member (a list).
     """
-    return alltoall_async(tensor, splits, name=name, process_set=process_set).wait()
+    return _submit(
+        _ALLTOALL, [tensor], splits=splits, name=name, process_set=process_set, waits=True
+    ).wait()
 
 
 def reduce_async(
@@ -467,9 +475,9 @@ def reduce(
     out: Any = None,
 ) -> Any:
     """The reduction of all ranks' arrays, on the root; None on the others. Arguments are those of `allreduce`."""
-    return reduce_async(
-        tensor, root, op, name=name, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
-        process_set=process_set, join_average=join_average, out=out,
+    return _submit(
+        _REDUCE, [tensor], outs=None if out is None else [out], name=name, process_set=process_set, root=root,
+        op=op, pre=prescale_factor, post=postscale_factor, join_average=join_average, waits=True,
     ).wait()  # fmt: skip
 
 
@@ -482,7 +490,7 @@ def gather_async(
 
 def gather(tensor: Any, root: int = 0, *, name: Optional[str] = None, process_set: Set = None) -> Any:
     """All ranks' arrays joined along the first dimension, as by `allgather`, on the root; None on the others."""
-    return gather_async(tensor, root, name=name, process_set=process_set).wait()
+    return _submit(_GATHER, [tensor], root=root, name=name, process_set=process_set, waits=True).wait()
 
 
 def scatter_async(
@@ -504,7 +512,10 @@ def scatter(
         root, name, process_set: as for `broadcast`.
         out: an array for this rank's rows.
     """
-    return scatter_async(tensor, root, name=name, process_set=process_set, out=out).wait()
+    outs = None if out is None else [out]
+    return _submit(
+        _SCATTER, [tensor], outs=outs, root=root, name=name, process_set=process_set, waits=True
+    ).wait()
 
 
 def barrier_async(*, name: Optional[str] = None, process_set: Set = None) -> Handle:
@@ -514,7 +525,7 @@ def barrier_async(*, name: Optional[str] = None, process_set: Set = None) -> Han
 
 def barrier(*, name: Optional[str] = None, process_set: Set = None) -> None:
     """Returns when all ranks have entered."""
-    barrier_async(name=name, process_set=process_set).wait()
+    _submit(_BARRIER, [], name=name, process_set=process_set, waits=True).wait()
 
 
 def join_async(*, process_set: Set = None) -> Handle:
@@ -530,7 +541,7 @@ def join(*, process_set: Set = None) -> int:
     Returns:
         The last rank that joined.
     """
-    return join_async(process_set=process_set).wait()
+    return _submit(_JOIN, [], name=None, process_set=process_set, waits=True).wait()
 
 
 def send_async(tensor: Any, dest: int, tag: int = 0, *, process_set: Set = None) -> Handle:

@@ -109,6 +109,7 @@ def _submit(
     root: int = 0,
     splits: Optional[Sequence[int]] = None,
     refused: Optional[str] = None,
+    waits: bool = False,
 ) -> Handle:
     """`outputs` makes (or names) the tensors for the results once the inputs are found good; None lets the
     engine allocate. `finish` turns the raw outcome into the result; it also keeps the outputs alive."""
@@ -127,7 +128,7 @@ def _submit(
         for tensor, out in zip(inputs, where)
     ]
     native = _native.submit_raw(
-        collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits
+        collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits
     )
     return Handle(native, finish)
 
@@ -150,7 +151,7 @@ def _as_list(tensors: Any) -> Tuple[List[Any], Optional[str]]:
 
 
 def _allreduce(tensor: Any, output: Any, name: Optional[str], op: int, pre: float, post: float,
-               process_set: ProcessSet) -> Handle:  # fmt: skip
+               process_set: ProcessSet, waits: bool = False) -> Handle:  # fmt: skip
     made: List[torch.Tensor] = []
 
     def outputs() -> List[torch.Tensor]:
@@ -158,7 +159,8 @@ def _allreduce(tensor: Any, output: Any, name: Optional[str], op: int, pre: floa
         return made
 
     return _submit(
-        _ALLREDUCE, [tensor], outputs, lambda _: made[0], _named("allreduce", name), process_set, op, pre, post
+        _ALLREDUCE, [tensor], outputs, lambda _: made[0], _named("allreduce", name), process_set, op, pre, post,
+        waits=waits,
     )  # fmt: skip
 
 
@@ -190,8 +192,9 @@ def allreduce(tensor, average=None, name=None, compression=Compression.none, op=
 def allreduce_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
                process_set=global_process_set) -> torch.Tensor:  # fmt: skip
     """The reduction of all ranks' tensors, in place."""
+    op = handle_average_backwards_compatibility(op, average)
     return synchronize(
-        allreduce_async_(tensor, average, name, op, prescale_factor, postscale_factor, process_set)
+        _allreduce(tensor, tensor, name, op, prescale_factor, postscale_factor, process_set, True)
     )
 
 
@@ -305,8 +308,8 @@ def grouped_allgather(tensors, name=None, process_set=global_process_set) -> Lis
 # --- broadcast ---
 
 
-def _broadcast(tensor: Any, output: Any, root_rank: int, name: Optional[str],
-               process_set: ProcessSet) -> Handle:  # fmt: skip
+def _broadcast(tensor: Any, output: Any, root_rank: int, name: Optional[str], process_set: ProcessSet,
+               waits: bool = False) -> Handle:  # fmt: skip
     made: List[torch.Tensor] = []
 
     def outputs() -> List[torch.Tensor]:
@@ -315,7 +318,7 @@ def _broadcast(tensor: Any, output: Any, root_rank: int, name: Optional[str],
 
     return _submit(
         _BROADCAST, [tensor], outputs, lambda _: made[0], _named("broadcast", name), process_set,
-        root=root_rank,
+        root=root_rank, waits=waits,
     )  # fmt: skip
 
 
@@ -336,7 +339,7 @@ def broadcast(tensor, root_rank, name=None, process_set=global_process_set) -> t
 
 def broadcast_(tensor, root_rank, name=None, process_set=global_process_set) -> torch.Tensor:
     """The root's tensor, in place."""
-    return synchronize(broadcast_async_(tensor, root_rank, name, process_set))
+    return synchronize(_broadcast(tensor, tensor, root_rank, name, process_set, True))
 
 
 # --- alltoall ---
@@ -442,7 +445,7 @@ def grouped_reducescatter(tensors, name=None, compression=Compression.none, op=A
 
 def barrier(process_set=global_process_set) -> None:
     """Returns when all ranks have entered."""
-    synchronize(_submit(_BARRIER, [], None, lambda _: None, None, process_set))
+    synchronize(_submit(_BARRIER, [], None, lambda _: None, None, process_set, waits=True))
 
 
 def join(device=-1) -> int:
@@ -451,7 +454,8 @@ def join(device=-1) -> int:
     `device` is accepted for Horovod's sake: what a joined rank contributes needs no device.
     """
     del device
-    return synchronize(_submit(_JOIN, [], None, lambda outcome: outcome[2], None, global_process_set))
+    finish = lambda outcome: outcome[2]  # noqa: E731
+    return synchronize(_submit(_JOIN, [], None, finish, None, global_process_set, waits=True))
 
 
 # --- gradients ---
@@ -465,14 +469,14 @@ class HorovodAllreduce(torch.autograd.Function):
         op = handle_average_backwards_compatibility(op, average)
         ctx.arguments = (op, prescale_factor, postscale_factor, process_set)
         return synchronize(
-            _allreduce(tensor, None, name, op, prescale_factor, postscale_factor, process_set)
+            _allreduce(tensor, None, name, op, prescale_factor, postscale_factor, process_set, True)
         )
 
     @staticmethod
     def backward(ctx, grad_output):
         op, prescale_factor, postscale_factor, process_set = ctx.arguments
         handle = _allreduce(
-            grad_output.contiguous(), None, None, op, prescale_factor, postscale_factor, process_set
+            grad_output.contiguous(), None, None, op, prescale_factor, postscale_factor, process_set, True
         )
         return (synchronize(handle),) + (None,) * 6
 
@@ -497,7 +501,7 @@ class HorovodGroupedAllreduce(torch.autograd.Function):
 
 def _gathered_gradient(grad: torch.Tensor, rows: int, process_set: ProcessSet) -> torch.Tensor:
     """This rank's rows of the averaged gradient. (Average, not the sum, is what Horovod's users are used to.)"""
-    reduced = synchronize(_allreduce(grad.contiguous(), None, None, Average, 1.0, 1.0, process_set))
+    reduced = synchronize(_allreduce(grad.contiguous(), None, None, Average, 1.0, 1.0, process_set, True))
     counts = synchronize(allgather_async(torch.tensor([rows]), None, process_set)).tolist()
     start = sum(counts[: process_set.rank()])
     return reduced.narrow(0, start, rows)
@@ -541,11 +545,11 @@ class HorovodBroadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, root_rank, name, process_set):
         ctx.root_rank, ctx.process_set = root_rank, process_set
-        return synchronize(_broadcast(tensor, None, root_rank, name, process_set))
+        return synchronize(_broadcast(tensor, None, root_rank, name, process_set, True))
 
     @staticmethod
     def backward(ctx, grad_output):
-        handle = _allreduce(grad_output.contiguous(), None, None, Average, 1.0, 1.0, ctx.process_set)
+        handle = _allreduce(grad_output.contiguous(), None, None, Average, 1.0, 1.0, ctx.process_set, True)
         grad = synchronize(handle)
         if _native.world()["rank"] != ctx.root_rank:
             grad.zero_()
