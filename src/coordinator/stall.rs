@@ -8,12 +8,13 @@
 
 use super::{Coordinator, Intent, OpId, Rules, misbehaved, mismatch};
 use crate::error::Cause;
+use crate::limits::IN_FLIGHT_MAX;
 use crate::types::{Member, Rank, Time};
 use crate::wire::Reader;
 use crate::wire::agreement::{self as wire, Kind};
 use crate::wire::cursor::Members;
 
-/// Names asked about at one time; the oldest first, the others when those are settled.
+/// Names asked about (and warned of) at one time: when a rank is stuck, a thousand names say no more than these.
 const QUERIES_MAX: usize = 16;
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -50,7 +51,8 @@ pub(super) fn first_check(rules: &Rules, since: Time) -> Option<Time> {
 }
 
 fn next_check(rules: &Rules, since: Time, now: Time) -> Time {
-    let period = [rules.stall_warn_ns, rules.stall_fail_ns].into_iter().find(|&ns| ns > 0).unwrap_or(SECOND_NS);
+    let period =
+        [rules.stall_warn_ns, rules.stall_fail_ns].into_iter().find(|&ns| ns > 0).unwrap_or(SECOND_NS);
     let fail_at = since.after_ns(rules.stall_fail_ns);
     let next = now.after_ns(period);
     if rules.stall_fail_ns > 0 && fail_at > now { next.min(fail_at) } else { next }
@@ -90,6 +92,9 @@ impl Coordinator {
     pub(super) fn take_overdue(&mut self, name: &str, age_ns: u64, now: Time) {
         if let Some(parent) = self.tree.parent {
             self.say_overdue(parent, name, age_ns);
+            return;
+        }
+        if self.table.find(name).is_none() && self.table.rows.len() >= 2 * IN_FLIGHT_MAX {
             return;
         }
         let row = self.table.open(name);
@@ -169,7 +174,8 @@ impl Coordinator {
         }
         let mut queries = self.stall.queries.iter_mut();
         // An answer to a question about a name that has been cut since is void.
-        if let Some(query) = queries.find(|query| query.number == number && query.awaiting & 1 << source != 0) {
+        if let Some(query) = queries.find(|query| query.number == number && query.awaiting & 1 << source != 0)
+        {
             query.awaiting &= !(1 << source);
             query.missing.extend(missing.iter());
             self.settle(now);
@@ -214,14 +220,14 @@ impl Coordinator {
             )));
             let mut notice = Vec::new();
             wire::put_stalled(&mut notice, &query.name, age, &query.missing);
-            self.to_children(Kind::Stalled, 0, &notice);
+            self.tell_children(Kind::Stalled, 0, &notice);
             self.table.row(row).mark.stall = Some((since, query.missing));
         }
     }
 
     pub(super) fn take_stalled(&mut self, payload: &[u8], now: Time) -> Result<(), Cause> {
         let (name, age_ns, missing) = wire::stalled(&mut Reader::new(payload))?;
-        self.to_children(Kind::Stalled, 0, payload);
+        self.tell_children(Kind::Stalled, 0, payload);
         let missing: Vec<Member> = missing.iter().collect();
         if missing.last().is_some_and(|last| last.0 as usize >= self.setup.ranks.len()) {
             return Err(misbehaved("a rank outside the process set"));
@@ -237,8 +243,11 @@ impl Coordinator {
     pub fn explain(&self, op: OpId, now: Time) -> String {
         if self.join.op == Some(op) {
             let joined: usize = self.join.count.iter().sum();
-            let (known, all) = (self.tree.subtree.iter().map(Vec::len).sum::<usize>(), self.setup.ranks.len());
-            return format!("join waits for the other ranks: {joined} of the {known} known here, of {all}, have joined");
+            let (known, all) =
+                (self.tree.subtree.iter().map(Vec::len).sum::<usize>(), self.setup.ranks.len());
+            return format!(
+                "join waits for the other ranks: {joined} of the {known} known here, of {all}, have joined"
+            );
         }
         let Some(row) = self.ops.get(&op).map(|&row| &self.table.rows[row as usize]) else {
             return "it is not in agreement: it has been agreed, or was never submitted".to_owned();
