@@ -34,7 +34,11 @@ def load():
 def network(seed):
     torch.manual_seed(seed)
     return torch.nn.Sequential(
-        torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
+        torch.nn.Linear(64, 128),
+        torch.nn.ReLU(),
+        torch.nn.Linear(128, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 10),
     )
 
 
@@ -113,8 +117,7 @@ def compare(options, model, data):
     if hvd.rank() != 0:
         return same
     print(
-        f"weights on {hvd.size()} ranks: sha256 {digest.hexdigest()[:16]}, "
-        f"same bits on all: {'yes' if same else 'NO'}"
+        f"weights on {hvd.size()} ranks: sha256 {digest.hexdigest()[:16]}, same bits on all: {'yes' if same else 'NO'}"
     )
     alone = network(seed=0)
     train_alone(options, alone, data)

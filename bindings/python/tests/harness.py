@@ -59,8 +59,10 @@ def run(
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, __file__, str(call), str(Path(folder, f"result.{rank}"))],
-                        env=environment(rank, size, job, env), stdin=subprocess.DEVNULL,
-                        stdout=output, stderr=subprocess.STDOUT,
+                        env=environment(rank, size, job, env),
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
                     )  # fmt: skip
                 )
         deadline = time.monotonic() + timeout_s

@@ -169,5 +169,7 @@ def test_the_interface_is_typed_and_documented():
     import pathlib
 
     assert pathlib.Path(carole.__file__).with_name("py.typed").exists()
-    undocumented = [name for name in carole.__all__ if callable(getattr(carole, name)) and not getattr(carole, name).__doc__]
+    undocumented = [
+        name for name in carole.__all__ if callable(getattr(carole, name)) and not getattr(carole, name).__doc__
+    ]
     assert undocumented == []

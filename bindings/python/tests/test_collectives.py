@@ -68,7 +68,9 @@ def same(actual, expected, what):
 def close(actual, expected, what):
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
     # An average by 3 may be off by one unit in the last place of its type (divide or multiply by a reciprocal).
-    limit = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-22, "complex64": 2**-22}.get(expected.dtype.name, 2**-50)
+    limit = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-22, "complex64": 2**-22}.get(
+        expected.dtype.name, 2**-50
+    )
     wide = "c16" if expected.dtype.kind == "c" else "f8"
     if expected.dtype.kind in "iub":
         return same(actual, expected, what)

@@ -243,19 +243,18 @@ def body_other_threads():
 
         thread = threading.Thread(target=wait)
         thread.start()
-        for turns in range(1000):
-            if done.is_set():
-                break
+        while turns < 1000 and not done.is_set():
+            turns += 1
         carole.send(np.zeros(1), 1)
         thread.join()
         return turns
     carole.recv(np.zeros(1), 0)
     carole.allreduce(np.ones(4), carole.Sum, name="late")
-    return 999
+    return 1000
 
 
 def test_a_wait_leaves_the_interpreter_to_others():
-    assert run(2, body_other_threads) == [999, 999]
+    assert run(2, body_other_threads) == [1000, 1000]
 
 
 def body_killed():

@@ -84,7 +84,8 @@ def body_options():
         result = hvd.allreduce(x, compression=compression)
         assert result.dtype == torch.float32 and torch.allclose(result, torch.full((4,), mean), rtol=1e-2)
     assert torch.allclose(
-        hvd.allreduce(x, op=hvd.Sum, prescale_factor=0.5, postscale_factor=4.0), torch.full((4,), 4 * mean * size / 2)
+        hvd.allreduce(x, op=hvd.Sum, prescale_factor=0.5, postscale_factor=4.0),
+        torch.full((4,), 4 * mean * size / 2),
     )
     assert hvd.allreduce(x, op=hvd.Max)[0] == size and hvd.allreduce(x, op=hvd.Min)[0] == 1
     with warnings.catch_warnings(record=True) as seen:
@@ -94,7 +95,10 @@ def body_options():
     catch(ValueError, lambda: hvd.allreduce(x, average=True, op=hvd.Sum))
     rows = hvd.sparse_allreduce_async(torch.eye(3)[me : me + 1].to_sparse(), "s", hvd.Sum)
     assert rows().to_dense().sum() == size
-    assert hvd.broadcast_object({"rank": me, "list": [1, 2]}, root_rank=size - 1) == {"rank": size - 1, "list": [1, 2]}
+    assert hvd.broadcast_object({"rank": me, "list": [1, 2]}, root_rank=size - 1) == {
+        "rank": size - 1,
+        "list": [1, 2],
+    }
     assert hvd.broadcast_object(None if me else "from 0", 0, name="some") == "from 0"
     assert hvd.allgather_object(("x" * me, me)) == [("x" * rank, rank) for rank in range(size)]
     first = hvd.add_process_set([0])
@@ -122,7 +126,9 @@ def body_gradients():
     assert torch.allclose(gradient(lambda x: hvd.allreduce(x)), torch.full((4, 2), total / size))
     assert torch.allclose(gradient(lambda x: hvd.grouped_allreduce([x, x], op=hvd.Sum)[0]), torch.full((4, 2), total))
     assert torch.allclose(gradient(hvd.allgather, (me + 1, 2)), torch.full((me + 1, 2), total / size))
-    assert torch.allclose(gradient(lambda x: hvd.grouped_allgather([x])[0], (me + 1, 2)), torch.full((me + 1, 2), total / size))
+    assert torch.allclose(
+        gradient(lambda x: hvd.grouped_allgather([x])[0], (me + 1, 2)), torch.full((me + 1, 2), total / size)
+    )
     expected = torch.full((4, 2), total / size if me == 1 else 0.0)
     assert torch.allclose(gradient(lambda x: hvd.broadcast(x, 1)), expected)
     back = gradient(hvd.alltoall, (size, 3))
@@ -244,7 +250,9 @@ def test_optimizer_equals_one_process(kind, options):
 def body_protocol():
     me = hvd.rank()
     model = network()
-    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters())
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters()
+    )
     batch = examples()[0]
     loss_of(model, batch).backward()
     assert "zero_grad" in catch(AssertionError, optimizer.zero_grad)
@@ -301,7 +309,8 @@ def test_arguments():
 
         def bad(word, **options):
             text = catch(
-                ValueError, lambda: hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+                ValueError,
+                lambda: hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options),
             )
             assert word in text, text
 

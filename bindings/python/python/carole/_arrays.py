@@ -46,10 +46,10 @@ def to_torch(output: Output) -> Any:
 
 def to_memoryview(output: Output) -> memoryview:
     """A memoryview over the memory of `output`."""
-    kind = type("Memory", (ctypes.c_char * output.nbytes,), {})
+    kind: Any = type("Memory", (ctypes.c_char * output.nbytes,), {})
     memory = kind.from_address(output.address)
     memory.owner = output
-    view = memoryview(memory).cast("B")
+    view: Any = memoryview(memory).cast("B")
     code = _FORMATS[output.dtype]
     shape = tuple(output.shape)
     if output.dtype.startswith("complex"):

@@ -20,9 +20,7 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def init(
-    *, process_sets: Optional[Sequence[Union[ProcessSet, Sequence[int]]]] = None, **knobs: Any
-) -> None:
+def init(*, process_sets: Optional[Sequence[Union[ProcessSet, Sequence[int]]]] = None, **knobs: Any) -> None:
     """Joins the job that the launcher (or the environment) describes; with no variables set, a job of one.
 
     Args:
@@ -39,7 +37,7 @@ def init(
     global _joined_in
     sets = [_sets.as_set(one) for one in process_sets or ()]
     pairs = [("CAROLE_" + name.upper(), _text(value)) for name, value in sorted(knobs.items())]
-    _native.init(pairs, [one.ranks for one in sets])
+    _native.init(pairs, [one.ranks or [] for one in sets])
     with _lock:
         if _joined_in is None:
             atexit.register(_at_exit)

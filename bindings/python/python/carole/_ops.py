@@ -283,20 +283,14 @@ def allgather(tensor: Any, *, name: Optional[str] = None, process_set: Set = Non
     return _submit(_ALLGATHER, [tensor], name=name, process_set=process_set, waits=True).wait()
 
 
-def grouped_allgather_async(
-    tensors: Sequence[Any], *, name: Optional[str] = None, process_set: Set = None
-) -> Handle:
+def grouped_allgather_async(tensors: Sequence[Any], *, name: Optional[str] = None, process_set: Set = None) -> Handle:
     """Starts a `grouped_allgather`; `wait` gives its result."""
     return _submit(_ALLGATHER, tensors, single=False, name=name, process_set=process_set)
 
 
-def grouped_allgather(
-    tensors: Sequence[Any], *, name: Optional[str] = None, process_set: Set = None
-) -> List[Any]:
+def grouped_allgather(tensors: Sequence[Any], *, name: Optional[str] = None, process_set: Set = None) -> List[Any]:
     """`allgather` of several arrays as one operation. Returns a list in their order."""
-    return _submit(
-        _ALLGATHER, tensors, single=False, name=name, process_set=process_set, waits=True
-    ).wait()
+    return _submit(_ALLGATHER, tensors, single=False, name=name, process_set=process_set, waits=True).wait()
 
 
 def broadcast_async(
@@ -318,14 +312,10 @@ def broadcast(
         name, process_set, out: as for `allreduce`.
     """
     outs = None if out is None else [out]
-    return _submit(
-        _BROADCAST, [tensor], outs=outs, root=root, name=name, process_set=process_set, waits=True
-    ).wait()
+    return _submit(_BROADCAST, [tensor], outs=outs, root=root, name=name, process_set=process_set, waits=True).wait()
 
 
-def broadcast_async_(
-    tensor: Any, root: int = 0, *, name: Optional[str] = None, process_set: Set = None
-) -> Handle:
+def broadcast_async_(tensor: Any, root: int = 0, *, name: Optional[str] = None, process_set: Set = None) -> Handle:
     """Starts a `broadcast_`; `wait` gives its result."""
     return broadcast_async(tensor, root, name=name, process_set=process_set, out=tensor)
 
@@ -438,9 +428,7 @@ def alltoall(
         The rows received, in rank order; with `splits`, a tuple of them and of how many rows came from each
         member (a list).
     """
-    return _submit(
-        _ALLTOALL, [tensor], splits=splits, name=name, process_set=process_set, waits=True
-    ).wait()
+    return _submit(_ALLTOALL, [tensor], splits=splits, name=name, process_set=process_set, waits=True).wait()
 
 
 def reduce_async(
@@ -481,9 +469,7 @@ def reduce(
     ).wait()  # fmt: skip
 
 
-def gather_async(
-    tensor: Any, root: int = 0, *, name: Optional[str] = None, process_set: Set = None
-) -> Handle:
+def gather_async(tensor: Any, root: int = 0, *, name: Optional[str] = None, process_set: Set = None) -> Handle:
     """Starts a `gather`; `wait` gives its result."""
     return _submit(_GATHER, [tensor], root=root, name=name, process_set=process_set)
 
@@ -501,9 +487,7 @@ def scatter_async(
     return _submit(_SCATTER, [tensor], outs=outs, root=root, name=name, process_set=process_set)
 
 
-def scatter(
-    tensor: Any, root: int = 0, *, name: Optional[str] = None, process_set: Set = None, out: Any = None
-) -> Any:
+def scatter(tensor: Any, root: int = 0, *, name: Optional[str] = None, process_set: Set = None, out: Any = None) -> Any:
     """This rank's rows of the root's array; the lower ranks get one row more where they do not divide evenly.
 
     Args:
@@ -513,9 +497,7 @@ def scatter(
         out: an array for this rank's rows.
     """
     outs = None if out is None else [out]
-    return _submit(
-        _SCATTER, [tensor], outs=outs, root=root, name=name, process_set=process_set, waits=True
-    ).wait()
+    return _submit(_SCATTER, [tensor], outs=outs, root=root, name=name, process_set=process_set, waits=True).wait()
 
 
 def barrier_async(*, name: Optional[str] = None, process_set: Set = None) -> Handle:

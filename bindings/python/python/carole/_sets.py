@@ -124,7 +124,7 @@ def add_process_set(process_set: Union[ProcessSet, Sequence[int]]) -> ProcessSet
     added = as_set(process_set)
     if added.process_set_id is not None and _native.is_initialized():
         raise UsageError(f"{added} is known to the job already")
-    identifier = _native.add_process_set(added.ranks)
+    identifier = _native.add_process_set(added.ranks or [])
     added.process_set_id = identifier
     _known.setdefault(identifier, []).append(added)
     return added

@@ -148,9 +148,7 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
         tensors = [tensor.detach().contiguous() for tensor in tensors]
     else:
         state = _put_tensors(broadcast_object(None, root_rank, "optimizer"), tensors)
-    handles = [
-        ops.broadcast_async_(tensor, root_rank, f"optimizer.{number}") for number, tensor in enumerate(tensors)
-    ]
+    handles = [ops.broadcast_async_(tensor, root_rank, f"optimizer.{number}") for number, tensor in enumerate(tensors)]
     for handle in handles:
         ops.synchronize(handle)
     if rank() != root_rank:

@@ -116,16 +116,13 @@ def _submit(
     identifier = set_id(process_set)
     refused = refused or _refusal(inputs)
     if refused is not None:
-        native = _native.submit_raw(
-            collective, [], None, name, identifier, op, pre, post, root, splits, refused
-        )
+        native = _native.submit_raw(collective, [], None, name, identifier, op, pre, post, root, splits, refused)
         raise AssertionError(f"a refused call went through: {native}")
     # An address of 0 would ask the engine to allocate, so an empty tensor's becomes another one.
     outs = list(outputs()) if outputs is not None else []
     where = [out.data_ptr() or 64 for out in outs] if outputs is not None else [0] * len(inputs)
     tensors = [
-        (tensor.data_ptr(), out, _CODES[tensor.dtype], tuple(tensor.shape))
-        for tensor, out in zip(inputs, where)
+        (tensor.data_ptr(), out, _CODES[tensor.dtype], tuple(tensor.shape)) for tensor, out in zip(inputs, where)
     ]
     native = _native.submit_raw(
         collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits
@@ -183,9 +180,7 @@ def allreduce(tensor, average=None, name=None, compression=Compression.none, op=
     """The reduction of all ranks' tensors, on every rank. Differentiable."""
     op = handle_average_backwards_compatibility(op, average)
     compressed, ctx = compression.compress(tensor)
-    reduced = HorovodAllreduce.apply(
-        compressed, None, name, op, prescale_factor, postscale_factor, process_set
-    )
+    reduced = HorovodAllreduce.apply(compressed, None, name, op, prescale_factor, postscale_factor, process_set)
     return compression.decompress(reduced, ctx)
 
 
@@ -193,9 +188,7 @@ def allreduce_(tensor, average=None, name=None, op=None, prescale_factor=1.0, po
                process_set=global_process_set) -> torch.Tensor:  # fmt: skip
     """The reduction of all ranks' tensors, in place."""
     op = handle_average_backwards_compatibility(op, average)
-    return synchronize(
-        _allreduce(tensor, tensor, name, op, prescale_factor, postscale_factor, process_set, True)
-    )
+    return synchronize(_allreduce(tensor, tensor, name, op, prescale_factor, postscale_factor, process_set, True))
 
 
 def _detached(tensor: Any) -> Any:
@@ -396,9 +389,7 @@ def _reducescatter(tensors: List[Any], name: Optional[str], op: int, pre: float,
             made.append(torch.empty(rows + list(tensor.shape[1:]), dtype=tensor.dtype))
         return made
 
-    return _submit(
-        _REDUCESCATTER, tensors, outputs, lambda _: made, name, process_set, op, pre, post, refused=refused
-    )
+    return _submit(_REDUCESCATTER, tensors, outputs, lambda _: made, name, process_set, op, pre, post, refused=refused)
 
 
 def reducescatter_async(tensor, name=None, op=Average, process_set=global_process_set, prescale_factor=1.0,
@@ -468,9 +459,7 @@ class HorovodAllreduce(torch.autograd.Function):
     def forward(ctx, tensor, average, name, op, prescale_factor, postscale_factor, process_set):
         op = handle_average_backwards_compatibility(op, average)
         ctx.arguments = (op, prescale_factor, postscale_factor, process_set)
-        return synchronize(
-            _allreduce(tensor, None, name, op, prescale_factor, postscale_factor, process_set, True)
-        )
+        return synchronize(_allreduce(tensor, None, name, op, prescale_factor, postscale_factor, process_set, True))
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -487,9 +476,7 @@ class HorovodGroupedAllreduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, op, prescale_factor, postscale_factor, process_set, *tensors):
         ctx.arguments = (op, prescale_factor, postscale_factor, process_set)
-        handle = _grouped_allreduce(
-            tensors, False, name, op, prescale_factor, postscale_factor, process_set
-        )
+        handle = _grouped_allreduce(tensors, False, name, op, prescale_factor, postscale_factor, process_set)
         return tuple(synchronize(handle))
 
     @staticmethod
@@ -602,9 +589,7 @@ class HorovodGroupedReducescatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, op, process_set, prescale_factor, postscale_factor, *tensors):
         ctx.arguments = (op, prescale_factor * postscale_factor, process_set)
-        handle = grouped_reducescatter_async(
-            list(tensors), name, op, process_set, prescale_factor, postscale_factor
-        )
+        handle = grouped_reducescatter_async(list(tensors), name, op, process_set, prescale_factor, postscale_factor)
         return tuple(synchronize(handle))
 
     @staticmethod

@@ -263,9 +263,7 @@ class _DistributedAdasumOptimizer(torch.optim.Optimizer):
         for parameter, start in zip(parameters, before):
             pairs.append(reducer.compression.compress((parameter.detach() - start).contiguous()))
         handles = [
-            ops.allreduce_async_(
-                delta, name=reducer.names[parameter], op=Adasum, process_set=reducer.process_set
-            )
+            ops.allreduce_async_(delta, name=reducer.names[parameter], op=Adasum, process_set=reducer.process_set)
             for parameter, (delta, _) in zip(parameters, pairs)
         ]
         with torch.no_grad():
