@@ -61,7 +61,9 @@ def test_inputs(given):
     assert result.shape == expected.shape and (result == expected).all()
 
 
-@pytest.mark.parametrize("given", [array.array("f", [1, 2]), bytearray(b"ab"), Dlpack(np.ones(2))], ids=str)
+@pytest.mark.parametrize(
+    "given", [array.array("f", [1, 2]), bytearray(b"ab"), Dlpack(np.ones(2))], ids=["array", "bytearray", "dlpack"]
+)
 def test_in_place(given):
     assert carole.allreduce_(given, carole.Sum, postscale_factor=3.0) is given
     got = np.asarray(given.array if isinstance(given, Dlpack) else given)

@@ -192,6 +192,20 @@ def body_alltoall():
         same(again, output, "async")
 
 
+def ring_of_messages(me, size):
+    """Twice, with different tags, the second received first."""
+    one, two = np.empty(3, np.int64), np.empty((), np.float32)
+    handles = [
+        carole.send_async(np.full(3, me), (me + 1) % size, tag=1),
+        carole.send_async(np.float32(me), (me + 1) % size, tag=2),
+    ]
+    assert carole.recv(two, (me - 1) % size, tag=2) is two and two == (me - 1) % size
+    carole.recv(one, (me - 1) % size, tag=1)
+    assert (one == (me - 1) % size).all()
+    for handle in handles:
+        handle.wait()
+
+
 def body_rest():
     me, size = carole.rank(), carole.size()
     x = np.full(5, me + 1, np.float32)
@@ -201,19 +215,8 @@ def body_rest():
     assert np.allclose(adasum, 1.0), "the adaptive sum of equal gradients is that gradient"
     carole.barrier()
     carole.barrier_async(name="b").wait()
-    # A ring of messages, twice with different tags, the second received first.
-    one, two = np.empty(3, np.int64), np.empty((), np.float32)
-    handles = [carole.send_async(np.full(3, me), (me + 1) % size, tag=1),
-               carole.send_async(np.float32(me), (me + 1) % size, tag=2)]  # fmt: skip
     if size > 1:
-        assert carole.recv(two, (me - 1) % size, tag=2) is two and two == (me - 1) % size
-        carole.recv(one, (me - 1) % size, tag=1)
-        assert (one == (me - 1) % size).all()
-    else:
-        carole.recv(two, 0, tag=2)
-        carole.recv(one, 0, tag=1)
-    for handle in handles:
-        handle.wait()
+        ring_of_messages(me, size)
     many = [carole.allreduce_async(np.full(9, i + me), carole.Sum, name=f"m{i}") for i in np.random.permutation(50)]
     for handle in many:
         handle.wait()

@@ -13,6 +13,7 @@ from .functions import (
 )
 from .life import init
 from .ops import *  # noqa: F403 (its __all__ is the list)
+from .ops import __all__ as _operations
 from .ops import (
     HorovodAllgather,
     HorovodAllreduce,
@@ -24,3 +25,36 @@ from .ops import (
     HorovodReducescatter,
 )
 from .optimizer import DistributedOptimizer
+
+__all__ = [
+    "Compression",
+    "DistributedOptimizer",
+    "HorovodAllgather",
+    "HorovodAllreduce",
+    "HorovodAlltoall",
+    "HorovodBroadcast",
+    "HorovodGroupedAllgather",
+    "HorovodGroupedAllreduce",
+    "HorovodGroupedReducescatter",
+    "HorovodInternalError",
+    "HorovodReducescatter",
+    "ProcessSet",
+    "add_process_set",
+    "allgather_object",
+    "broadcast_object",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "cross_rank",
+    "cross_size",
+    "global_process_set",
+    "init",
+    "is_homogeneous",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "rank",
+    "remove_process_set",
+    "shutdown",
+    "size",
+]
+__all__ += _operations

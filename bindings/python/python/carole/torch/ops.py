@@ -13,7 +13,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import torch
 
 from .. import _arrays, _native
-from .._errors import BrokenError, HorovodInternalError, MismatchError, ShutdownError, UsageError
+from .._errors import BrokenError, HorovodInternalError, MismatchError, ShutdownError
 from .._ops import _ALLGATHER, _ALLREDUCE, _ALLTOALL, _BARRIER, _BROADCAST, _JOIN, _REDUCESCATTER
 from .._ops import Adasum, Average, Max, Min, Product, Sum
 from .._sets import ProcessSet, global_process_set, set_id
