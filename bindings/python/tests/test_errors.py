@@ -133,7 +133,7 @@ def test_calls_that_can_never_work():
 def body_duplicate():
     if carole.rank() == 0:
         first = carole.allreduce_async(np.ones(4), carole.Sum, name="same")
-        text = catch(carole.UsageError, lambda: carole.allreduce_async(np.ones(4), carole.Sum, name="same"))
+        text = catch(carole.UsageError, lambda: carole.allreduce(np.ones(4), carole.Sum, name="same"))
         assert "same" in text, text
         carole.send(np.zeros(1), 1)
     else:
@@ -194,11 +194,13 @@ def body_keep_alive():
     watch = weakref.ref(x)
     carole.allreduce_async(x, name="dropped")
     del x
-    for _ in range(100):
-        carole.barrier()
-        if watch() is None:
-            break
-    assert watch() is None
+    finished = carole.barrier_async()
+    finished.wait()
+    deadline = time.monotonic() + 20
+    while watch() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        finished.poll()
+    assert watch() is None, "a dropped handle's input is let go by a later call"
     # A result keeps the engine's memory alive, and a view of it does, too.
     view = result[10:20]
     del result
