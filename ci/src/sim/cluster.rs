@@ -13,7 +13,8 @@ use carole::memory::Region;
 use carole::transport::flow::FlowOptions;
 use carole::transport::sim::{Fabric, Network, SimOptions};
 use carole::types::{
-    Collective, DType, Epoch, GLOBAL_SET, JoinAverage, Place, Rank, ReduceOp, Signature, TensorSignature, Time,
+    Collective, DType, Epoch, GLOBAL_SET, JoinAverage, Place, Rank, ReduceOp, Signature, TensorSignature,
+    Time,
 };
 use std::sync::Arc;
 
@@ -74,7 +75,15 @@ impl Cluster {
         let program = program(&mut random, size, steps);
         let per_host = 1 + random.below(u64::from(size)) as u32;
         let hosts: Arc<[u32]> = (0..size).map(|r| r / per_host).collect();
-        let forced = random.pick(&[None, None, Some("ring"), Some("tree"), Some("doubling"), Some("direct"), Some("hierarchical")]);
+        let forced = random.pick(&[
+            None,
+            None,
+            Some("ring"),
+            Some("tree"),
+            Some("doubling"),
+            Some("direct"),
+            Some("hierarchical"),
+        ]);
         let strict = random.once_in(4);
         let fusion_bytes = random.pick(&[0, 3000, 1 << 20]);
         let cache_keys = random.pick(&[4, 1024]);
@@ -114,7 +123,9 @@ impl Cluster {
             })
             .collect();
         if verbose {
-            println!("seed {seed}: {size} ranks, hosts {hosts:?}, algorithm {forced:?}, strict {strict}, fault {fault:?}");
+            println!(
+                "seed {seed}: {size} ranks, hosts {hosts:?}, algorithm {forced:?}, strict {strict}, fault {fault:?}"
+            );
         }
         Cluster { network, random, program, nodes, size, fault, verbose }
     }
@@ -212,7 +223,9 @@ impl Cluster {
             [resume, engine.and_then(Engine::poll_timeout), submit]
         });
         let links = self.nodes.iter().filter_map(|n| {
-            n.engine.as_ref().and(Fabric::new(self.network.clone(), n.rank, FlowOptions::default()).next_event())
+            n.engine
+                .as_ref()
+                .and(Fabric::new(self.network.clone(), n.rank, FlowOptions::default()).next_event())
         });
         let fault = self.fault.map(|(at, _)| Time(at)).filter(|t| t.0 != u64::MAX);
         let all = own.flatten().chain(links).chain(self.network.next_event()).chain(fault);
@@ -225,7 +238,8 @@ impl Cluster {
 
     fn is_over(&self) -> bool {
         let pending_fault = self.fault.is_some_and(|(at, _)| at != u64::MAX);
-        !pending_fault && self.nodes.iter().filter(|n| self.is_live(n)).all(|n| n.results.iter().all(Option::is_some))
+        !pending_fault
+            && self.nodes.iter().filter(|n| self.is_live(n)).all(|n| n.results.iter().all(Option::is_some))
     }
 
     /// Checks every operation on every live rank.
@@ -241,7 +255,10 @@ impl Cluster {
                         "'{}' ({planned:?}) never ended on {}: {}",
                         planned.name,
                         node.rank,
-                        node.engine.as_ref().and_then(|e| e.explain(OpId(i as u32), Time(END_NS))).unwrap_or_default()
+                        node.engine
+                            .as_ref()
+                            .and_then(|e| e.explain(OpId(i as u32), Time(END_NS)))
+                            .unwrap_or_default()
                     ));
                 };
                 report.operations += 1;
@@ -265,7 +282,12 @@ impl Cluster {
                 (1 | 2, 2) if injected => report.split += 1,
                 // Two ranks may be at fault where one direction of a link is lost: each end blames the other.
                 _ if matches!(self.fault, Some((_, Fault::HalfOpen(..)))) => {}
-                _ => return Err(format!("'{}' has several verdicts on live ranks: {verdicts:?}", planned.name)),
+                _ => {
+                    return Err(format!(
+                        "'{}' has several verdicts on live ranks: {verdicts:?}",
+                        planned.name
+                    ));
+                }
             }
         }
         Ok(report)
@@ -294,8 +316,10 @@ impl Cluster {
         let fits = match (error, injected) {
             (Error::Mismatch(m), _) => planned.wrong.is_some() && m.message.contains(&planned.name),
             (Error::Usage(_), _) => planned.wrong.is_some(),
-            (Error::Broken(b), Some(Fault::Kill(rank))) => b.culprit == Some(rank) && b.cause == Cause::Exited
-                || b.culprit == Some(rank) && matches!(b.cause, Cause::Unreachable(_)),
+            (Error::Broken(b), Some(Fault::Kill(rank))) => {
+                b.culprit == Some(rank) && b.cause == Cause::Exited
+                    || b.culprit == Some(rank) && matches!(b.cause, Cause::Unreachable(_))
+            }
             (Error::Broken(b), Some(Fault::Stop(rank))) => {
                 b.culprit == Some(rank) && matches!(b.cause, Cause::Silent { .. })
             }
@@ -305,7 +329,9 @@ impl Cluster {
         };
         match fits {
             true => Ok(()),
-            false => Err(format!("'{}' on {} ended with: {error} (fault {injected:?})", planned.name, node.rank)),
+            false => {
+                Err(format!("'{}' on {} ended with: {error} (fault {injected:?})", planned.name, node.rank))
+            }
         }
     }
 }
@@ -336,7 +362,9 @@ fn submit(node: &mut Node, planned: &Planned, op: usize, size: u32, now: Time) {
         .collect();
     let signature = signature(planned, wrong);
     let call: Vec<u64> = match planned.collective {
-        Collective::Allgather | Collective::Gather => planned.tensors.iter().map(|(_, rows)| rows[me as usize]).collect(),
+        Collective::Allgather | Collective::Gather => {
+            planned.tensors.iter().map(|(_, rows)| rows[me as usize]).collect()
+        }
         Collective::Alltoall => planned.splits.iter().flat_map(|m| m[me as usize].clone()).collect(),
         _ => Vec::new(),
     };

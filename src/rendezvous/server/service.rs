@@ -44,7 +44,7 @@ struct Connection {
 }
 
 enum Stage {
-    Proving(Handshake),
+    Proving(Box<Handshake>),
     Length { rank: Rank, epoch: Epoch },
     Body { rank: Rank, epoch: Epoch, len: usize },
     Registered,
@@ -179,7 +179,7 @@ impl Service {
             return;
         }
         let deadline = Instant::now() + Duration::from_millis(HANDSHAKE_MS);
-        let stage = Stage::Proving(handshake);
+        let stage = Stage::Proving(Box::new(handshake));
         self.connections.insert(number, Connection { channel, from, stage, deadline, watching_write: false });
         self.timed.insert(number);
         self.advance(number);
