@@ -233,6 +233,23 @@ def test_ctrl_c_ends_a_wait_and_the_handle_stays_valid():
     assert run(2, body_interrupt) == [[2.0] * 4] * 2
 
 
+def body_interrupt_of_a_synchronous_call():
+    """What was interrupted goes on by itself: the others get their result while this rank does something else."""
+    if carole.rank() == 0:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        catch(KeyboardInterrupt, lambda: carole.allreduce(np.ones(4), carole.Sum, name="late"))
+        carole.send_async(np.zeros(1), 1)
+        time.sleep(1.5)
+    else:
+        carole.recv(np.zeros(1), 0)
+        assert (carole.allreduce_async(np.ones(4), carole.Sum, name="late").wait(20) == 2).all()
+    carole.barrier()
+
+
+def test_an_interrupted_call_goes_on():
+    run(2, body_interrupt_of_a_synchronous_call)
+
+
 def body_other_threads():
     """Python goes on while a wait is on."""
     if carole.rank() == 0:
