@@ -1,0 +1,97 @@
+"""Joining and leaving the job, and this process's place in it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from typing import Any, Optional, Sequence, Union
+
+from . import _native, _sets
+from ._sets import ProcessSet
+
+_joined_in: Optional[int] = None
+_lock = threading.Lock()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return str(value)
+
+
+def init(*, process_sets: Optional[Sequence[Union[ProcessSet, Sequence[int]]]] = None, **knobs: Any) -> None:
+    """Joins the job that the launcher (or the environment) describes; with no variables set, a job of one.
+
+    Args:
+        process_sets: sets of ranks to make at once; the same list on all ranks.
+        **knobs: any knob by its name without `CAROLE_`, in small letters: `init(algorithm="ring")` is
+            `CAROLE_ALGORITHM=ring`, and goes before the environment.
+
+    Calling it again with the same arguments does nothing.
+
+    Raises:
+        UsageError: for a knob or a process set that does not make sense, or an incomplete environment.
+        BrokenError: when another rank cannot be reached.
+    """
+    global _joined_in
+    sets = [_sets.as_set(one) for one in process_sets or ()]
+    pairs = [("CAROLE_" + name.upper(), _text(value)) for name, value in sorted(knobs.items())]
+    _native.init(pairs, [one.ranks or [] for one in sets])
+    with _lock:
+        if _joined_in is None:
+            atexit.register(_at_exit)
+        _joined_in = os.getpid()
+    _sets.adopt(sets)
+
+
+def shutdown() -> None:
+    """Leaves the job, saying goodbye to the others. `init` may be called again. Takes at most seconds."""
+    _native.shutdown()
+    _sets.forget()
+
+
+def _at_exit() -> None:
+    # A forked child inherits this hook, but not the membership.
+    if _joined_in == os.getpid() and _native.is_initialized():
+        _native.shutdown()
+
+
+def is_initialized() -> bool:
+    """Whether `init` has succeeded and `shutdown` has not been called."""
+    return _native.is_initialized()
+
+
+def rank() -> int:
+    """This process's rank: from 0 to size - 1. Raises UsageError before init, as all of these do."""
+    return _native.world()["rank"]
+
+
+def size() -> int:
+    """The number of processes."""
+    return _native.world()["size"]
+
+
+def local_rank() -> int:
+    """This process's rank among those on its host."""
+    return _native.world()["local_rank"]
+
+
+def local_size() -> int:
+    """The number of processes on this host."""
+    return _native.world()["local_size"]
+
+
+def cross_rank() -> int:
+    """This host's position among the hosts that have this local rank."""
+    return _native.world()["cross_rank"]
+
+
+def cross_size() -> int:
+    """The number of hosts that have this local rank."""
+    return _native.world()["cross_size"]
+
+
+def is_homogeneous() -> bool:
+    """Whether all hosts have the same number of processes."""
+    return _native.world()["is_homogeneous"]

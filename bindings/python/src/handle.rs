@@ -1,0 +1,205 @@
+//! Operations in flight, as Python sees them.
+#![forbid(unsafe_code)]
+
+use crate::errors;
+use crate::output::Output;
+use carole::error::Error;
+use carole::runtime::{self, Completion, Outcome};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyList, PyType};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// How long a wait goes without looking at Python's signals.
+const SIGNALS_EVERY: Duration = Duration::from_millis(100);
+
+/// What a finished operation is turned into.
+pub enum Finish {
+    /// Arrays of the caller's kind.
+    Arrays {
+        /// The arrays that the caller gave for the results.
+        outs: Vec<Option<Py<PyAny>>>,
+        /// The type of the first input, which says what kind of arrays the caller uses.
+        like: Option<Py<PyType>>,
+        /// Whether one tensor was given, and not a list.
+        single: bool,
+        /// Whether received splits belong to the result.
+        with_splits: bool,
+    },
+    /// `(outputs, received_splits, last_joined)` as they are, for bindings written in Python.
+    Raw,
+}
+
+/// An operation in flight. It must be waited for once; dropped, it finishes by itself and its result is lost.
+#[pyclass(frozen, module = "carole._native", weakref)]
+pub struct Handle {
+    handle: runtime::Handle,
+    name: Option<String>,
+    /// `None` when the outcome has been taken.
+    finish: Mutex<Option<Finish>>,
+    /// A forked child inherits the object, but not the operation.
+    process: u32,
+}
+
+impl Handle {
+    pub fn new(handle: runtime::Handle, name: Option<&str>, finish: Finish) -> Handle {
+        Handle {
+            handle,
+            name: name.map(str::to_owned),
+            finish: Mutex::new(Some(finish)),
+            process: std::process::id(),
+        }
+    }
+
+    fn finished(&self) -> bool {
+        self.finish.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_none()
+    }
+
+    fn take_finish(&self) -> Option<Finish> {
+        self.finish.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+    }
+
+    fn describe(&self) -> String {
+        self.name.as_ref().map_or_else(|| "the operation".to_owned(), |name| format!("'{name}'"))
+    }
+}
+
+/// Lets go of what finished operations had kept alive. To be called while attached to the interpreter, which
+/// the memory's owners belong to.
+pub fn release_finished() {
+    drop(runtime::released());
+}
+
+#[pymethods]
+impl Handle {
+    /// Whether the operation is over, with or without success. Never blocks.
+    fn poll(&self, py: Python<'_>) -> PyResult<bool> {
+        release_finished();
+        if self.finished() {
+            return Ok(true);
+        }
+        runtime::poll(self.handle).map_err(|error| errors::to_python(py, &error))
+    }
+
+    /// Waits for the operation (for at most `timeout` seconds) and returns its result, once.
+    ///
+    /// Raises TimeoutError when the time is over, and KeyboardInterrupt within 0.1 s of Ctrl-C; after both the
+    /// operation goes on and can be waited for again.
+    #[pyo3(signature = (timeout=None))]
+    fn wait<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+        if self.finished() {
+            let message = format!("{} was already waited for: its result is returned once", self.describe());
+            return Err(errors::usage(py, &message));
+        }
+        // Not a number, or beyond what a clock can hold: no limit.
+        let limit = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).ok());
+        let completion = self.complete(py, limit)?;
+        let finish = self.take_finish();
+        drop(completion.keep);
+        release_finished();
+        let outcome = completion.result.map_err(|error| errors::to_python(py, &error))?;
+        match finish {
+            Some(Finish::Arrays { outs, like, single, with_splits }) => {
+                arrays(py, outcome, outs, like.as_ref(), single, with_splits)
+            }
+            Some(Finish::Raw) => raw(py, outcome),
+            None => {
+                let message = format!("{} was waited for by two threads", self.describe());
+                Err(errors::usage(py, &message))
+            }
+        }
+    }
+
+    fn __repr__(&self) -> String {
+        let state = if self.finished() { "finished" } else { "in flight" };
+        format!("<carole handle of {}, {state}>", self.describe())
+    }
+}
+
+impl Handle {
+    /// Waits in short turns, so that signals are noticed; the interpreter is free meanwhile.
+    fn complete(&self, py: Python<'_>, limit: Option<Duration>) -> PyResult<Completion> {
+        let started = Instant::now();
+        loop {
+            let left = limit.map(|limit| limit.saturating_sub(started.elapsed()));
+            let turn = left.map_or(SIGNALS_EVERY, |left| left.min(SIGNALS_EVERY));
+            let completion = py.detach(|| runtime::wait(self.handle, Some(turn)));
+            let Err(Error::Timeout(_)) = &completion.result else { return Ok(completion) };
+            py.check_signals()?;
+            if limit.is_some_and(|limit| started.elapsed() >= limit) {
+                let limit = limit.unwrap_or_default().as_secs_f64();
+                let message = format!(
+                    "{} was not finished after {limit} s; it goes on and can be waited for again",
+                    self.describe()
+                );
+                return Err(errors::to_python(py, &Error::Timeout(message)));
+            }
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if !self.finished() && self.process == std::process::id() {
+            runtime::abandon(self.handle);
+        }
+        // Python drops its objects while attached.
+        release_finished();
+    }
+}
+
+fn arrays<'py>(
+    py: Python<'py>,
+    outcome: Outcome,
+    outs: Vec<Option<Py<PyAny>>>,
+    like: Option<&Py<PyType>>,
+    single: bool,
+    with_splits: bool,
+) -> PyResult<Bound<'py, PyAny>> {
+    if let Some(last) = outcome.last_joined {
+        return Ok(last.0.into_pyobject(py)?.into_any());
+    }
+    if outcome.tensors.is_empty() {
+        return Ok(py.None().into_bound(py));
+    }
+    let mut outs = outs.into_iter();
+    let mut results = Vec::with_capacity(outcome.tensors.len());
+    for tensor in outcome.tensors {
+        let result = match (outs.next().flatten(), tensor.memory) {
+            (Some(out), _) => out.into_bound(py),
+            (None, Some(memory)) => wrap(py, Output::new(memory, tensor.dtype, tensor.shape), like)?,
+            (None, None) => py.None().into_bound(py),
+        };
+        results.push(result);
+    }
+    let result = match results.pop() {
+        Some(result) if single && results.is_empty() => result,
+        last => {
+            results.extend(last);
+            PyList::new(py, results)?.into_any()
+        }
+    };
+    if with_splits {
+        return Ok((result, outcome.received_splits).into_pyobject(py)?.into_any());
+    }
+    Ok(result)
+}
+
+fn raw(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
+    let mut outputs: Vec<Option<Py<Output>>> = Vec::with_capacity(outcome.tensors.len());
+    for tensor in outcome.tensors {
+        let output = tensor.memory.map(|memory| Py::new(py, Output::new(memory, tensor.dtype, tensor.shape)));
+        outputs.push(output.transpose()?);
+    }
+    let last = outcome.last_joined.map(|rank| rank.0);
+    Ok((outputs, outcome.received_splits, last).into_pyobject(py)?.into_any())
+}
+
+/// Which array type the caller gets is decided in Python, where NumPy is an optional import.
+fn wrap<'py>(py: Python<'py>, output: Output, like: Option<&Py<PyType>>) -> PyResult<Bound<'py, PyAny>> {
+    static WRAP: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let wrap =
+        WRAP.get_or_try_init(py, || Ok::<_, PyErr>(py.import("carole._arrays")?.getattr("wrap")?.unbind()))?;
+    wrap.bind(py).call1((output, like))
+}

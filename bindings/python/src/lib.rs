@@ -1,0 +1,38 @@
+//! `carole._native`: the Python binding. Thin on purpose: names, defaults and documentation stand in the Python
+//! modules beside it (`python/carole`); here are memory, waiting and errors.
+//!
+//! - The engine never takes the interpreter's lock: it holds Python objects as opaque keep-alives and gives
+//!   them back (`runtime::wait`, `runtime::released`), and they are dropped here, attached.
+//! - Every call that can block detaches, and looks at Python's signals every 100 ms.
+
+mod array;
+mod dlpack;
+mod errors;
+mod handle;
+mod life;
+mod output;
+mod pybuffer;
+mod submit;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = false)]
+mod _native {
+    #[pymodule_export]
+    use crate::handle::Handle;
+    #[pymodule_export]
+    use crate::life::{
+        add_process_set, init, is_initialized, launch, perf, process_sets, remove_process_set, shutdown,
+        world,
+    };
+    #[pymodule_export]
+    use crate::output::Output;
+    #[pymodule_export]
+    use crate::submit::{submit, submit_raw, transfer};
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn fill(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

@@ -1,0 +1,183 @@
+//! Memory that the engine allocated, lent to Python without a copy.
+#![forbid(unsafe_code)]
+
+use crate::dlpack;
+use carole::runtime::OwnedBytes;
+use carole::types::DType;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyTuple};
+use std::sync::Arc;
+
+/// A result in memory that the engine allocated. `numpy.asarray(output)` and `torch.from_dlpack(output)` see
+/// it without a copy, and the memory lives as long as the last of them.
+#[pyclass(frozen, module = "carole._native")]
+pub struct Output {
+    memory: Arc<OwnedBytes>,
+    dtype: DType,
+    shape: Vec<u64>,
+}
+
+impl Output {
+    pub fn new(memory: OwnedBytes, dtype: DType, shape: Vec<u64>) -> Output {
+        Output { memory: Arc::new(memory), dtype, shape }
+    }
+    fn bytes(&self) -> &[u8] {
+        self.memory.as_slice()
+    }
+}
+
+#[pymethods]
+impl Output {
+    /// The dimensions.
+    #[getter]
+    fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.shape)
+    }
+    /// The element type's name, such as "float32".
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.dtype.name()
+    }
+    /// The number of bytes.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.bytes().len()
+    }
+    /// The address of the first byte.
+    #[getter]
+    fn address(&self) -> usize {
+        self.memory.as_ptr().expose_provenance()
+    }
+    /// A copy of the bytes.
+    fn tobytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.bytes())
+    }
+    /// The same memory as a flat array of uint8, which every framework's DLPack can read.
+    fn as_uint8(&self) -> Output {
+        let shape = vec![self.bytes().len() as u64];
+        Output { memory: Arc::clone(&self.memory), dtype: DType::U8, shape }
+    }
+    /// NumPy's array interface, version 3. bfloat16 shows as two bytes without a type.
+    #[getter]
+    fn __array_interface__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let interface = PyDict::new(py);
+        interface.set_item("version", 3)?;
+        interface.set_item("typestr", typestr(self.dtype))?;
+        interface.set_item("shape", self.shape(py)?)?;
+        interface.set_item("data", (self.address(), false))?;
+        Ok(interface)
+    }
+    /// DLPack: a capsule that shares the memory.
+    #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
+    fn __dlpack__<'py>(
+        &self,
+        py: Python<'py>,
+        stream: Option<&Bound<'py, PyAny>>,
+        max_version: Option<(u32, u32)>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let _ = stream;
+        if copy == Some(true) || dl_device.is_some_and(|device| device != (1, 0)) {
+            let message = "this memory is on the host and is lent without a copy";
+            return Err(pyo3::exceptions::PyBufferError::new_err(message));
+        }
+        let versioned = max_version.is_some_and(|(major, _)| major >= 1);
+        let owner = Arc::clone(&self.memory);
+        dlpack::lend(py, owner, self.memory.as_ptr(), self.dtype, &self.shape, versioned)
+    }
+    /// DLPack: host memory.
+    fn __dlpack_device__(&self) -> (i32, i32) {
+        (1, 0)
+    }
+    fn __repr__(&self) -> String {
+        format!("<carole output {}{:?}>", self.dtype.name(), self.shape)
+    }
+}
+
+fn typestr(dtype: DType) -> &'static str {
+    const LITTLE: bool = cfg!(target_endian = "little");
+    match dtype {
+        DType::Bool => "|b1",
+        DType::U8 => "|u1",
+        DType::I8 => "|i1",
+        DType::U16 => {
+            if LITTLE {
+                "<u2"
+            } else {
+                ">u2"
+            }
+        }
+        DType::I16 => {
+            if LITTLE {
+                "<i2"
+            } else {
+                ">i2"
+            }
+        }
+        DType::U32 => {
+            if LITTLE {
+                "<u4"
+            } else {
+                ">u4"
+            }
+        }
+        DType::I32 => {
+            if LITTLE {
+                "<i4"
+            } else {
+                ">i4"
+            }
+        }
+        DType::U64 => {
+            if LITTLE {
+                "<u8"
+            } else {
+                ">u8"
+            }
+        }
+        DType::I64 => {
+            if LITTLE {
+                "<i8"
+            } else {
+                ">i8"
+            }
+        }
+        DType::F16 => {
+            if LITTLE {
+                "<f2"
+            } else {
+                ">f2"
+            }
+        }
+        DType::BF16 => "|V2",
+        DType::F32 => {
+            if LITTLE {
+                "<f4"
+            } else {
+                ">f4"
+            }
+        }
+        DType::F64 => {
+            if LITTLE {
+                "<f8"
+            } else {
+                ">f8"
+            }
+        }
+        DType::C64 => {
+            if LITTLE {
+                "<c8"
+            } else {
+                ">c8"
+            }
+        }
+        DType::C128 => {
+            if LITTLE {
+                "<c16"
+            } else {
+                ">c16"
+            }
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! From Python's arguments to a request. What cannot be accepted is announced as refused, so that the other
+//! ranks learn the reason and do not wait.
+
+use crate::array::{self, Array, Keep};
+use crate::errors;
+use crate::handle::{Finish, Handle, release_finished};
+use carole::runtime::{self, Request, TensorArg};
+use carole::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
+use pyo3::prelude::*;
+use std::any::Any;
+
+/// Arguments that both entries share, as Python gave them.
+struct Call<'a, 'py> {
+    collective: u8,
+    name: Option<&'a str>,
+    set: u32,
+    op: &'a Bound<'py, PyAny>,
+    pre: &'a Bound<'py, PyAny>,
+    post: &'a Bound<'py, PyAny>,
+    root: &'a Bound<'py, PyAny>,
+    join_average: &'a Bound<'py, PyAny>,
+    splits: Option<&'a Bound<'py, PyAny>>,
+    /// Whether the caller waits at once, so that no other thread need be woken to drive.
+    waits: bool,
+}
+
+/// The same arguments, understood.
+struct Understood {
+    collective: Collective,
+    op: ReduceOp,
+    scale: Scale,
+    root: Rank,
+    join_average: JoinAverage,
+    splits: Vec<u64>,
+}
+
+/// Submits an operation on arrays.
+#[pyfunction]
+#[pyo3(signature = (collective, tensors, outs, single, name, set, op, pre, post, root, join_average, splits, refused=None, waits=false))]
+#[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
+pub fn submit<'py>(
+    py: Python<'py>,
+    collective: u8,
+    tensors: Vec<Bound<'py, PyAny>>,
+    outs: Option<Vec<Option<Bound<'py, PyAny>>>>,
+    single: bool,
+    name: Option<&str>,
+    set: u32,
+    op: &Bound<'py, PyAny>,
+    pre: &Bound<'py, PyAny>,
+    post: &Bound<'py, PyAny>,
+    root: &Bound<'py, PyAny>,
+    join_average: &Bound<'py, PyAny>,
+    splits: Option<&Bound<'py, PyAny>>,
+    refused: Option<&str>,
+    waits: bool,
+) -> PyResult<Handle> {
+    let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits };
+    release_finished();
+    if let Some(reason) = refused {
+        return Err(refuse(py, &call, reason));
+    }
+    let understood = call.understand().map_err(|reason| refuse(py, &call, &reason))?;
+    let outs = match outs {
+        Some(outs) if outs.len() != tensors.len() => {
+            let reason = format!("{} outputs were given for {} inputs", outs.len(), tensors.len());
+            return Err(refuse(py, &call, &reason));
+        }
+        outs => outs.unwrap_or_default(),
+    };
+    let views = view_all(&tensors, &outs, &understood, set).map_err(|reason| refuse(py, &call, &reason))?;
+    let arguments: Vec<TensorArg<'_>> = views
+        .inputs
+        .iter()
+        .enumerate()
+        .map(|(i, input)| TensorArg {
+            input: input.data,
+            output: views.outputs.get(i).copied().unwrap_or(std::ptr::null_mut()),
+            dtype: input.dtype,
+            shape: &input.shape,
+        })
+        .collect();
+    let handle = call.post(py, &understood, &arguments, Box::new(views.keeps))?;
+    let like = tensors.first().map(|tensor| tensor.get_type().unbind());
+    let outs = outs.into_iter().map(|out| out.map(Bound::unbind)).collect();
+    let with_splits = splits.is_some();
+    Ok(Handle::new(handle, name, Finish::Arrays { outs, like, single, with_splits }))
+}
+
+/// Submits an operation on memory that the caller vouches for: each tensor is (input address, output address or
+/// 0, type code, shape), and `keep` keeps all of them alive.
+#[pyfunction]
+#[pyo3(signature = (collective, tensors, keep, name, set, op, pre, post, root, splits, refused=None, waits=false))]
+#[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
+pub fn submit_raw<'py>(
+    py: Python<'py>,
+    collective: u8,
+    tensors: Vec<(usize, usize, u8, Vec<u64>)>,
+    keep: Py<PyAny>,
+    name: Option<&str>,
+    set: u32,
+    op: &Bound<'py, PyAny>,
+    pre: &Bound<'py, PyAny>,
+    post: &Bound<'py, PyAny>,
+    root: &Bound<'py, PyAny>,
+    splits: Option<&Bound<'py, PyAny>>,
+    refused: Option<&str>,
+    waits: bool,
+) -> PyResult<Handle> {
+    let size = pyo3::types::PyString::new(py, "size").into_any();
+    let call = Call { collective, name, set, op, pre, post, root, join_average: &size, splits, waits };
+    release_finished();
+    if let Some(reason) = refused {
+        return Err(refuse(py, &call, reason));
+    }
+    let understood = call.understand().map_err(|reason| refuse(py, &call, &reason))?;
+    let mut arguments = Vec::with_capacity(tensors.len());
+    for (input, output, code, shape) in &tensors {
+        let dtype = DType::from_code(*code)
+            .ok_or_else(|| refuse(py, &call, &format!("the type code {code} is unknown")))?;
+        arguments.push(TensorArg {
+            input: std::ptr::with_exposed_provenance(*input),
+            output: std::ptr::with_exposed_provenance_mut(*output),
+            dtype,
+            shape,
+        });
+    }
+    let handle = call.post(py, &understood, &arguments, Box::new(keep))?;
+    Ok(Handle::new(handle, name, Finish::Raw))
+}
+
+/// Sends to, or receives from, one rank.
+#[pyfunction]
+#[pyo3(signature = (sending, tensor, peer, tag, set))]
+pub fn transfer<'py>(
+    py: Python<'py>,
+    sending: bool,
+    tensor: Bound<'py, PyAny>,
+    peer: u32,
+    tag: u32,
+    set: u32,
+) -> PyResult<Handle> {
+    release_finished();
+    let (array, keep) = array::view(&tensor).map_err(|reason| errors::usage(py, &reason))?;
+    if !sending && array.read_only {
+        return Err(errors::usage(py, "recv writes into its array, and this one is read-only"));
+    }
+    let shape = array.shape.clone();
+    let argument = TensorArg {
+        input: if sending { array.data } else { std::ptr::null() },
+        output: if sending { std::ptr::null_mut() } else { writable(array.data) },
+        dtype: array.dtype,
+        shape: &shape,
+    };
+    let keep: Option<Box<dyn Any + Send>> = Some(Box::new(keep));
+    let (set, peer) = (SetId(set), Rank(peer));
+    // SAFETY: `keep` holds the memory where it is until the operation has an outcome; that Python code does
+    // not write it meanwhile is its documented duty.
+    let handle = unsafe {
+        if sending {
+            runtime::send(set, peer, tag, argument, keep)
+        } else {
+            runtime::recv(set, peer, tag, argument, keep)
+        }
+    };
+    let handle = handle.map_err(|error| errors::to_python(py, &error))?;
+    let outs = if sending { Vec::new() } else { vec![Some(tensor.unbind())] };
+    let finish = Finish::Arrays { outs, like: None, single: true, with_splits: false };
+    Ok(Handle::new(handle, None, finish))
+}
+
+impl Call<'_, '_> {
+    fn understand(&self) -> Result<Understood, String> {
+        let collective = Collective::from_code(self.collective)
+            .ok_or_else(|| format!("the collective {} is unknown", self.collective))?;
+        let op = self.op.extract::<u8>().ok().and_then(ReduceOp::from_code).ok_or_else(|| {
+            format!("op={} is none of Average, Sum, Adasum, Min, Max, Product, BitAnd, BitOr", text(self.op))
+        })?;
+        let factor = |value: &Bound<'_, PyAny>, which: &str| {
+            value.extract::<f64>().map_err(|_| format!("{which}={} is not a number", text(value)))
+        };
+        let scale =
+            Scale { pre: factor(self.pre, "prescale_factor")?, post: factor(self.post, "postscale_factor")? };
+        let root = self
+            .root
+            .extract::<u32>()
+            .map_err(|_| format!("root={} is not a rank; ranks count from 0", text(self.root)))?;
+        let join_average = match self.join_average.extract::<String>().as_deref() {
+            Ok("size") => JoinAverage::Size,
+            Ok("present") => JoinAverage::Present,
+            _ => {
+                let found = text(self.join_average);
+                return Err(format!("join_average={found} is neither \"size\" nor \"present\""));
+            }
+        };
+        let splits = self.splits.map(splits_from).transpose()?.unwrap_or_default();
+        Ok(Understood { collective, op, scale, root: Rank(root), join_average, splits })
+    }
+
+    fn post(
+        &self,
+        py: Python<'_>,
+        understood: &Understood,
+        tensors: &[TensorArg<'_>],
+        keep: Box<dyn Any + Send>,
+    ) -> PyResult<runtime::Handle> {
+        let request = Request {
+            name: self.name,
+            set: SetId(self.set),
+            collective: understood.collective,
+            op: understood.op,
+            scale: understood.scale,
+            root: understood.root,
+            join_average: understood.join_average,
+            tensors,
+            splits: &understood.splits,
+            refused: None,
+        };
+        // SAFETY: `keep` holds all memory where it is until the operation has an outcome; that Python code
+        // does not write inputs or touch outputs meanwhile is its documented duty.
+        let handle = unsafe {
+            if self.waits {
+                runtime::submit_to_wait(&request, Some(keep))
+            } else {
+                runtime::submit(&request, Some(keep))
+            }
+        };
+        handle.map_err(|error| errors::to_python(py, &error))
+    }
+}
+
+/// Tells the other ranks that this one could not accept the call, and makes the exception for this one.
+fn refuse(py: Python<'_>, call: &Call<'_, '_>, reason: &str) -> PyErr {
+    let Some(collective) = Collective::from_code(call.collective) else { return errors::usage(py, reason) };
+    let request = Request {
+        name: call.name,
+        set: SetId(call.set),
+        collective,
+        refused: Some(reason),
+        ..Request::default()
+    };
+    // SAFETY: a refused request names no memory.
+    match unsafe { runtime::submit(&request, None) } {
+        Ok(handle) => {
+            runtime::abandon(handle);
+            errors::usage(py, reason)
+        }
+        Err(error) => errors::to_python(py, &error),
+    }
+}
+
+fn text(value: &Bound<'_, PyAny>) -> String {
+    value.repr().map_or_else(|_| "?".to_owned(), |repr| repr.to_string())
+}
+
+fn splits_from(splits: &Bound<'_, PyAny>) -> Result<Vec<u64>, String> {
+    let refusal = || format!("splits={} is not a list of whole numbers from 0", text(splits));
+    let mut values = Vec::new();
+    for item in splits.try_iter().map_err(|_| refusal())? {
+        let value = item.and_then(|item| item.extract::<i64>()).map_err(|_| refusal())?;
+        values
+            .push(u64::try_from(value).map_err(|_| format!("a split is {value}; splits are not negative"))?);
+    }
+    Ok(values)
+}
+
+/// The memory of one call.
+#[derive(Default)]
+struct Views {
+    inputs: Vec<Array>,
+    /// Null where the engine is to allocate; empty where it allocates all.
+    outputs: Vec<*mut u8>,
+    keeps: Vec<Keep>,
+}
+
+fn view_all(
+    tensors: &[Bound<'_, PyAny>],
+    outs: &[Option<Bound<'_, PyAny>>],
+    call: &Understood,
+    set: u32,
+) -> Result<Views, String> {
+    let mut views = Views::default();
+    for (i, tensor) in tensors.iter().enumerate() {
+        let (input, keep) = array::view(tensor)?;
+        views.keeps.push(keep);
+        if let Some(out) = outs.get(i) {
+            let mut data = std::ptr::null_mut();
+            if let Some(out) = out {
+                let (output, keep) = array::view(out)?;
+                check_output(&output, &input, call.collective, set)?;
+                data = writable(output.data);
+                views.keeps.push(keep);
+            }
+            views.outputs.push(data);
+        }
+        views.inputs.push(input);
+    }
+    Ok(views)
+}
+
+fn check_output(output: &Array, input: &Array, collective: Collective, set: u32) -> Result<(), String> {
+    if output.read_only {
+        return Err("the array for the result is read-only; pass a writable one".to_owned());
+    }
+    let expected = output_shape(&input.shape, collective, set)?;
+    if output.dtype != input.dtype || output.shape != expected {
+        return Err(format!(
+            "the array for the result is {}{:?}, and the result is {}{:?}",
+            output.dtype, output.shape, input.dtype, expected
+        ));
+    }
+    let bytes = |array: &Array| {
+        let len = array.shape.iter().product::<u64>() as usize * array.dtype.size();
+        array.data.addr()..array.data.addr() + len
+    };
+    let (from, to) = (bytes(input), bytes(output));
+    if from != to && from.start < to.end && to.start < from.end {
+        return Err("input and result overlap without being the same memory".to_owned());
+    }
+    Ok(())
+}
+
+/// Null means "allocate it for me", so an empty array's null becomes any other address.
+fn writable(data: *mut u8) -> *mut u8 {
+    if data.is_null() { std::ptr::NonNull::dangling().as_ptr() } else { data }
+}
+
+fn output_shape(input: &[u64], collective: Collective, set: u32) -> Result<Vec<u64>, String> {
+    let mut shape = input.to_vec();
+    if matches!(collective, Collective::Reducescatter | Collective::Scatter) {
+        let info = runtime::process_set(SetId(set)).map_err(|error| error.to_string())?;
+        let (members, me) = (info.ranks.len() as u64, u64::from(info.me.unwrap_or(0)));
+        if let Some(rows) = shape.first_mut() {
+            *rows = *rows / members + u64::from(me < *rows % members);
+        }
+    }
+    Ok(shape)
+}
