@@ -445,6 +445,12 @@ impl Coordinator {
         }
     }
 
+    /// The member from which agreement comes; none at the root.
+    #[must_use]
+    pub fn parent(&self) -> Option<Member> {
+        self.tree.parent
+    }
+
     /// The members to which this one needs a link: its parent and its children in the tree.
     pub fn neighbours(&self) -> impl Iterator<Item = Member> + '_ {
         self.tree.parent.into_iter().chain(self.tree.children.iter().copied())

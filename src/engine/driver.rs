@@ -205,7 +205,7 @@ impl Driver {
         loop {
             let moved = self.shared.turn(&mut engine);
             let now = self.shared.now();
-            if engine.is_drained() || now >= limit {
+            if engine.is_gone() || now >= limit {
                 break;
             }
             if !moved {

@@ -46,6 +46,7 @@ impl Engine {
         let mut operation = self.spare_ops.pop().unwrap_or_default();
         operation.set = m.set;
         operation.remaining = 1;
+        operation.agreed = true;
         operation.tensors.clear();
         operation.outcome.tensors.clear();
         if !m.sends {

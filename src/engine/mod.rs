@@ -7,6 +7,7 @@
 //! memory) → `follow` (orders to links and device) → `step_done` → `end` (the outcome).
 
 mod batch;
+mod departure;
 pub mod driver;
 pub mod handles;
 mod links;
@@ -101,8 +102,10 @@ pub struct Engine {
     ended: Vec<Ended>,
     warnings: Vec<String>,
     broken: Option<Error>,
-    /// Whether this rank has said goodbye.
-    left: bool,
+    /// Whether this rank has said goodbye, and if so whether it had nothing in flight.
+    left: Option<bool>,
+    /// Ranks that have left and whose links are kept for what they had sent before.
+    departing: Vec<Rank>,
     // Buffers that are used again at each turn.
     events: Events,
     changes: Vec<LinkChange>,
@@ -140,7 +143,8 @@ impl Engine {
             ended: Vec::new(),
             warnings: Vec::new(),
             broken: None,
-            left: false,
+            left: None,
+            departing: Vec::new(),
             events: Events::default(),
             changes: Vec::new(),
             orders: Vec::new(),
@@ -177,6 +181,7 @@ impl Engine {
         operation.tensors.clear();
         operation.tensors.extend_from_slice(submission.tensors);
         operation.remaining = 0;
+        operation.agreed = false;
         operation.name.clear();
         operation.name.push_str(submission.name);
         self.ops.insert(submission.op, operation);
@@ -208,14 +213,8 @@ impl Engine {
             place += usize::from(self.links.up().get(place) == Some(&peer));
         }
         self.events = events;
-        if self.left {
-            // Who has said goodbye has nothing to say about the others any more; those whose links came up late
-            // must still hear it.
-            for change in changes.drain(..) {
-                if let LinkChange::Up(peer) = change {
-                    self.say(peer, &wire::Message::Goodbye(self.me));
-                }
-            }
+        if self.left.is_some() {
+            self.linger(&mut changes);
             self.changes = changes;
             return moved;
         }
@@ -223,12 +222,18 @@ impl Engine {
             moved = true;
             match change {
                 LinkChange::Up(peer) => self.membership.link_up(peer, now),
-                LinkChange::Down(peer, cause) => self.membership.link_down(peer, cause),
-                LinkChange::Unreachable(peer, cause) => self.membership.unreachable(peer, cause),
+                LinkChange::Down(peer, cause) => {
+                    if self.membership.has_departed(peer) {
+                        self.fail_with(peer);
+                    }
+                    self.membership.link_down(peer, cause);
+                }
+                LinkChange::Unreachable(peer, cause) => self.membership.unreachable(peer, cause, now),
             }
         }
         self.changes = changes;
         moved |= self.turn_membership(now);
+        self.close_departed();
         if self.broken.is_none() {
             moved |= self.turn_coordinators(now);
         }
@@ -246,8 +251,12 @@ impl Engine {
                 let outcome = match wire::Message::decode(&control[range.clone()]) {
                     Ok(wire::Message::Coordination { set, body }) => self.coordinate(peer, set, body, now),
                     Ok(wire::Message::Heartbeat) => Ok(()),
-                    Ok(wire::Message::Goodbye(who)) => {
-                        self.membership.goodbye(peer, who);
+                    Ok(wire::Message::Goodbye { who, clean }) => {
+                        self.hear_goodbye(peer, who, clean);
+                        Ok(())
+                    }
+                    Ok(wire::Message::Closed { set, who }) => {
+                        self.hear_closed(peer, set, who);
                         Ok(())
                     }
                     Ok(wire::Message::Abort(broken)) => {
@@ -312,7 +321,9 @@ impl Engine {
             moved = true;
             match intent {
                 membership::Intent::Heartbeat(to) => self.say(to, &wire::Message::Heartbeat),
-                membership::Intent::Goodbye { to, who } => self.say(to, &wire::Message::Goodbye(who)),
+                membership::Intent::Goodbye { to, who, clean } => {
+                    self.say(to, &wire::Message::Goodbye { who, clean });
+                }
                 membership::Intent::Abort { to, broken } => {
                     self.say(to, &wire::Message::Abort(Broken::clone(&broken)));
                 }
@@ -321,10 +332,7 @@ impl Engine {
                     self.broken = Some(error.clone());
                     self.fail_all(&error);
                 }
-                membership::Intent::Departed(rank) => {
-                    self.depart(rank);
-                    self.links.close(rank);
-                }
+                membership::Intent::Departed { who, clean } => self.depart(who, clean),
             }
         }
         moved
@@ -333,19 +341,6 @@ impl Engine {
     fn say(&mut self, to: Rank, message: &wire::Message<'_>) {
         message.encode(&mut self.encoded);
         self.links.tell_if_known(to, &self.encoded);
-    }
-
-    /// Says goodbye to everybody. Operations in flight end with [`Error::Shutdown`].
-    pub fn leave(&mut self) {
-        self.fail_all(&Error::Shutdown(None));
-        self.left = true;
-        if self.broken.is_none() {
-            for place in 0..self.links.up().len() {
-                let to = self.links.up()[place];
-                self.say(to, &wire::Message::Goodbye(self.me));
-            }
-        }
-        self.broken.get_or_insert(Error::Shutdown(None));
     }
 
     /// Ends an operation.
@@ -408,10 +403,10 @@ impl Engine {
         self.links.descriptors(visit);
     }
 
-    /// Whether every control message has left.
+    /// Whether nothing of this rank is under way any more and nobody holds a link to it.
     #[must_use]
-    pub fn is_drained(&self) -> bool {
-        self.links.drained()
+    pub fn is_gone(&self) -> bool {
+        self.links.up().is_empty()
     }
 
     /// Operations in flight.

@@ -51,6 +51,8 @@ pub struct Operation {
     pub outcome: Outcome,
     /// Outputs that the algorithm needs and the caller does not get.
     pub stand_ins: Vec<OwnedBytes>,
+    /// Whether all members have agreed to run it.
+    pub agreed: bool,
     /// Tensors whose batches are not finished.
     pub remaining: usize,
     /// What to call it in messages.

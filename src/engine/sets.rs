@@ -218,20 +218,6 @@ impl Engine {
         }
     }
 
-    /// A member has said goodbye: what its sets have in flight can never complete.
-    pub(super) fn depart(&mut self, rank: Rank) {
-        let concerned: Vec<SetId> =
-            self.sets.iter().filter(|(_, set)| set.member_of(rank).is_some()).map(|(&id, _)| id).collect();
-        for id in concerned {
-            if let Some(set) = self.sets.get_mut(&id) {
-                set.departed.get_or_insert(rank);
-                // What would still be agreed could not be run.
-                set.coordinator = None;
-            }
-            self.fail_set(id, &Error::Shutdown(Some(rank)));
-        }
-    }
-
     /// Whether an operation may be submitted to a set now.
     pub(super) fn admit(&self, set: SetId, op: OpId) -> Result<(), Error> {
         if let Some(error) = &self.broken {
@@ -266,6 +252,7 @@ pub(super) fn list(ranks: &[Rank]) -> String {
 
 fn prepare_outcome(operation: &mut Operation, agreed: &Agreed, tensors: usize) {
     operation.remaining = tensors;
+    operation.agreed = true;
     operation.outcome.tensors.clear();
     operation.outcome.tensors.extend(agreed.signature.tensors.iter().map(|t| super::OutputTensor {
         dtype: t.dtype,

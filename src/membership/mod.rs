@@ -17,10 +17,12 @@ use crate::error::{Broken, Cause};
 use crate::limits::{HEARTBEAT_MS, SILENCE_MS};
 use crate::types::{Epoch, Rank, Time};
 use crate::wire::failure::normalised;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 const MS: u64 = 1_000_000;
+/// How long a failure to connect waits for news of the peer's death.
+const BETTER_CAUSE_NS: u64 = 200 * MS;
 
 /// When a peer is suspected. The same on all ranks.
 #[derive(Clone, Copy, Debug)]
@@ -52,13 +54,20 @@ pub enum Intent {
         broken: Arc<Broken>,
     },
     /// This rank has said goodbye: operations that need it end with `Shutdown`.
-    Departed(Rank),
-    /// Send `Message::Goodbye(who)` to this neighbour.
+    Departed {
+        /// Who.
+        who: Rank,
+        /// Whether it had nothing in flight.
+        clean: bool,
+    },
+    /// Send `Message::Goodbye` to this neighbour.
     Goodbye {
         /// Whom to tell.
         to: Rank,
         /// Who has left.
         who: Rank,
+        /// Whether it had nothing in flight.
+        clean: bool,
     },
 }
 
@@ -77,7 +86,11 @@ pub struct Membership {
     rules: Rules,
     /// Ordered, so that the simulator repeats.
     neighbours: BTreeMap<Rank, Neighbour>,
-    departed: BTreeSet<Rank>,
+    /// Who has left, and whether it had nothing in flight.
+    departed: BTreeMap<Rank, bool>,
+    /// A rank to which no link could be made. Mostly it has died, and a neighbour of it knows better; so this
+    /// cause waits a little for a better one.
+    unreachable: Option<(Time, Rank, Cause)>,
     broken: Option<Arc<Broken>>,
     intents: VecDeque<Intent>,
 }
@@ -93,7 +106,8 @@ impl Membership {
             size,
             rules,
             neighbours: BTreeMap::new(),
-            departed: BTreeSet::new(),
+            departed: BTreeMap::new(),
+            unreachable: None,
             broken: None,
             intents: VecDeque::new(),
         }
@@ -107,8 +121,8 @@ impl Membership {
             // It may have no other neighbour who knows.
             Some(broken) => self.intents.push_back(Intent::Abort { to: rank, broken: broken.clone() }),
             None => {
-                let gone = self.departed.iter().filter(|&&who| who != rank);
-                self.intents.extend(gone.map(|&who| Intent::Goodbye { to: rank, who }));
+                let gone = self.departed.iter().filter(|&(&who, _)| who != rank);
+                self.intents.extend(gone.map(|(&who, &clean)| Intent::Goodbye { to: rank, who, clean }));
             }
         }
     }
@@ -129,7 +143,7 @@ impl Membership {
 
     /// A link is dead. No failure if the peer has said goodbye.
     pub fn link_down(&mut self, rank: Rank, cause: Cause) {
-        if self.neighbours.remove(&rank).is_none() || self.departed.contains(&rank) {
+        if self.neighbours.remove(&rank).is_none() || self.departed.contains_key(&rank) {
             return;
         }
         let cause = match cause {
@@ -141,24 +155,25 @@ impl Membership {
     }
 
     /// A link that is needed could not be made.
-    pub fn unreachable(&mut self, rank: Rank, cause: Cause) {
-        if !self.departed.contains(&rank) {
-            self.end(Some(rank), cause, None);
+    pub fn unreachable(&mut self, rank: Rank, cause: Cause, now: Time) {
+        if !self.departed.contains_key(&rank) && self.unreachable.is_none() {
+            self.unreachable = Some((now.after_ns(BETTER_CAUSE_NS), rank, cause));
         }
     }
 
-    /// A neighbour has sent `Message::Goodbye(who)`.
-    pub fn goodbye(&mut self, from: Rank, who: Rank) {
+    /// A neighbour has sent `Message::Goodbye`.
+    pub fn goodbye(&mut self, from: Rank, who: Rank, clean: bool) {
         if who.0 >= self.size {
             self.end(Some(from), Cause::Misbehaved("a goodbye of a rank that does not exist".into()), None);
             return;
         }
-        if who == self.me || self.broken.is_some() || !self.departed.insert(who) {
+        if who == self.me || self.broken.is_some() || self.departed.contains_key(&who) {
             return;
         }
-        self.intents.push_back(Intent::Departed(who));
+        self.departed.insert(who, clean);
+        self.intents.push_back(Intent::Departed { who, clean });
         let others = self.neighbours.keys().filter(|&&to| to != from && to != who);
-        self.intents.extend(others.map(|&to| Intent::Goodbye { to, who }));
+        self.intents.extend(others.map(|&to| Intent::Goodbye { to, who, clean }));
     }
 
     /// A neighbour has sent `Message::Abort`. One of another epoch is late and says nothing about this one.
@@ -178,9 +193,15 @@ impl Membership {
         if self.broken.is_some() {
             return;
         }
+        if let Some((_, rank, cause)) = self.unreachable.take_if(|(at, _, _)| *at <= now) {
+            if !self.departed.contains_key(&rank) {
+                self.end(Some(rank), cause, None);
+            }
+            return;
+        }
         let mut silent = None;
         for (&rank, neighbour) in &mut self.neighbours {
-            if self.departed.contains(&rank) {
+            if self.departed.contains_key(&rank) {
                 continue;
             }
             if now.since(neighbour.heard) >= self.rules.silence_ns {
@@ -201,11 +222,12 @@ impl Membership {
         if self.broken.is_some() {
             return None;
         }
-        let alive = self.neighbours.iter().filter(|(rank, _)| !self.departed.contains(rank));
+        let alive = self.neighbours.iter().filter(|(rank, _)| !self.departed.contains_key(rank));
         let due = |n: &Neighbour| {
             n.heard.after_ns(self.rules.silence_ns).min(n.told.after_ns(self.rules.heartbeat_ns))
         };
-        alive.map(|(_, neighbour)| due(neighbour)).min()
+        let unreachable = self.unreachable.as_ref().map(|(at, _, _)| *at);
+        alive.map(|(_, neighbour)| due(neighbour)).chain(unreachable).min()
     }
 
     /// The next thing to do.
@@ -222,7 +244,7 @@ impl Membership {
     /// Whether this rank has said goodbye.
     #[must_use]
     pub fn has_departed(&self, rank: Rank) -> bool {
-        self.departed.contains(&rank)
+        self.departed.contains_key(&rank)
     }
 
     fn end(&mut self, culprit: Option<Rank>, cause: Cause, from: Option<Rank>) {

@@ -101,16 +101,19 @@ fn long_words_are_cut_alike_here_and_there() {
 #[test]
 fn who_said_goodbye_does_not_fail() {
     let mut m = machine(0, &[1, 2]);
-    m.goodbye(Rank(1), Rank(1));
-    m.goodbye(Rank(2), Rank(1));
-    assert_eq!(drain(&mut m), [Intent::Departed(Rank(1)), Intent::Goodbye { to: Rank(2), who: Rank(1) }]);
+    m.goodbye(Rank(1), Rank(1), true);
+    m.goodbye(Rank(2), Rank(1), true);
+    assert_eq!(drain(&mut m), [
+            Intent::Departed { who: Rank(1), clean: true },
+            Intent::Goodbye { to: Rank(2), who: Rank(1), clean: true }
+        ]);
     m.link_down(Rank(1), Cause::Exited);
     m.heard(Rank(2), Time(9000 * MS));
     m.told(Rank(2), Time(9000 * MS));
     m.handle_timeout(Time(9000 * MS));
     assert_eq!(drain(&mut m), []);
     m.link_up(Rank(3), Time(9000 * MS));
-    assert_eq!(drain(&mut m), [Intent::Goodbye { to: Rank(3), who: Rank(1) }]);
+    assert_eq!(drain(&mut m), [Intent::Goodbye { to: Rank(3), who: Rank(1), clean: true }]);
 }
 
 #[test]
@@ -125,6 +128,6 @@ fn an_abort_of_another_epoch_is_late() {
     let mut m = machine(0, &[1]);
     m.abort(Rank(1), Broken { epoch: Epoch(6), culprit: None, cause: Cause::Exited });
     assert!(m.broken().is_none());
-    m.goodbye(Rank(1), Rank(800));
+    m.goodbye(Rank(1), Rank(800), true);
     assert_eq!(m.broken().unwrap().culprit, Some(Rank(1)));
 }

@@ -37,7 +37,20 @@ pub enum Message<'a> {
     Heartbeat,
     /// This rank leaves in an orderly way; the end of its connections is no failure. Passed on by everyone who
     /// hears it first, since not everyone has a link to it.
-    Goodbye(Rank),
+    Goodbye {
+        /// Who leaves.
+        who: Rank,
+        /// Whether it had nothing in flight, so that whatever it has agreed to can be finished without it.
+        clean: bool,
+    },
+    /// A member of this set has left, and no agreement follows. Travels down the coordinator's tree behind the
+    /// last agreement, so that what was agreed before is known to be.
+    Closed {
+        /// The set.
+        set: SetId,
+        /// Who has left.
+        who: Rank,
+    },
     /// The epoch is broken, and why. Passed on by everyone who hears it first.
     Abort(Broken),
 }
@@ -46,6 +59,7 @@ const COORDINATION: u8 = 1;
 const HEARTBEAT: u8 = 2;
 const GOODBYE: u8 = 3;
 const ABORT: u8 = 4;
+const CLOSED: u8 = 5;
 
 /// Bytes that the envelope of [`Message::Coordination`] takes before its body.
 pub const ENVELOPE_BYTES: usize = 5;
@@ -67,9 +81,15 @@ impl<'a> Message<'a> {
                 out.extend_from_slice(body);
             }
             Message::Heartbeat => out.push(HEARTBEAT),
-            Message::Goodbye(rank) => {
+            Message::Goodbye { who, clean } => {
                 out.push(GOODBYE);
-                out.extend_from_slice(&rank.0.to_le_bytes());
+                out.extend_from_slice(&who.0.to_le_bytes());
+                out.push(u8::from(*clean));
+            }
+            Message::Closed { set, who } => {
+                out.push(CLOSED);
+                out.extend_from_slice(&set.0.to_le_bytes());
+                out.extend_from_slice(&who.0.to_le_bytes());
             }
             Message::Abort(broken) => {
                 out.push(ABORT);
@@ -91,8 +111,17 @@ impl<'a> Message<'a> {
             }
             HEARTBEAT => reader.end().map(|()| Message::Heartbeat),
             GOODBYE => {
-                let rank = Rank(reader.u32()?);
-                reader.end().map(|()| Message::Goodbye(rank))
+                let who = Rank(reader.u32()?);
+                let clean = match reader.u8()? {
+                    0 => false,
+                    1 => true,
+                    _ => return Err(Malformed("a goodbye that is neither clean nor not")),
+                };
+                reader.end().map(|()| Message::Goodbye { who, clean })
+            }
+            CLOSED => {
+                let (set, who) = (SetId(reader.u32()?), Rank(reader.u32()?));
+                reader.end().map(|()| Message::Closed { set, who })
             }
             ABORT => {
                 let broken = failure::broken(&mut reader)?;

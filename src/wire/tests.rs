@@ -143,7 +143,8 @@ proptest! {
         let messages = [
             Message::Coordination { set: SetId(set), body: &body },
             Message::Heartbeat,
-            Message::Goodbye(Rank(set)),
+            Message::Goodbye { who: Rank(set), clean: set % 2 == 0 },
+            Message::Closed { set: SetId(set), who: Rank(7) },
             Message::Abort(it),
         ];
         let mut bytes = Vec::new();

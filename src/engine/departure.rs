@@ -1,0 +1,159 @@
+//! Leaving in an orderly way, here and elsewhere.
+//!
+//! A rank that leaves says goodbye on all its links, everybody passes it on, and it lingers until its peers
+//! have closed their links (they do so when they need nothing more of what it had sent). What was agreed
+//! before and needs nothing more from it is finished; everything else of its process sets ends with `Shutdown`.
+//!
+//! Whether something was agreed before is a matter of order: the news of a departure must not overtake the
+//! last agreement. So a set is closed by its coordinator's root, and *closed* travels down the tree behind the
+//! agreements; a rank whose parent in the tree has left hears it from the parent's own goodbye, which is also
+//! behind whatever the parent had passed on.
+#![forbid(unsafe_code)]
+
+use super::Engine;
+use super::batch::Flight;
+use super::links::LinkChange;
+use crate::coordinator::OpId;
+use crate::error::Error;
+use crate::types::{Rank, SetId};
+use crate::wire;
+
+impl Engine {
+    /// Says goodbye to everybody. Operations in flight end with [`Error::Shutdown`]. Keep turning until
+    /// [`Engine::is_gone`], within reason.
+    pub fn leave(&mut self) {
+        let clean = self.ops.is_empty() && self.flying == 0;
+        self.left = Some(clean);
+        self.fail_all(&Error::Shutdown(None));
+        if self.broken.is_none() {
+            for place in 0..self.links.up().len() {
+                let to = self.links.up()[place];
+                self.say(to, &wire::Message::Goodbye { who: self.me, clean });
+            }
+        } else {
+            for to in self.links.up().to_vec() {
+                self.links.close(to);
+            }
+        }
+        self.broken.get_or_insert(Error::Shutdown(None));
+    }
+
+    /// After the goodbye: those whose links come up late must hear it, too; about the others this rank has
+    /// nothing to say any more.
+    pub(super) fn linger(&mut self, changes: &mut Vec<LinkChange>) {
+        let clean = self.left.unwrap_or_default();
+        for change in changes.drain(..) {
+            if let LinkChange::Up(peer) = change {
+                self.say(peer, &wire::Message::Goodbye { who: self.me, clean });
+            }
+        }
+    }
+
+    /// A neighbour has sent the goodbye of a rank, perhaps its own.
+    pub(super) fn hear_goodbye(&mut self, peer: Rank, who: Rank, clean: bool) {
+        if self.left.is_some() {
+            if peer == who {
+                // Both have left: neither needs the link.
+                self.links.close(peer);
+            }
+            return;
+        }
+        self.membership.goodbye(peer, who, clean);
+        if peer != who {
+            return;
+        }
+        for id in self.set_ids().collect::<Vec<SetId>>() {
+            let Some(set) = self.sets.get(&id) else { continue };
+            let parent = set.coordinator.as_ref().and_then(|c| c.parent()).map(|m| set.ranks[m.0 as usize]);
+            if parent == Some(who) {
+                self.close_set(id, who);
+            }
+        }
+    }
+
+    /// The coordinator of a set has closed it.
+    pub(super) fn hear_closed(&mut self, peer: Rank, id: SetId, who: Rank) {
+        let Some(set) = self.sets.get(&id) else { return };
+        let parent = set.coordinator.as_ref().and_then(|c| c.parent()).map(|m| set.ranks[m.0 as usize]);
+        if parent == Some(peer) && set.member_of(who).is_some() {
+            self.close_set(id, who);
+        }
+    }
+
+    /// A rank has left; heard of for the first time.
+    pub(super) fn depart(&mut self, who: Rank, clean: bool) {
+        self.departing.push(who);
+        let concerned: Vec<SetId> =
+            self.sets.iter().filter(|(_, set)| set.member_of(who).is_some()).map(|(&id, _)| id).collect();
+        for id in concerned {
+            let set = self.sets.get_mut(&id).expect("just seen");
+            set.departed.get_or_insert(who);
+            if !clean {
+                // It takes no further part in what had been agreed.
+                self.close_set(id, who);
+                self.fail_set(id, &Error::Shutdown(Some(who)));
+            } else if set.coordinator.as_ref().is_some_and(|c| c.parent().is_none()) {
+                self.close_set(id, who);
+            }
+        }
+    }
+
+    /// No agreement follows in this set: ends what was not agreed, and passes the news down the tree.
+    fn close_set(&mut self, id: SetId, who: Rank) {
+        let Some(set) = self.sets.get_mut(&id) else { return };
+        set.departed.get_or_insert(who);
+        let Some(coordinator) = set.coordinator.take() else { return };
+        let parent = coordinator.parent();
+        let ranks = std::sync::Arc::clone(&set.ranks);
+        for child in coordinator.neighbours().filter(|&m| Some(m) != parent) {
+            self.say(ranks[child.0 as usize], &wire::Message::Closed { set: id, who });
+        }
+        let open: Vec<OpId> =
+            self.ops.iter().filter(|(_, o)| o.set == id && !o.agreed).map(|(&op, _)| op).collect();
+        for op in open {
+            self.end(op, Err(Error::Shutdown(Some(who))));
+        }
+    }
+
+    /// Closes the links to ranks that have left, as soon as nothing in flight may still come from them.
+    pub(super) fn close_departed(&mut self) {
+        let mut place = 0;
+        while place < self.departing.len() {
+            let who = self.departing[place];
+            if self.flights.iter().flatten().any(|flight| self.may_need(flight, who)) {
+                place += 1;
+                continue;
+            }
+            // Its sets may not be closed yet: what was agreed may still be on its way down the tree.
+            let open = self.sets.values().any(|s| s.coordinator.is_some() && s.member_of(who).is_some());
+            if open && self.ops.values().any(|o| self.sets.get(&o.set).is_some_and(|s| s.member_of(who).is_some())) {
+                place += 1;
+                continue;
+            }
+            self.links.close(who);
+            self.departing.swap_remove(place);
+        }
+    }
+
+    fn may_need(&self, flight: &Flight, who: Rank) -> bool {
+        match flight {
+            Flight::Batch(flight) => self.sets.get(&flight.set).is_some_and(|s| s.member_of(who).is_some()),
+            Flight::Message { peer, .. } => *peer == who,
+        }
+    }
+
+    /// The link to a rank that had left has ended, and with it what was still hoped for.
+    pub(super) fn fail_with(&mut self, who: Rank) {
+        let error = Error::Shutdown(Some(who));
+        let sets: Vec<SetId> = self.sets.iter().filter(|(_, s)| s.member_of(who).is_some()).map(|(&id, _)| id).collect();
+        for id in sets {
+            let needed = self.flights.iter().flatten().any(|f| match f {
+                Flight::Batch(flight) => flight.set == id,
+                Flight::Message { peer, set, .. } => *set == id && *peer == who,
+            });
+            if needed {
+                self.fail_set(id, &error);
+            }
+        }
+    }
+}
