@@ -234,7 +234,7 @@ static void rooted(void) {
 }
 
 static void messages(void) {
-    uint8_t in[3], out[3] = {0, 0, 0};
+    uint8_t in[3] = {0, 0, 0}, out[3] = {0, 0, 0};
     uint64_t shape[1] = {3}, handle = 0;
     uint32_t next = (uint32_t)((me + 1) % size), previous = (uint32_t)((me + size - 1) % size);
     carole_tensor from = vector(in, NULL, CAROLE_UINT8, shape), to = vector(NULL, out, CAROLE_UINT8, shape);

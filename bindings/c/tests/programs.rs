@@ -59,6 +59,7 @@ fn compile(source: &str, compiler: &str, flags: &[&str], link: Link, out: &Path)
 
 /// Runs a program on `size` ranks of this host, with plain variables and no launcher.
 fn run(program: &Path, size: usize) {
+    let meeting = tempfile::tempdir().expect("a scratch directory");
     let ranks: Vec<Child> = (0..size)
         .map(|rank| {
             Command::new(program)
@@ -66,7 +67,7 @@ fn run(program: &Path, size: usize) {
                 .env("CAROLE_SIZE", size.to_string())
                 .env("CAROLE_LOCAL_RANK", rank.to_string())
                 .env("CAROLE_LOCAL_SIZE", size.to_string())
-                .env("CAROLE_JOB", format!("c-{}-{size}", std::process::id()))
+                .env("CAROLE_RENDEZVOUS", format!("file:{}", meeting.path().display()))
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
