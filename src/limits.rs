@@ -35,6 +35,8 @@ pub const SHM_RING_BYTES: usize = 1 << 20;
 pub const SHM_CONTROL_BYTES: usize = 64 << 10;
 /// TCP connections per link that carry payload, at most.
 pub const TCP_LANES_MAX: usize = 16;
+/// Agreement messages kept for process sets that this rank has not made yet.
+pub const EARLY_MESSAGES_MAX: usize = 4096;
 /// Windows of one batch in flight.
 pub const WINDOWS_MAX: u32 = 64;
 /// Reasons and messages that come from a peer are cut to this many bytes.

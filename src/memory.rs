@@ -139,6 +139,53 @@ impl Memory {
     }
 }
 
+/// Bytes that the engine allocated (64-byte aligned).
+#[derive(Debug)]
+pub struct OwnedBytes {
+    address: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the bytes are owned and not shared.
+unsafe impl Send for OwnedBytes {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for OwnedBytes {}
+
+impl OwnedBytes {
+    /// Zeroed bytes, aligned to 64.
+    #[must_use]
+    pub fn zeroed(len: usize) -> OwnedBytes {
+        let layout = Self::layout(len);
+        // SAFETY: the layout's size is not 0.
+        let address = unsafe { std::alloc::alloc_zeroed(layout) };
+        if address.is_null() {
+            std::alloc::handle_alloc_error(layout);
+        }
+        OwnedBytes { address, len }
+    }
+    fn layout(len: usize) -> std::alloc::Layout {
+        std::alloc::Layout::from_size_align(len.max(1), 64).expect("lengths are bounded by TENSOR_BYTES_MAX")
+    }
+    /// The first byte.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.address
+    }
+    /// The bytes.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: `len` bytes at `address` are owned and initialised.
+        unsafe { std::slice::from_raw_parts(self.address, self.len) }
+    }
+}
+
+impl Drop for OwnedBytes {
+    fn drop(&mut self) {
+        // SAFETY: allocated with the same layout in `zeroed`.
+        unsafe { std::alloc::dealloc(self.address, Self::layout(self.len)) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

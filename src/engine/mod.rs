@@ -1,1 +1,437 @@
-//! (under construction)
+//! The engine: one per process, a state machine over links, a device and a clock that is handed in. It owns
+//! the coordinators, starts what they agree on, moves bytes through the links and reports what has ended. It
+//! starts no thread and reads no clock, so that the simulator runs many of them in one thread; [`driver`]
+//! gives it both.
+//!
+//! The way of a tensor: [`Engine::submit`] → coordinator (agreement) → `run_cut` (fusion) → `start_batch` (plan,
+//! memory) → `follow` (orders to links and device) → `step_done` → `end` (the outcome).
+
+mod batch;
+pub mod driver;
+pub mod handles;
+mod links;
+mod message;
+mod operation;
+pub mod plan;
+mod sets;
+
+pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
+
+use crate::coordinator::{self, OpId, Rules};
+use crate::device::host::HostDevice;
+use crate::error::{Broken, Cause, Error, Result};
+use crate::fusion::{self, Fusion};
+use crate::limits;
+use crate::membership::{self, Membership};
+use crate::memory::{Memory, OwnedBytes};
+use crate::run::Order;
+use crate::transport::{Events, Fabric, LinkEvent};
+use crate::types::{Epoch, GLOBAL_SET, Rank, SetId, Signature, Time};
+use crate::wire;
+use batch::{BatchFlight, Flight};
+use links::{LinkChange, Links};
+use operation::Operation;
+use plan::{PlanRules, Plans};
+use sets::ProcessSet;
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+/// What an engine is told when its epoch begins; the same on every rank, `me` excepted.
+#[derive(Clone, Debug)]
+pub struct EngineSetup {
+    /// This rank.
+    pub me: Rank,
+    /// The epoch.
+    pub epoch: Epoch,
+    /// The number of each rank's host, in order of first appearance.
+    pub hosts: Arc<[u32]>,
+    /// How coordinators behave.
+    pub agreement: Rules,
+    /// How agreed operations are batched.
+    pub fusion: fusion::Rules,
+    /// How algorithms are chosen.
+    pub plans: PlanRules,
+    /// When silence is taken for death.
+    pub membership: membership::Rules,
+}
+
+/// An operation, as the engine takes it.
+#[derive(Clone, Copy, Debug)]
+pub struct Submission<'a> {
+    /// The caller's number for it, free until now.
+    pub op: OpId,
+    /// The process set.
+    pub set: SetId,
+    /// Its name.
+    pub name: &'a str,
+    /// Whether a busy name is waited for instead of refused.
+    pub hold: bool,
+    /// What must agree.
+    pub signature: &'a Signature,
+    /// Row counts or splits.
+    pub call: &'a [u64],
+    /// Memory of the tensors.
+    pub tensors: &'a [TensorMemory],
+    /// Why this rank cannot take part.
+    pub refused: Option<&'a str>,
+}
+
+/// One process's engine.
+pub struct Engine {
+    setup: EngineSetup,
+    me: Rank,
+    epoch: Epoch,
+    links: Links,
+    memory: Memory,
+    device: HostDevice,
+    plans: Plans,
+    fusion: Fusion,
+    sets: BTreeMap<SetId, ProcessSet>,
+    next_set: u32,
+    membership: Membership,
+    ops: HashMap<OpId, Operation>,
+    spare_ops: Vec<Operation>,
+    flights: Vec<Option<Flight>>,
+    /// Flights that are not over.
+    flying: usize,
+    spare_flights: Vec<Box<BatchFlight>>,
+    scratch: Vec<OwnedBytes>,
+    messages: HashMap<(SetId, Rank, u32, bool), u64>,
+    ended: Vec<Ended>,
+    warnings: Vec<String>,
+    broken: Option<Error>,
+    // Buffers that are used again at each turn.
+    events: Events,
+    changes: Vec<LinkChange>,
+    orders: Vec<Order>,
+    encoded: Vec<u8>,
+    spare_memory: Vec<TensorMemory>,
+    spare_fds: Vec<(RawFd, bool)>,
+    /// Agreement messages for sets that this rank has not made yet: the sender is ahead in the global order.
+    early: Vec<(Rank, SetId, Vec<u8>)>,
+}
+
+impl Engine {
+    /// An engine whose global set holds all ranks of `setup`.
+    #[must_use]
+    pub fn new(setup: EngineSetup, fabric: Box<dyn Fabric>) -> Engine {
+        let size = setup.hosts.len() as u32;
+        let mut engine = Engine {
+            me: setup.me,
+            epoch: setup.epoch,
+            links: Links::new(fabric, size),
+            memory: Memory::default(),
+            device: HostDevice::default(),
+            plans: Plans::new(setup.plans.clone()),
+            fusion: Fusion::default(),
+            sets: BTreeMap::new(),
+            next_set: 0,
+            membership: Membership::new(setup.epoch, setup.me, size, setup.membership),
+            ops: HashMap::new(),
+            spare_ops: Vec::new(),
+            flights: Vec::new(),
+            flying: 0,
+            spare_flights: Vec::new(),
+            scratch: Vec::new(),
+            messages: HashMap::new(),
+            ended: Vec::new(),
+            warnings: Vec::new(),
+            broken: None,
+            events: Events::default(),
+            changes: Vec::new(),
+            orders: Vec::new(),
+            encoded: Vec::new(),
+            spare_memory: Vec::new(),
+            spare_fds: Vec::new(),
+            early: Vec::new(),
+            setup,
+        };
+        let all: Vec<Rank> = (0..size).map(Rank).collect();
+        let global = engine.make_set(&all);
+        assert_eq!(global, GLOBAL_SET, "the first set is the global one");
+        engine
+    }
+
+    /// Takes an operation. What goes wrong later is told through [`Engine::ended`].
+    pub fn submit(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
+        self.admit(submission.set, submission.op)?;
+        let coordinator = self.coordinator_of(submission.set).expect("admitted sets have a coordinator");
+        let accepted = coordinator.submit(
+            coordinator::Submission {
+                op: submission.op,
+                name: submission.name,
+                hold_if_busy: submission.hold,
+                signature: submission.signature,
+                call: submission.call,
+                refused: submission.refused,
+            },
+            now,
+        );
+        accepted.map_err(|error| Error::usage(format!("'{}' on {}: {error}", submission.name, self.me)))?;
+        let mut operation = self.spare_ops.pop().unwrap_or_default();
+        operation.set = submission.set;
+        operation.tensors.clear();
+        operation.tensors.extend_from_slice(submission.tensors);
+        operation.remaining = 0;
+        operation.name.clear();
+        operation.name.push_str(submission.name);
+        self.ops.insert(submission.op, operation);
+        Ok(())
+    }
+
+    /// Somebody waits for this operation: the batching window closes now.
+    pub fn wait_for(&mut self, op: OpId, now: Time) {
+        let Some(set) = self.ops.get(&op).map(|o| o.set) else { return };
+        if let Some(coordinator) = self.coordinator_of(set) {
+            coordinator.wait_for(op, now);
+        }
+    }
+
+    /// Does what can be done now. Returns whether anything moved; call again until it does not.
+    pub fn turn(&mut self, now: Time) -> bool {
+        let mut changes = std::mem::take(&mut self.changes);
+        let mut moved = self.links.poll_fabric(&mut changes);
+        let mut events = std::mem::take(&mut self.events);
+        let mut place = 0;
+        while place < self.links.up().len() {
+            let peer = self.links.up()[place];
+            events.clear();
+            moved |= self.links.progress(place, &self.memory, now, &mut events, &mut changes);
+            for event in &events.list {
+                self.hear(peer, event, &events.control, now);
+            }
+            // A link that died has left the list, and another stands in its place.
+            place += usize::from(self.links.up().get(place) == Some(&peer));
+        }
+        self.events = events;
+        for change in changes.drain(..) {
+            moved = true;
+            match change {
+                LinkChange::Up(peer) => self.membership.link_up(peer, now),
+                LinkChange::Down(peer, cause) => self.membership.link_down(peer, cause),
+                LinkChange::Unreachable(peer, cause) => self.membership.unreachable(peer, cause),
+            }
+        }
+        self.changes = changes;
+        moved |= self.turn_membership(now);
+        if self.broken.is_none() {
+            moved |= self.turn_coordinators(now);
+        }
+        moved
+    }
+
+    fn hear(&mut self, peer: Rank, event: &LinkEvent, control: &[u8], now: Time) {
+        match event {
+            LinkEvent::Done(token) => self.step_done(*token),
+            LinkEvent::Length { token, ours, theirs } => {
+                let error = message::length_mismatch(self.me, peer, *ours, *theirs);
+                self.finish_message(token.run, Some(error));
+            }
+            LinkEvent::Control(range) => {
+                let outcome = match wire::Message::decode(&control[range.clone()]) {
+                    Ok(wire::Message::Coordination { set, body }) => self.coordinate(peer, set, body, now),
+                    Ok(wire::Message::Heartbeat) => Ok(()),
+                    Ok(wire::Message::Goodbye(who)) => {
+                        self.membership.goodbye(peer, who);
+                        Ok(())
+                    }
+                    Ok(wire::Message::Abort(broken)) => {
+                        self.membership.abort(peer, broken);
+                        Ok(())
+                    }
+                    Err(malformed) => Err(Cause::Misbehaved(malformed.0.to_string())),
+                };
+                if let Err(cause) = outcome {
+                    self.break_epoch_with(Some(peer), cause);
+                }
+            }
+        }
+    }
+
+    fn coordinate(&mut self, peer: Rank, id: SetId, body: &[u8], now: Time) -> std::result::Result<(), Cause> {
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        let Some(set) = self.sets.get_mut(&id) else {
+            if id.0 >= self.next_set {
+                if self.early.len() == limits::EARLY_MESSAGES_MAX {
+                    return Err(Cause::Misbehaved(format!("agreement of process set {}, which nobody made", id.0)));
+                }
+                self.early.push((peer, id, body.to_vec()));
+            }
+            // Otherwise this rank has removed the set already, and what is under way in it has failed.
+            return Ok(());
+        };
+        let from = set.member_of(peer).ok_or_else(|| Cause::Misbehaved(format!("agreement of process set {} from outside", id.0)))?;
+        match &mut set.coordinator {
+            Some(coordinator) => coordinator.receive(crate::types::Member(from), body, now),
+            None => Err(Cause::Misbehaved(format!("agreement of process set {} to a rank outside it", id.0))),
+        }
+    }
+
+    fn turn_membership(&mut self, now: Time) -> bool {
+        for place in 0..self.links.up().len() {
+            let peer = self.links.up()[place];
+            if let Some(heard) = self.links.heard(peer) {
+                self.membership.heard(peer, heard);
+            }
+        }
+        if self.membership.poll_timeout().is_some_and(|at| at <= now) {
+            self.membership.handle_timeout(now);
+        }
+        let mut moved = false;
+        while let Some(intent) = self.membership.poll() {
+            moved = true;
+            match intent {
+                membership::Intent::Heartbeat(to) => self.say(to, &wire::Message::Heartbeat),
+                membership::Intent::Goodbye { to, who } => self.say(to, &wire::Message::Goodbye(who)),
+                membership::Intent::Abort { to, broken } => {
+                    self.say(to, &wire::Message::Abort(Broken::clone(&broken)));
+                }
+                membership::Intent::Broke(broken) => {
+                    let error = Error::Broken(broken);
+                    self.broken = Some(error.clone());
+                    self.fail_all(&error);
+                }
+                membership::Intent::Departed(rank) => {
+                    self.depart(rank);
+                    self.links.close(rank);
+                }
+            }
+        }
+        moved
+    }
+
+    fn say(&mut self, to: Rank, message: &wire::Message<'_>) {
+        message.encode(&mut self.encoded);
+        self.links.tell_if_known(to, &self.encoded);
+    }
+
+    /// Says goodbye to everybody. Operations in flight end with [`Error::Shutdown`].
+    pub fn leave(&mut self) {
+        self.fail_all(&Error::Shutdown(None));
+        if self.broken.is_none() {
+            for place in 0..self.links.up().len() {
+                let to = self.links.up()[place];
+                self.say(to, &wire::Message::Goodbye(self.me));
+            }
+        }
+        self.broken.get_or_insert(Error::Shutdown(None));
+    }
+
+    /// Ends an operation.
+    fn end(&mut self, op: OpId, result: Result<()>) {
+        let Some(mut operation) = self.ops.remove(&op) else { return };
+        let mut outcome = std::mem::take(&mut operation.outcome);
+        if result.is_ok() && !operation.stand_ins.is_empty() {
+            outcome.tensors.clear();
+        }
+        operation.stand_ins.clear();
+        self.spare_ops.push(operation);
+        self.ended.push(Ended { op, result: result.map(|()| outcome) });
+    }
+
+    /// Operations that have ended since the last call.
+    pub fn ended(&mut self) -> std::vec::Drain<'_, Ended> {
+        self.ended.drain(..)
+    }
+
+    /// Warnings for the log since the last call.
+    pub fn warnings(&mut self) -> std::vec::Drain<'_, String> {
+        self.warnings.drain(..)
+    }
+
+    /// Why no operation can be submitted any more, if so.
+    #[must_use]
+    pub fn broken(&self) -> Option<&Error> {
+        self.broken.as_ref()
+    }
+
+    /// Whether something is unfinished, so that somebody must go on driving.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        !self.ops.is_empty() || self.flying > 0 || !self.links.drained()
+    }
+
+    /// When [`Engine::turn`] is to be called at the latest.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        let coordinators = self.sets.values().filter_map(|s| s.coordinator.as_ref()).filter_map(|c| c.poll_timeout());
+        coordinators.chain(self.membership.poll_timeout()).min()
+    }
+
+    /// Prepares to sleep; true if there is something to do already.
+    pub fn arm(&mut self) -> bool {
+        let mut changes = std::mem::take(&mut self.changes);
+        let busy = self.links.arm(&mut changes);
+        self.changes = changes;
+        busy || !self.changes.is_empty()
+    }
+
+    /// Awake again.
+    pub fn disarm(&mut self) {
+        self.links.disarm();
+    }
+
+    /// Descriptors to watch while asleep.
+    pub fn descriptors(&self, visit: &mut dyn FnMut(RawFd, bool)) {
+        self.links.descriptors(visit);
+    }
+
+    /// Whether every control message has left.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.links.drained()
+    }
+
+    /// Operations in flight.
+    #[must_use]
+    pub fn ops_in_flight(&self) -> Vec<OpId> {
+        self.ops.keys().copied().collect()
+    }
+
+    /// An empty vector with capacity, for the driver.
+    pub(crate) fn spare_tensors(&mut self) -> Vec<TensorMemory> {
+        std::mem::take(&mut self.spare_memory)
+    }
+    /// Takes it back.
+    pub(crate) fn return_tensors(&mut self, mut tensors: Vec<TensorMemory>) {
+        tensors.clear();
+        self.spare_memory = tensors;
+    }
+    /// An empty vector with capacity, for the driver.
+    pub(crate) fn spare_descriptors(&mut self) -> Vec<(RawFd, bool)> {
+        std::mem::take(&mut self.spare_fds)
+    }
+    /// Takes it back.
+    pub(crate) fn return_descriptors(&mut self, mut fds: Vec<(RawFd, bool)>) {
+        fds.clear();
+        self.spare_fds = fds;
+    }
+
+    /// What an operation waits for, in words.
+    #[must_use]
+    pub fn explain(&self, op: OpId, now: Time) -> Option<String> {
+        let operation = self.ops.get(&op)?;
+        let coordinator = self.sets.get(&operation.set)?.coordinator.as_ref()?;
+        Some(coordinator.explain(op, now))
+    }
+
+    /// The transport of the link to a peer, if it is up.
+    #[must_use]
+    pub fn link_kind(&self, peer: Rank) -> Option<&'static str> {
+        self.links.kind(peer)
+    }
+
+    /// The ranks of a set.
+    #[must_use]
+    pub fn set_ranks(&self, set: SetId) -> Option<Arc<[Rank]>> {
+        self.sets.get(&set).map(|s| Arc::clone(&s.ranks))
+    }
+
+    /// All sets.
+    pub fn set_ids(&self) -> impl Iterator<Item = SetId> + '_ {
+        self.sets.keys().copied()
+    }
+}

@@ -1,1 +1,238 @@
-//! (under construction)
+//! Who is in this epoch, and what ends it. A machine without I/O: facts about neighbours in (a *neighbour* is
+//! a rank to which there is a link), intents out.
+//!
+//! The first cause wins: it is told once ([`Intent::Broke`]) and flooded to all neighbours, who do the same.
+//! Causes are normalised, so that several ranks that notice one death say the same words: whatever error a
+//! transport reports for a link that ends, the peer *has ended*; a silence is as long as the limit, however
+//! late it was noticed; texts are cut to what the wire carries.
+//!
+//! Deliberately absent: votes and new epochs (elastic jobs). They will be a second machine that begins where
+//! this one ends.
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+mod tests;
+
+use crate::error::{Broken, Cause};
+use crate::limits::{HEARTBEAT_MS, SILENCE_MS};
+use crate::types::{Epoch, Rank, Time};
+use crate::wire::failure::normalised;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+const MS: u64 = 1_000_000;
+
+/// When a peer is suspected. The same on all ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// A neighbour that has sent nothing for this long is held to be stopped.
+    pub silence_ns: u64,
+    /// A neighbour to which nothing was sent for this long gets a heartbeat.
+    pub heartbeat_ns: u64,
+}
+
+impl Default for Rules {
+    fn default() -> Rules {
+        Rules { silence_ns: SILENCE_MS * MS, heartbeat_ns: HEARTBEAT_MS * MS }
+    }
+}
+
+/// What the engine is to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Intent {
+    /// Send `Message::Heartbeat` to this neighbour.
+    Heartbeat(Rank),
+    /// The epoch is over: end everything in flight with this. Once.
+    Broke(Arc<Broken>),
+    /// Send `Message::Abort` to this neighbour.
+    Abort {
+        /// Whom.
+        to: Rank,
+        /// Why the epoch is over.
+        broken: Arc<Broken>,
+    },
+    /// This rank has said goodbye: operations that need it end with `Shutdown`.
+    Departed(Rank),
+    /// Send `Message::Goodbye(who)` to this neighbour.
+    Goodbye {
+        /// Whom to tell.
+        to: Rank,
+        /// Who has left.
+        who: Rank,
+    },
+}
+
+#[derive(Debug)]
+struct Neighbour {
+    heard: Time,
+    told: Time,
+}
+
+/// The members of one epoch, as this rank sees them.
+#[derive(Debug)]
+pub struct Membership {
+    epoch: Epoch,
+    me: Rank,
+    size: u32,
+    rules: Rules,
+    /// Ordered, so that the simulator repeats.
+    neighbours: BTreeMap<Rank, Neighbour>,
+    departed: BTreeSet<Rank>,
+    broken: Option<Arc<Broken>>,
+    intents: VecDeque<Intent>,
+}
+
+impl Membership {
+    /// The start of an epoch of `size` ranks, before any link is up.
+    #[must_use]
+    pub fn new(epoch: Epoch, me: Rank, size: u32, rules: Rules) -> Membership {
+        assert!(me.0 < size && rules.heartbeat_ns < rules.silence_ns);
+        Membership {
+            epoch,
+            me,
+            size,
+            rules,
+            neighbours: BTreeMap::new(),
+            departed: BTreeSet::new(),
+            broken: None,
+            intents: VecDeque::new(),
+        }
+    }
+
+    /// A link is up.
+    pub fn link_up(&mut self, rank: Rank, now: Time) {
+        assert!(rank != self.me && rank.0 < self.size);
+        self.neighbours.insert(rank, Neighbour { heard: now, told: now });
+        match &self.broken {
+            // It may have no other neighbour who knows.
+            Some(broken) => self.intents.push_back(Intent::Abort { to: rank, broken: broken.clone() }),
+            None => {
+                let gone = self.departed.iter().filter(|&&who| who != rank);
+                self.intents.extend(gone.map(|&who| Intent::Goodbye { to: rank, who }));
+            }
+        }
+    }
+
+    /// Any byte has come from a neighbour; `when` may be repeated or late.
+    pub fn heard(&mut self, rank: Rank, when: Time) {
+        if let Some(neighbour) = self.neighbours.get_mut(&rank) {
+            neighbour.heard = neighbour.heard.max(when);
+        }
+    }
+
+    /// Something was sent to a neighbour, so that no heartbeat is needed.
+    pub fn told(&mut self, rank: Rank, when: Time) {
+        if let Some(neighbour) = self.neighbours.get_mut(&rank) {
+            neighbour.told = neighbour.told.max(when);
+        }
+    }
+
+    /// A link is dead. No failure if the peer has said goodbye.
+    pub fn link_down(&mut self, rank: Rank, cause: Cause) {
+        if self.neighbours.remove(&rank).is_none() || self.departed.contains(&rank) {
+            return;
+        }
+        let cause = match cause {
+            // A reset, a broken pipe and an end of file are one death, seen at different moments.
+            Cause::Exited | Cause::System(_) => Cause::Exited,
+            other => other,
+        };
+        self.end(Some(rank), cause, None);
+    }
+
+    /// A link that is needed could not be made.
+    pub fn unreachable(&mut self, rank: Rank, cause: Cause) {
+        if !self.departed.contains(&rank) {
+            self.end(Some(rank), cause, None);
+        }
+    }
+
+    /// A neighbour has sent `Message::Goodbye(who)`.
+    pub fn goodbye(&mut self, from: Rank, who: Rank) {
+        if who.0 >= self.size {
+            self.end(Some(from), Cause::Misbehaved("a goodbye of a rank that does not exist".into()), None);
+            return;
+        }
+        if who == self.me || self.broken.is_some() || !self.departed.insert(who) {
+            return;
+        }
+        self.intents.push_back(Intent::Departed(who));
+        let others = self.neighbours.keys().filter(|&&to| to != from && to != who);
+        self.intents.extend(others.map(|&to| Intent::Goodbye { to, who }));
+    }
+
+    /// A neighbour has sent `Message::Abort`. One of another epoch is late and says nothing about this one.
+    pub fn abort(&mut self, from: Rank, broken: Broken) {
+        if broken.epoch == self.epoch {
+            self.end(broken.culprit, broken.cause, Some(from));
+        }
+    }
+
+    /// This rank ends the epoch: a coordinator's `Break`, a failure of the operating system, a panic.
+    pub fn break_here(&mut self, culprit: Option<Rank>, cause: Cause) {
+        self.end(culprit, cause, None);
+    }
+
+    /// Lets time pass.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if self.broken.is_some() {
+            return;
+        }
+        let mut silent = None;
+        for (&rank, neighbour) in &mut self.neighbours {
+            if self.departed.contains(&rank) {
+                continue;
+            }
+            if now.since(neighbour.heard) >= self.rules.silence_ns {
+                silent = silent.or(Some(rank));
+            } else if now.since(neighbour.told) >= self.rules.heartbeat_ns {
+                neighbour.told = now;
+                self.intents.push_back(Intent::Heartbeat(rank));
+            }
+        }
+        if let Some(rank) = silent {
+            self.end(Some(rank), Cause::Silent { for_ms: self.rules.silence_ns / MS }, None);
+        }
+    }
+
+    /// When to call `handle_timeout`.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        if self.broken.is_some() {
+            return None;
+        }
+        let alive = self.neighbours.iter().filter(|(rank, _)| !self.departed.contains(rank));
+        let due = |n: &Neighbour| {
+            n.heard.after_ns(self.rules.silence_ns).min(n.told.after_ns(self.rules.heartbeat_ns))
+        };
+        alive.map(|(_, neighbour)| due(neighbour)).min()
+    }
+
+    /// The next thing to do.
+    pub fn poll(&mut self) -> Option<Intent> {
+        self.intents.pop_front()
+    }
+
+    /// Why the epoch is over, if it is.
+    #[must_use]
+    pub fn broken(&self) -> Option<&Arc<Broken>> {
+        self.broken.as_ref()
+    }
+
+    /// Whether this rank has said goodbye.
+    #[must_use]
+    pub fn has_departed(&self, rank: Rank) -> bool {
+        self.departed.contains(&rank)
+    }
+
+    fn end(&mut self, culprit: Option<Rank>, cause: Cause, from: Option<Rank>) {
+        if self.broken.is_some() {
+            return;
+        }
+        let broken = Arc::new(normalised(&Broken { epoch: self.epoch, culprit, cause }));
+        self.broken = Some(broken.clone());
+        self.intents.push_back(Intent::Broke(broken.clone()));
+        let others = self.neighbours.keys().filter(|&&to| Some(to) != from);
+        self.intents.extend(others.map(|&to| Intent::Abort { to, broken: broken.clone() }));
+    }
+}

@@ -5,7 +5,46 @@
 //! has one chunk per member: an allgather's input is chunk `me` alone, a reducescatter's output likewise.
 #![forbid(unsafe_code)]
 
+mod builder;
+mod hazard;
+mod lower;
+mod print;
+mod symbol;
+mod verify;
+
+pub use builder::Builder;
+pub use lower::{Caps, lower};
+pub use verify::{Fault, Goal, verify};
+
+use crate::types::Collective;
 use std::ops::Range;
+
+/// Whether member `me` has chunk `chunk` of the input of this collective.
+#[must_use]
+pub fn has_input(collective: Collective, root: u32, me: u32, chunk: u32) -> bool {
+    match collective {
+        Collective::Allgather | Collective::Gather => chunk == me,
+        Collective::Broadcast | Collective::Scatter => me == root,
+        _ => true,
+    }
+}
+
+/// Whether member `me` has chunk `chunk` of the output of this collective.
+#[must_use]
+pub fn has_output(collective: Collective, root: u32, me: u32, chunk: u32) -> bool {
+    match collective {
+        Collective::Reduce | Collective::Gather => me == root,
+        Collective::Reducescatter | Collective::Scatter => chunk == me,
+        _ => true,
+    }
+}
+
+/// Whether chunk `i` of the input and chunk `i` of the output may be the same memory. Not for an alltoall,
+/// where input chunk `j` goes to member `j` and output chunk `i` comes from member `i`.
+#[must_use]
+pub fn is_aliased(collective: Collective) -> bool {
+    collective != Collective::Alltoall
+}
 
 /// Which memory a span lies in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
@@ -25,6 +64,19 @@ pub struct Span {
     pub space: Space,
     /// Which chunks.
     pub chunks: Range<u32>,
+    /// The `i`-th chunk of this span is as long as chunk `of + i` of the data. Chunks are not equally long, and
+    /// a chunk of scratch serves for different ones in turn. `Input` and `Output` spans have
+    /// `of == chunks.start`; only in an alltoall, whose input and output chunks differ in length, `of` counts
+    /// the output's chunks from [`Schedule::chunks`] on (and so for scratch that stands for them).
+    pub of: u32,
+}
+
+impl Span {
+    /// How many chunks.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        self.chunks.end - self.chunks.start
+    }
 }
 
 /// What a step does. `to` and `from` are members of the set.
@@ -105,6 +157,8 @@ pub struct Schedule {
     pub chunks: u32,
     /// Chunks of scratch.
     pub scratch: u32,
+    /// Whether input chunk `i` and output chunk `i` may be the same memory: see [`is_aliased`].
+    pub aliased: bool,
     /// The steps, in the order in which the algorithm's author wrote them.
     pub steps: Vec<Step>,
     /// All steps' dependencies, one after another.

@@ -6,6 +6,7 @@ pub mod flow;
 pub mod shm;
 pub mod sim;
 pub mod tcp;
+pub mod wake;
 
 use crate::device::{Reduction, Token};
 use crate::error::Cause;

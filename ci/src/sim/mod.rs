@@ -1,0 +1,82 @@
+//! The simulator: N whole engines in one thread, virtual time, a seed, faults, checkers after every step.
+//! A seed is a bug report: the same seed and number of ranks replay the same cluster.
+
+mod check;
+mod cluster;
+mod program;
+
+use clap::Args;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+/// What to simulate.
+#[derive(Args, Debug, Clone)]
+pub struct SimArgs {
+    /// The first seed.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// How many seeds.
+    #[arg(long, default_value_t = 1)]
+    pub seeds: u64,
+    /// Ranks; 0 takes 1 to 9 from the seed.
+    #[arg(long, default_value_t = 0)]
+    pub ranks: u32,
+    /// Prints what happens.
+    #[arg(long)]
+    pub verbose: bool,
+}
+
+/// What a number of seeds came to.
+#[derive(Default, Debug)]
+pub struct Tally {
+    /// Clusters simulated.
+    pub clusters: u64,
+    /// Operations that ended, over all ranks.
+    pub operations: u64,
+    /// Clusters with a fault.
+    pub faults: u64,
+    /// Operations that some live ranks had finished when the epoch broke, and others not.
+    pub split: u64,
+}
+
+/// Simulates; the result is the exit code.
+pub fn run(args: &SimArgs) -> i32 {
+    let start = Instant::now();
+    let mut tally = Tally::default();
+    let mut failed = 0;
+    for seed in args.seed..args.seed + args.seeds {
+        let outcome = catch_unwind(AssertUnwindSafe(|| cluster::simulate(seed, args.ranks, args.verbose)));
+        let found = match outcome {
+            Ok(Ok(report)) => {
+                tally.clusters += 1;
+                tally.operations += report.operations;
+                tally.faults += u64::from(report.faulty);
+                tally.split += report.split;
+                continue;
+            }
+            Ok(Err(found)) => found,
+            Err(panic) => panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string))
+                .unwrap_or_else(|| "a panic".into()),
+        };
+        failed += 1;
+        eprintln!("seed {seed}: {found}\n  replay: cargo run --release -p ci -- sim --seed {seed} --ranks {} --verbose", args.ranks);
+        if failed == 10 {
+            break;
+        }
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    println!(
+        "simulated {} clusters ({} with faults) from seed {}: {} operations ended, {:.0} clusters a minute; {} failed",
+        tally.clusters,
+        tally.faults,
+        args.seed,
+        tally.operations,
+        tally.clusters as f64 / seconds * 60.0,
+        failed
+    );
+    println!("operations finished on some live ranks only when an epoch broke: {}", tally.split);
+    i32::from(failed > 0)
+}

@@ -1,0 +1,479 @@
+//! Who drives the engine, and how they sleep.
+//!
+//! The engine belongs to whoever holds the *baton* (its mutex). A caller that waits drives progress itself, as
+//! MPI does, and keeps the baton while it sleeps; a background thread drives while work is unfinished and no
+//! caller waits, and gives the baton up while it sleeps, so that a caller takes over without a hand-off.
+//!
+//! Everybody sleeps on descriptors: the process's own eventfd (which peers on the host, the porter and
+//! submitters write), the links' sockets, and for the background thread one eventfd more. The handshake is
+//! the same everywhere (`Drowsy`): the sleeper stores *asleep*, then looks at every queue again; the
+//! producer publishes, then looks at *asleep*. Sequential consistency makes one of them see the other.
+
+use super::Engine;
+use super::handles::{Handles, Submitted, Waited};
+use super::message::MessageSubmission;
+use super::{Submission, TensorMemory};
+use crate::coordinator::OpId;
+use crate::error::{Broken, Cause, Error, Result};
+use crate::limits;
+use crate::log;
+use crate::transport::wake::Waker;
+use crate::types::Time;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::any::Any;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// A flag that says *I am about to sleep; wake me*.
+#[derive(Default)]
+pub(super) struct Drowsy {
+    asleep: AtomicBool,
+}
+
+impl Drowsy {
+    /// The sleeper says so, and must look at every queue once more before it sleeps.
+    pub(super) fn lie_down(&self) {
+        self.asleep.store(true, Ordering::SeqCst);
+    }
+    /// The sleeper is awake.
+    pub(super) fn rise(&self) {
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+    /// The producer has published. True if the sleeper must be woken; then only this producer does so.
+    pub(super) fn must_wake(&self) -> bool {
+        self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst)
+    }
+}
+
+/// How waiting callers spend their time before they sleep.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// How long to look again and again, in nanoseconds.
+    pub spin_ns: u64,
+    /// Whether to give the processor away between two looks: more ranks than cores.
+    pub yields: bool,
+}
+
+/// What submitters leave for the driver.
+enum Mail {
+    /// The submission in this slot.
+    Submitted(u32),
+    /// Somebody waits for the operation in this slot.
+    Waiting(u32),
+}
+
+struct Shared {
+    engine: Mutex<Engine>,
+    handles: Arc<Handles>,
+    mail: Mutex<Vec<Mail>>,
+    has_mail: AtomicBool,
+    /// A caller drives, or is about to.
+    caller: AtomicBool,
+    /// The driving caller sleeps on `waker`.
+    caller_sleep: Drowsy,
+    /// The background thread sleeps on `nudge` (and perhaps more).
+    background_sleep: Drowsy,
+    waker: Waker,
+    nudge: Waker,
+    stop: AtomicBool,
+    origin: Instant,
+    patience: Patience,
+    failure: Mutex<Option<Error>>,
+}
+
+/// The engine of this process, and the thread that drives it while nobody waits.
+pub struct Driver {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The longest sleep: a bound on what a lost wake could cost, never relied upon.
+const NAP: Duration = Duration::from_millis(100);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Driver {
+    /// Starts driving. `make` builds the engine, `waker` is the eventfd
+    /// that peers and the porter write.
+    pub fn start(
+        waker: Waker,
+        handles: Arc<Handles>,
+        patience: Patience,
+        make: impl FnOnce() -> Engine,
+    ) -> std::io::Result<Driver> {
+        let origin = Instant::now();
+        let shared = Arc::new(Shared {
+            engine: Mutex::new(make()),
+            handles,
+            mail: Mutex::default(),
+            has_mail: AtomicBool::new(false),
+            caller: AtomicBool::new(false),
+            caller_sleep: Drowsy::default(),
+            background_sleep: Drowsy::default(),
+            waker,
+            nudge: Waker::new()?,
+            stop: AtomicBool::new(false),
+            origin,
+            patience,
+            failure: Mutex::default(),
+        });
+        let background = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("carole".into()).spawn(move || background.background())?;
+        Ok(Driver { shared, thread: Some(thread) })
+    }
+
+    /// Submits what `fill` writes. With `quiet` nobody is woken: the caller waits at once and drives itself.
+    pub fn submit(
+        &self,
+        keep: Option<Box<dyn Any + Send>>,
+        quiet: bool,
+        fill: impl FnOnce(&mut Submitted),
+    ) -> Result<u64> {
+        if let Some(error) = lock(&self.shared.failure).as_ref() {
+            return Err(error.clone());
+        }
+        let (handle, index) = self.shared.handles.open(keep, fill)?;
+        self.shared.send(Mail::Submitted(index));
+        if !quiet {
+            self.shared.wake_driver();
+        }
+        Ok(handle)
+    }
+
+    /// Waits for an operation, driving if nobody else does. `until` is the caller's limit.
+    pub fn wait(&self, handle: u64, until: Option<Instant>) -> Result<Waited> {
+        let shared = &*self.shared;
+        let mut told = false;
+        loop {
+            if let Waited::Done(result, keep) = shared.handles.try_take(handle)? {
+                return Ok(Waited::Done(result, keep));
+            }
+            if until.is_some_and(|at| Instant::now() >= at) {
+                return Ok(Waited::Pending);
+            }
+            if !shared.caller.swap(true, Ordering::SeqCst) {
+                shared.drive_for(handle, until);
+                continue;
+            }
+            if !told {
+                shared.send(Mail::Waiting(shared.handles.index(handle)?));
+                told = true;
+            }
+            shared.wake_driver();
+            let nap = Instant::now() + NAP;
+            shared.handles.sleep(handle, until.map_or(nap, |at| at.min(nap)))?;
+        }
+    }
+
+    /// Gives up a handle.
+    pub fn abandon(&self, handle: u64) {
+        self.shared.handles.abandon(handle);
+    }
+
+    /// Reads something from the engine.
+    pub fn with<T>(&self, read: impl FnOnce(&mut Engine) -> T) -> T {
+        read(&mut lock(&self.shared.engine))
+    }
+
+    /// What an operation waits for.
+    #[must_use]
+    pub fn explain(&self, handle: u64) -> Option<String> {
+        let index = self.shared.handles.index(handle).ok()?;
+        // Not while another caller holds the baton in its sleep: an explanation is not worth a hang.
+        let engine = self.shared.engine.try_lock().ok()?;
+        engine.explain(OpId(index), self.shared.now())
+    }
+
+    /// Says goodbye, lets it leave for a bounded time, and stops.
+    pub fn stop(mut self) {
+        self.stop_background();
+        let mut engine = lock(&self.shared.engine);
+        let now = self.shared.now();
+        engine.leave();
+        let limit = now.after_ns(limits::SHUTDOWN_MS * 1_000_000);
+        loop {
+            let moved = self.shared.turn(&mut engine);
+            let now = self.shared.now();
+            if engine.is_drained() || now >= limit {
+                break;
+            }
+            if !moved {
+                let mut fds = Vec::new();
+                engine.descriptors(&mut |fd, _| fds.push((fd, true)));
+                watch(&fds, Duration::from_millis(10));
+            }
+        }
+    }
+
+    fn stop_background(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.nudge.wake();
+        self.shared.waker.wake();
+        if let Some(thread) = self.thread.take() {
+            // The thread catches its own panics; there is nothing to learn from its result.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.stop_background();
+    }
+}
+
+impl Shared {
+    fn now(&self) -> Time {
+        Time(self.origin.elapsed().as_nanos() as u64)
+    }
+
+    fn send(&self, mail: Mail) {
+        lock(&self.mail).push(mail);
+        self.has_mail.store(true, Ordering::SeqCst);
+    }
+
+    fn wake_driver(&self) {
+        if self.caller.load(Ordering::SeqCst) {
+            if self.caller_sleep.must_wake() {
+                self.waker.wake();
+            }
+        } else if self.background_sleep.must_wake() {
+            self.nudge.wake();
+        }
+    }
+
+    /// One turn of the engine. A panic in it (a bug of ours) breaks the epoch and leaves no waiter behind.
+    fn turn(&self, engine: &mut Engine) -> bool {
+        let now = self.now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let mut moved = self.read_mail(engine, now);
+            moved |= engine.turn(now);
+            self.report(engine);
+            moved
+        }));
+        outcome.unwrap_or_else(|panic| {
+            self.fail(engine, &*panic);
+            false
+        })
+    }
+
+    fn report(&self, engine: &mut Engine) {
+        for ended in engine.ended() {
+            self.handles.complete(ended.op.0, ended.result);
+        }
+        for warning in engine.warnings() {
+            log::warn(format_args!("{warning}"));
+        }
+    }
+
+    fn fail(&self, engine: &mut Engine, panic: &(dyn Any + Send)) {
+        let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic".into());
+        let cause = Cause::Aborted(text);
+        let broken = Broken { epoch: engine.epoch, culprit: Some(engine.me), cause: cause.clone() };
+        let error = Error::Broken(Arc::new(broken));
+        *lock(&self.failure) = Some(error.clone());
+        let now = self.now();
+        // The invariant that broke may be anywhere; what can still be done is done, each part by itself.
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            engine.membership.break_here(Some(engine.me), cause);
+            engine.turn(now);
+        }));
+        let _ = catch_unwind(AssertUnwindSafe(|| self.report(engine)));
+        for op in engine.ops_in_flight() {
+            let _ = catch_unwind(AssertUnwindSafe(|| self.handles.complete(op.0, Err(error.clone()))));
+        }
+    }
+
+    fn read_mail(&self, engine: &mut Engine, now: Time) -> bool {
+        if !self.has_mail.swap(false, Ordering::SeqCst) {
+            return false;
+        }
+        let mut mail = std::mem::take(&mut *lock(&self.mail));
+        for letter in mail.drain(..) {
+            match letter {
+                Mail::Submitted(index) => self.accept(engine, index, now),
+                Mail::Waiting(index) => engine.wait_for(OpId(index), now),
+            }
+        }
+        // The vector goes back for its capacity, unless somebody has written meanwhile.
+        let mut slot = lock(&self.mail);
+        if slot.is_empty() && slot.capacity() < mail.capacity() {
+            *slot = mail;
+        }
+        true
+    }
+
+    fn accept(&self, engine: &mut Engine, index: u32, now: Time) {
+        let submitted = self.handles.take_submitted(index);
+        let op = OpId(index);
+        let accepted = match submitted.message {
+            Some(message) => {
+                let (input, output) = submitted.tensors[0];
+                let memory = if message.sends { input } else { output.unwrap_or(input) };
+                let tensor = &submitted.signature.tensors[0];
+                let submission = MessageSubmission {
+                    op,
+                    set: submitted.set,
+                    peer: message.peer,
+                    tag: message.tag,
+                    sends: message.sends,
+                    memory,
+                    dtype: tensor.dtype,
+                };
+                engine.submit_message(&submission, &tensor.shape)
+            }
+            None => {
+                let mut tensors = engine.spare_tensors();
+                tensors.extend(submitted.tensors.iter().map(|&(input, output)| TensorMemory { input, output }));
+                let outcome = engine.submit(
+                    &Submission {
+                        op,
+                        set: submitted.set,
+                        name: &submitted.name,
+                        hold: submitted.hold,
+                        signature: &submitted.signature,
+                        call: &submitted.call,
+                        tensors: &tensors,
+                        refused: submitted.refused.as_deref(),
+                    },
+                    now,
+                );
+                engine.return_tensors(tensors);
+                outcome
+            }
+        };
+        self.handles.recycle(submitted);
+        if let Err(error) = accepted {
+            self.handles.complete(index, Err(error));
+        }
+    }
+
+    /// A caller drives until its operation has ended. It has set `caller`.
+    fn drive_for(&self, handle: u64, until: Option<Instant>) {
+        let mut engine = lock(&self.engine);
+        // The background thread's arming is undone: this thread looks by itself.
+        engine.disarm();
+        let mut waited = false;
+        let mut idle_since = None;
+        loop {
+            let mut moved = self.turn(&mut engine);
+            if !waited && let Ok(index) = self.handles.index(handle) {
+                waited = true;
+                engine.wait_for(OpId(index), self.now());
+                moved |= self.turn(&mut engine);
+            }
+            if self.handles.poll(handle).unwrap_or(true) || until.is_some_and(|at| Instant::now() >= at) {
+                break;
+            }
+            if moved {
+                idle_since = None;
+                continue;
+            }
+            let now = self.now();
+            let since = *idle_since.get_or_insert(now);
+            if now.since(since) < self.patience.spin_ns {
+                if self.patience.yields { std::thread::yield_now() } else { std::hint::spin_loop() }
+                continue;
+            }
+            self.sleep_as_caller(&mut engine, until);
+            idle_since = None;
+        }
+        let busy = engine.is_busy();
+        drop(engine);
+        self.caller.store(false, Ordering::SeqCst);
+        if (busy || self.has_mail.load(Ordering::SeqCst)) && self.background_sleep.must_wake() {
+            self.nudge.wake();
+        }
+    }
+
+    fn sleep_as_caller(&self, engine: &mut Engine, until: Option<Instant>) {
+        self.caller_sleep.lie_down();
+        let busy = engine.arm() || self.has_mail.load(Ordering::SeqCst);
+        if !busy {
+            let mut limit = self.until_timeout(engine);
+            if let Some(at) = until {
+                limit = limit.min(at.saturating_duration_since(Instant::now()));
+            }
+            let mut fds = engine.spare_descriptors();
+            fds.push((self.waker.descriptor(), false));
+            engine.descriptors(&mut |fd, writes| fds.push((fd, writes)));
+            watch(&fds, limit);
+            engine.return_descriptors(fds);
+        }
+        self.caller_sleep.rise();
+        self.waker.clear();
+        engine.disarm();
+    }
+
+    fn until_timeout(&self, engine: &Engine) -> Duration {
+        let now = self.now();
+        engine.poll_timeout().map_or(NAP, |at| Duration::from_nanos(at.since(now)).min(NAP))
+    }
+
+    /// The background thread: drives while work is unfinished and no caller does, looks in now and then for
+    /// heartbeats, sleeps otherwise.
+    fn background(&self) {
+        let mut fds = Vec::new();
+        while !self.stop.load(Ordering::SeqCst) {
+            let limit = self.background_turns(&mut fds);
+            self.background_sleep.lie_down();
+            let mail = self.has_mail.load(Ordering::SeqCst) && !self.caller.load(Ordering::SeqCst);
+            if !mail && !self.stop.load(Ordering::SeqCst) {
+                fds.push((self.nudge.descriptor(), false));
+                watch(&fds, limit);
+            }
+            self.background_sleep.rise();
+            self.nudge.clear();
+        }
+    }
+
+    /// Drives as long as something moves; fills in what to watch in the sleep that follows, and its length.
+    fn background_turns(&self, fds: &mut Vec<(RawFd, bool)>) -> Duration {
+        fds.clear();
+        loop {
+            if self.caller.load(Ordering::SeqCst) || self.stop.load(Ordering::SeqCst) {
+                return NAP;
+            }
+            let mut engine = match self.engine.try_lock() {
+                Ok(engine) => engine,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return NAP,
+            };
+            // Only who drives may clear the eventfd: a caller that sleeps on it would miss its wake.
+            self.waker.clear();
+            engine.disarm();
+            if self.turn(&mut engine) {
+                continue;
+            }
+            if engine.is_busy() {
+                if engine.arm() || self.has_mail.load(Ordering::SeqCst) {
+                    continue;
+                }
+                fds.push((self.waker.descriptor(), false));
+                engine.descriptors(&mut |fd, writes| fds.push((fd, writes)));
+            }
+            return self.until_timeout(&engine);
+        }
+    }
+}
+
+/// Sleeps until one of the descriptors is ready or the time is over.
+fn watch(fds: &[(RawFd, bool)], limit: Duration) {
+    let mut list: Vec<PollFd<'_>> = Vec::with_capacity(fds.len());
+    for &(fd, writes) in fds {
+        // SAFETY: the descriptor is only handed to poll, which answers POLLNVAL for one that was closed.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        let flags = if writes { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        list.push(PollFd::from_borrowed_fd(fd, flags));
+    }
+    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+    // Interrupted by a signal, or ready: either way the caller looks for itself.
+    let _ = poll(&mut list, Some(&limit));
+}

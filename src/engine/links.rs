@@ -1,0 +1,242 @@
+//! The links of this rank: asked for when traffic first needs them, and what waits until they are up.
+#![forbid(unsafe_code)]
+
+use crate::error::Cause;
+use crate::memory::{Memory, RunId};
+use crate::transport::{Events, Fabric, FabricEvent, Link, LinkOrder};
+use crate::types::{Rank, Time};
+use std::os::fd::RawFd;
+
+/// What is queued for a peer whose link is not up yet. Control messages lie one after another.
+#[derive(Default)]
+struct Waiting {
+    orders: Vec<LinkOrder>,
+    messages: Vec<Vec<u8>>,
+}
+
+#[derive(Default)]
+enum Slot {
+    /// Never asked for.
+    #[default]
+    None,
+    /// Asked for.
+    Requested(Waiting),
+    /// Up.
+    Up(Box<dyn Link>),
+    /// It was up, or could not come up; the peer is gone.
+    Dead,
+}
+
+/// All links of this rank, by peer.
+pub struct Links {
+    fabric: Box<dyn Fabric>,
+    slots: Vec<Slot>,
+    /// Peers whose links are up.
+    up: Vec<Rank>,
+}
+
+/// What happened to a link.
+#[derive(Debug)]
+pub enum LinkChange {
+    /// It is up.
+    Up(Rank),
+    /// It was up and is dead.
+    Down(Rank, Cause),
+    /// It could not be made.
+    Unreachable(Rank, Cause),
+}
+
+impl Links {
+    /// No links yet.
+    #[must_use]
+    pub fn new(fabric: Box<dyn Fabric>, size: u32) -> Links {
+        Links { fabric, slots: (0..size).map(|_| Slot::None).collect(), up: Vec::new() }
+    }
+
+    /// Peers whose links are up.
+    #[must_use]
+    pub fn up(&self) -> &[Rank] {
+        &self.up
+    }
+
+    /// The transport of the link to a peer, if it is up.
+    #[must_use]
+    pub fn kind(&self, peer: Rank) -> Option<&'static str> {
+        match &self.slots[peer.0 as usize] {
+            Slot::Up(link) => Some(link.kind()),
+            _ => None,
+        }
+    }
+
+    /// Asks for a link without giving it anything to do.
+    pub fn request(&mut self, peer: Rank) {
+        let slot = &mut self.slots[peer.0 as usize];
+        if matches!(slot, Slot::None) {
+            *slot = Slot::Requested(Waiting::default());
+            self.fabric.request(peer);
+        }
+    }
+
+    /// Gives a link an order, now or when it is up. Orders for a dead link are dropped: its death has broken
+    /// (or is about to break) whatever they belong to.
+    pub fn post(&mut self, peer: Rank, order: LinkOrder) {
+        self.request(peer);
+        match &mut self.slots[peer.0 as usize] {
+            Slot::Up(link) => link.post(order),
+            Slot::Requested(waiting) => waiting.orders.push(order),
+            Slot::None | Slot::Dead => {}
+        }
+    }
+
+    /// Sends a control message, now or when the link is up.
+    pub fn tell(&mut self, peer: Rank, message: &[u8]) {
+        self.request(peer);
+        self.tell_if_known(peer, message);
+    }
+
+    /// Sends a control message if the link is up or asked for.
+    pub fn tell_if_known(&mut self, peer: Rank, message: &[u8]) {
+        match &mut self.slots[peer.0 as usize] {
+            Slot::Up(link) => link.tell(message),
+            Slot::Requested(waiting) => waiting.messages.push(message.to_vec()),
+            Slot::None | Slot::Dead => {}
+        }
+    }
+
+    /// Takes in new links and failures to connect.
+    pub fn poll_fabric(&mut self, changes: &mut Vec<LinkChange>) -> bool {
+        let mut moved = false;
+        while let Some(event) = self.fabric.poll() {
+            moved = true;
+            match event {
+                FabricEvent::Up(link) => self.rise(link, changes),
+                FabricEvent::Failed(peer, cause) => self.fall(peer, cause, changes),
+            }
+        }
+        moved
+    }
+
+    fn rise(&mut self, mut link: Box<dyn Link>, changes: &mut Vec<LinkChange>) {
+        let peer = link.peer();
+        let slot = &mut self.slots[peer.0 as usize];
+        match slot {
+            Slot::Up(_) | Slot::Dead => return,
+            Slot::Requested(waiting) => {
+                for message in waiting.messages.drain(..) {
+                    link.tell(&message);
+                }
+                for order in waiting.orders.drain(..) {
+                    link.post(order);
+                }
+            }
+            Slot::None => {}
+        }
+        *slot = Slot::Up(link);
+        self.up.push(peer);
+        changes.push(LinkChange::Up(peer));
+    }
+
+    fn fall(&mut self, peer: Rank, cause: Cause, changes: &mut Vec<LinkChange>) {
+        let slot = &mut self.slots[peer.0 as usize];
+        let was = std::mem::replace(slot, Slot::Dead);
+        self.up.retain(|&p| p != peer);
+        match was {
+            Slot::Dead => {}
+            Slot::Up(_) => changes.push(LinkChange::Down(peer, cause)),
+            Slot::None | Slot::Requested(_) => changes.push(LinkChange::Unreachable(peer, cause)),
+        }
+    }
+
+    /// Moves bytes on one link (by its place in [`Links::up`]); what happened is appended to `events`.
+    pub fn progress(
+        &mut self,
+        place: usize,
+        memory: &Memory,
+        now: Time,
+        events: &mut Events,
+        changes: &mut Vec<LinkChange>,
+    ) -> bool {
+        let peer = self.up[place];
+        let Slot::Up(link) = &mut self.slots[peer.0 as usize] else { unreachable!("up lists links that are up") };
+        match link.progress(memory, now, events) {
+            Ok(moved) => moved,
+            Err(cause) => {
+                self.fall(peer, cause, changes);
+                true
+            }
+        }
+    }
+
+    /// When a peer was last heard of.
+    #[must_use]
+    pub fn heard(&self, peer: Rank) -> Option<Time> {
+        match &self.slots[peer.0 as usize] {
+            Slot::Up(link) => Some(link.heard()),
+            _ => None,
+        }
+    }
+
+    /// Withdraws a run from every link.
+    pub fn withdraw(&mut self, run: RunId) {
+        for slot in &mut self.slots {
+            match slot {
+                Slot::Up(link) => link.withdraw(run),
+                Slot::Requested(waiting) => waiting.orders.retain(|order| order.token.run != run),
+                Slot::None | Slot::Dead => {}
+            }
+        }
+    }
+
+    /// Prepares to sleep; true if something is there already.
+    pub fn arm(&mut self, changes: &mut Vec<LinkChange>) -> bool {
+        let mut busy = false;
+        let mut place = 0;
+        while place < self.up.len() {
+            let peer = self.up[place];
+            let Slot::Up(link) = &mut self.slots[peer.0 as usize] else { unreachable!("up lists links that are up") };
+            match link.arm() {
+                Ok(there) => busy |= there,
+                Err(cause) => {
+                    self.fall(peer, cause, changes);
+                    busy = true;
+                    continue;
+                }
+            }
+            place += 1;
+        }
+        busy
+    }
+
+    /// Awake again.
+    pub fn disarm(&mut self) {
+        for slot in &mut self.slots {
+            if let Slot::Up(link) = slot {
+                link.disarm();
+            }
+        }
+    }
+
+    /// Descriptors to watch while asleep.
+    pub fn descriptors(&self, visit: &mut dyn FnMut(RawFd, bool)) {
+        for &peer in &self.up {
+            if let Slot::Up(link) = &self.slots[peer.0 as usize] {
+                link.descriptors(visit);
+            }
+        }
+    }
+
+    /// Whether every control message has left.
+    #[must_use]
+    pub fn drained(&self) -> bool {
+        self.up.iter().all(|&peer| match &self.slots[peer.0 as usize] {
+            Slot::Up(link) => link.drained(),
+            _ => true,
+        })
+    }
+
+    /// Forgets a peer that has said goodbye: the end of its connection is no failure.
+    pub fn close(&mut self, peer: Rank) {
+        self.slots[peer.0 as usize] = Slot::Dead;
+        self.up.retain(|&p| p != peer);
+    }
+}

@@ -1,0 +1,274 @@
+//! Process sets: who is in them, and the coordinator of each.
+#![forbid(unsafe_code)]
+
+use super::Engine;
+use super::operation::Operation;
+use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
+use crate::error::{Error, Mismatch};
+use crate::types::{Collective, Member, Rank, SetId, Time};
+use std::sync::Arc;
+
+/// A process set, as this rank sees it.
+pub(super) struct ProcessSet {
+    /// Its ranks, ascending.
+    pub(super) ranks: Arc<[Rank]>,
+    /// The number of each member's host.
+    pub(super) hosts: Arc<[u32]>,
+    /// This rank's position, if it is a member.
+    pub(super) member: Option<Member>,
+    /// The machine that agrees; only on members.
+    pub(super) coordinator: Option<Coordinator>,
+    /// Batches started: the same number on every member.
+    pub(super) next_batch: u64,
+    /// The first member that has said goodbye.
+    pub(super) departed: Option<Rank>,
+}
+
+impl ProcessSet {
+    pub(super) fn me(&self) -> u32 {
+        self.member.expect("only members run batches").0
+    }
+    pub(super) fn size(&self) -> u32 {
+        self.ranks.len() as u32
+    }
+    pub(super) fn member_of(&self, rank: Rank) -> Option<u32> {
+        self.ranks.binary_search(&rank).ok().map(|m| m as u32)
+    }
+}
+
+impl Engine {
+    /// Makes a set; every rank of the job does so at the same place of the global set's agreed order.
+    pub(super) fn make_set(&mut self, ranks: &[Rank]) -> SetId {
+        let id = SetId(self.next_set);
+        self.next_set += 1;
+        let hosts: Arc<[u32]> = renumbered(ranks.iter().map(|r| self.setup.hosts[r.0 as usize]));
+        let ranks: Arc<[Rank]> = ranks.into();
+        let member = ranks.binary_search(&self.me).ok().map(|m| Member(m as u32));
+        let coordinator = member.map(|me| {
+            Coordinator::new(Setup {
+                set: id,
+                me,
+                ranks: Arc::clone(&ranks),
+                hosts: Arc::clone(&hosts),
+                rules: self.setup.agreement,
+            })
+        });
+        if let Some(coordinator) = &coordinator {
+            // The tree's links carry heartbeats, so they are wanted before the first operation.
+            for neighbour in coordinator.neighbours() {
+                self.links.request(ranks[neighbour.0 as usize]);
+            }
+        }
+        self.sets.insert(id, ProcessSet { ranks, hosts, member, coordinator, next_batch: 0, departed: None });
+        id
+    }
+
+    /// Lets every coordinator act on the time, and carries out what they intend.
+    pub(super) fn turn_coordinators(&mut self, now: Time) -> bool {
+        let mut moved = false;
+        let mut place = 0;
+        while let Some((&id, _)) = self.sets.iter().nth(place) {
+            place += 1;
+            let Some(coordinator) = self.sets.get_mut(&id).and_then(|s| s.coordinator.as_mut()) else { continue };
+            if coordinator.poll_timeout().is_some_and(|at| at <= now) {
+                coordinator.handle_timeout(now);
+            }
+            while self.broken.is_none()
+                && let Some(intent) = self.coordinator_of(id).and_then(Coordinator::poll)
+            {
+                moved = true;
+                self.carry_out(id, intent, now);
+            }
+        }
+        moved
+    }
+
+    pub(super) fn coordinator_of(&mut self, id: SetId) -> Option<&mut Coordinator> {
+        self.sets.get_mut(&id).and_then(|s| s.coordinator.as_mut())
+    }
+
+    fn carry_out(&mut self, id: SetId, intent: Intent, now: Time) {
+        match intent {
+            Intent::Tell { to, message } => {
+                let peer = self.sets[&id].ranks[to.0 as usize];
+                self.links.tell(peer, &message);
+                if let Some(coordinator) = self.coordinator_of(id) {
+                    coordinator.recycle(message);
+                }
+            }
+            Intent::Run(cut) => {
+                self.run_cut(id, &cut, now);
+                if let Some(coordinator) = self.coordinator_of(id) {
+                    coordinator.recycle_cut(cut);
+                }
+            }
+            Intent::Failed { op, mismatch } => self.end(op, Err(Error::Mismatch(mismatch))),
+            Intent::Joined { op, last } => {
+                let last = self.sets[&id].ranks[last.0 as usize];
+                if let Some(operation) = self.ops.get_mut(&op) {
+                    operation.outcome.last_joined = Some(last);
+                }
+                self.end(op, Ok(()));
+            }
+            Intent::Warn(words) => self.warnings.push(words),
+            Intent::Break(culprit, cause) => {
+                let culprit = culprit.map(|m| self.sets[&id].ranks[m.0 as usize]);
+                self.break_epoch_with(culprit, cause);
+            }
+        }
+    }
+
+    /// Runs one cut of the agreed log: set changes and barriers at once, the rest in batches.
+    fn run_cut(&mut self, id: SetId, cut: &[Agreed], now: Time) {
+        for agreed in cut {
+            let tensors = agreed.signature.tensors.len();
+            if let Some(op) = agreed.op {
+                let operation = self.ops.get_mut(&op).expect("an agreed operation is in flight here");
+                prepare_outcome(operation, agreed, tensors);
+            }
+            match agreed.signature.collective {
+                Collective::AddSet => self.add_agreed_set(agreed, now),
+                Collective::RemoveSet => self.remove_agreed_set(agreed),
+                Collective::Barrier | Collective::Join => {
+                    if let Some(op) = agreed.op {
+                        self.end(op, Ok(()));
+                    }
+                }
+                // An empty group is complete as soon as it is agreed.
+                _ if tensors == 0 => {
+                    if let Some(op) = agreed.op {
+                        self.end(op, Ok(()));
+                    }
+                }
+                _ => self.note_received_splits(id, agreed),
+            }
+        }
+        let mut fusion = std::mem::take(&mut self.fusion);
+        fusion.fuse(cut, self.setup.fusion);
+        for batch in fusion.batches().filter(|batch| !batch.parts.is_empty()) {
+            self.start_batch(id, cut, &batch);
+        }
+        self.fusion = fusion;
+    }
+
+    fn add_agreed_set(&mut self, agreed: &Agreed, now: Time) {
+        let ranks = agreed.signature.ranks.clone();
+        let known = self.sets.iter().find(|(_, set)| set.ranks[..] == ranks[..]).map(|(&id, _)| id);
+        let result = match known {
+            Some(id) => Err(Error::Mismatch(Arc::new(Mismatch {
+                tensor: agreed.name.to_string(),
+                message: format!("a process set of these ranks exists already (number {}); use that one", id.0),
+            }))),
+            None => {
+                let id = self.make_set(&ranks);
+                self.deliver_early(id, now);
+                if let Some(operation) = agreed.op.and_then(|op| self.ops.get_mut(&op)) {
+                    operation.outcome.set = Some(id);
+                }
+                Ok(())
+            }
+        };
+        if let Some(op) = agreed.op {
+            self.end(op, result);
+        }
+    }
+
+    /// Hands over the messages that came before this rank had made their set.
+    fn deliver_early(&mut self, id: SetId, now: Time) {
+        let (ready, rest) = std::mem::take(&mut self.early).into_iter().partition(|(_, set, _)| *set == id);
+        self.early = rest;
+        let ready: Vec<(Rank, SetId, Vec<u8>)> = ready;
+        for (peer, set, body) in ready {
+            if let Err(cause) = self.coordinate(peer, set, &body, now) {
+                self.break_epoch_with(Some(peer), cause);
+            }
+        }
+    }
+
+    fn remove_agreed_set(&mut self, agreed: &Agreed) {
+        let known = self.sets.iter().find(|(_, set)| set.ranks[..] == agreed.signature.ranks[..]).map(|(&id, _)| id);
+        if let Some(id) = known {
+            let error = Error::usage(format!("process set {} was removed while this operation was in flight", id.0));
+            self.fail_set(id, &error);
+            self.sets.remove(&id);
+        }
+        if let Some(op) = agreed.op {
+            self.end(op, Ok(()));
+        }
+    }
+
+    /// Alltoall: what each member sends here is part of the outcome.
+    fn note_received_splits(&mut self, id: SetId, agreed: &Agreed) {
+        if agreed.signature.collective != Collective::Alltoall {
+            return;
+        }
+        let (me, size) = (self.sets[&id].me(), self.sets[&id].size());
+        if let Some(operation) = agreed.op.and_then(|op| self.ops.get_mut(&op)) {
+            for t in 0..agreed.signature.tensors.len() {
+                let rows = (0..size).map(|from| super::operation::split(&agreed.call, from, me, t, size));
+                operation.outcome.received_splits.extend(rows);
+            }
+        }
+    }
+
+    /// A member has said goodbye: what its sets have in flight can never complete.
+    pub(super) fn depart(&mut self, rank: Rank) {
+        let concerned: Vec<SetId> =
+            self.sets.iter().filter(|(_, set)| set.member_of(rank).is_some()).map(|(&id, _)| id).collect();
+        for id in concerned {
+            if let Some(set) = self.sets.get_mut(&id) {
+                set.departed.get_or_insert(rank);
+            }
+            self.fail_set(id, &Error::Shutdown(Some(rank)));
+        }
+    }
+
+    /// Whether an operation may be submitted to a set now.
+    pub(super) fn admit(&self, set: SetId, op: OpId) -> Result<(), Error> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        if self.ops.contains_key(&op) {
+            return Err(Error::usage("this operation's number is in use"));
+        }
+        match self.sets.get(&set) {
+            None => Err(Error::usage(format!("process set {} does not exist; add_process_set() makes one", set.0))),
+            Some(s) if s.member.is_none() => {
+                Err(Error::usage(format!("{} is not a member of process set {} ({})", self.me, set.0, list(&s.ranks))))
+            }
+            Some(ProcessSet { departed: Some(rank), .. }) => Err(Error::Shutdown(Some(*rank))),
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+/// Ranks as a list for a message.
+pub(super) fn list(ranks: &[Rank]) -> String {
+    let words: Vec<String> = ranks.iter().take(16).map(|r| r.0.to_string()).collect();
+    let more = if ranks.len() > 16 { format!(" and {} more", ranks.len() - 16) } else { String::new() };
+    format!("ranks {}{more}", words.join(", "))
+}
+
+fn prepare_outcome(operation: &mut Operation, agreed: &Agreed, tensors: usize) {
+    operation.remaining = tensors;
+    operation.outcome.tensors.clear();
+    operation.outcome.tensors.extend(agreed.signature.tensors.iter().map(|t| super::OutputTensor {
+        dtype: t.dtype,
+        shape: Vec::new(),
+        memory: None,
+    }));
+}
+
+/// Host numbers in order of first appearance among the members.
+fn renumbered(hosts: impl Iterator<Item = u32>) -> Arc<[u32]> {
+    let mut seen: Vec<u32> = Vec::new();
+    hosts
+        .map(|host| {
+            let place = seen.iter().position(|&h| h == host);
+            place.unwrap_or_else(|| {
+                seen.push(host);
+                seen.len() - 1
+            }) as u32
+        })
+        .collect()
+}

@@ -1,0 +1,218 @@
+//! A job that this process takes part in, from init to shutdown.
+
+use super::{Handle, Options, Request, SetInfo, TensorArg, World, request};
+use crate::config::Config;
+use crate::engine::driver::{Driver, Patience};
+use crate::engine::handles::{Handles, Message, Submitted, Waited};
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::memory::Region;
+use crate::types::{Collective, GLOBAL_SET, Rank, SetId, TensorSignature};
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLock};
+
+/// A job in progress.
+pub(super) struct Live {
+    pub(super) options: Options,
+    pub(super) world: World,
+    pub(super) driver: Driver,
+    sets: RwLock<BTreeMap<SetId, Arc<SetInfo>>>,
+    /// How many unnamed operations of each kind were submitted to each set.
+    unnamed: Mutex<HashMap<(SetId, Collective), u32>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Live {
+    pub(super) fn all_sets(&self) -> Vec<SetInfo> {
+        let sets = self.sets.read().unwrap_or_else(PoisonError::into_inner);
+        sets.values().map(|info| (**info).clone()).collect()
+    }
+
+    pub(super) fn set(&self, id: SetId) -> Result<Arc<SetInfo>> {
+        let sets = self.sets.read().unwrap_or_else(PoisonError::into_inner);
+        sets.get(&id).cloned().ok_or_else(|| {
+            Error::usage(format!("process set {} does not exist; add_process_set() makes one", id.0))
+        })
+    }
+
+    /// Submits a collective.
+    pub(super) fn submit(
+        &self,
+        request: &Request<'_>,
+        keep: Option<Box<dyn Any + Send>>,
+        quiet: bool,
+    ) -> Result<Handle> {
+        let set = self.set(request.set)?;
+        if set.me.is_none() {
+            return Err(Error::usage(format!(
+                "rank {} is not a member of process set {}; only members submit operations to it",
+                self.world.rank, set.id.0
+            )));
+        }
+        if let Some(name) = request.name
+            && (name.is_empty() || name.len() > limits::NAME_BYTES_MAX)
+        {
+            return Err(Error::usage(format!(
+                "a name has 1 to {} bytes; this one has {}",
+                limits::NAME_BYTES_MAX,
+                name.len()
+            )));
+        }
+        // The numbers of unnamed operations are their order of submission, so the two happen together.
+        let mut unnamed = request.name.is_none().then(|| lock(&self.unnamed));
+        let mut refusal = None;
+        let fill = |submitted: &mut Submitted| {
+            self.name(request, unnamed.as_deref_mut(), &mut submitted.name);
+            if let Err(reason) = request::fill(request, &set, submitted) {
+                submitted.refused = Some(reason.clone());
+                refusal = Some(reason);
+            }
+        };
+        let handle = self.driver.submit(keep, quiet, fill)?;
+        drop(unnamed);
+        match refusal {
+            None => Ok(Handle(handle)),
+            Some(reason) => {
+                // The other ranks are told; nobody here waits for it.
+                self.driver.abandon(handle);
+                Err(Error::Usage(reason))
+            }
+        }
+    }
+
+    fn name(
+        &self,
+        request: &Request<'_>,
+        counters: Option<&mut HashMap<(SetId, Collective), u32>>,
+        into: &mut String,
+    ) {
+        into.clear();
+        match (request.name, counters) {
+            (Some(name), _) => into.push_str(name),
+            (None, Some(counters)) => {
+                let counter = counters.entry((request.set, request.collective)).or_insert(0);
+                let number = *counter % limits::UNNAMED_RING;
+                *counter = counter.wrapping_add(1);
+                write!(into, "{}.noname.{number}", request.collective).expect("strings take what is written");
+            }
+            (None, None) => unreachable!("unnamed operations are counted"),
+        }
+    }
+
+    /// Submits a point-to-point message.
+    pub(super) fn message(
+        &self,
+        set: SetId,
+        message: Message,
+        tensor: TensorArg<'_>,
+        keep: Option<Box<dyn Any + Send>>,
+    ) -> Result<Handle> {
+        let info = self.set(set)?;
+        if info.me.is_none() || !info.ranks.contains(&message.peer) {
+            return Err(Error::usage(format!(
+                "send and recv are between members of a process set; rank {} and {} are not both in set {}",
+                self.world.rank, message.peer, set.0
+            )));
+        }
+        let elements = tensor.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+        let bytes = elements.and_then(|n| n.checked_mul(tensor.dtype.size() as u64));
+        let Some(bytes) = bytes.filter(|&b| b <= limits::TENSOR_BYTES_MAX) else {
+            return Err(Error::usage(format!("a tensor of shape {:?} is larger than any memory", tensor.shape)));
+        };
+        let address = if message.sends { tensor.input.cast_mut() } else { tensor.output };
+        if address.is_null() && bytes > 0 {
+            return Err(Error::usage("the buffer of a message is a null pointer"));
+        }
+        // SAFETY: the caller promised that the bytes stay valid until the operation has an outcome.
+        let region = unsafe { Region::new(address, bytes) };
+        let handle = self.driver.submit(keep, false, |submitted| {
+            submitted.set = set;
+            submitted.name.clear();
+            submitted.refused = None;
+            submitted.message = Some(message);
+            submitted.signature.tensors.clear();
+            submitted
+                .signature
+                .tensors
+                .push(TensorSignature { dtype: tensor.dtype, shape: tensor.shape.to_vec() });
+            submitted.tensors.clear();
+            submitted.tensors.push((region, Some(region)));
+        })?;
+        Ok(Handle(handle))
+    }
+
+    /// Submits a change of the process sets and waits for it.
+    fn change_sets(&self, what: Collective, ranks: &[Rank]) -> Result<Option<SetId>> {
+        let handle = self.driver.submit(None, true, |submitted| {
+            submitted.set = GLOBAL_SET;
+            submitted.hold = false;
+            submitted.refused = None;
+            submitted.message = None;
+            submitted.call.clear();
+            submitted.tensors.clear();
+            submitted.signature.collective = what;
+            submitted.signature.tensors.clear();
+            submitted.signature.ranks.clear();
+            submitted.signature.ranks.extend_from_slice(ranks);
+            submitted.signature.root = Rank(0);
+            submitted.signature.scale = Default::default();
+            submitted.signature.op = crate::types::ReduceOp::Sum;
+            submitted.signature.join_average = Default::default();
+            submitted.name.clear();
+            let list: Vec<String> = ranks.iter().map(|r| r.0.to_string()).collect();
+            // A list of many thousand ranks must not burst the bound on names.
+            let mut words = list.join(",");
+            words.truncate(limits::NAME_BYTES_MAX / 2);
+            write!(submitted.name, "{what}({words})").expect("strings take what is written");
+        })?;
+        match self.driver.wait(handle, None)? {
+            Waited::Done(result, _) => result.map(|outcome| outcome.set),
+            Waited::Pending => unreachable!("a wait without limit ends with an outcome"),
+        }
+    }
+
+    pub(super) fn add_process_set(&self, ranks: &[Rank]) -> Result<SetId> {
+        let mut sorted = ranks.to_vec();
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Error::usage(format!("{} stands twice in the list of a process set", pair[0])));
+        }
+        if let Some(rank) = sorted.iter().find(|r| r.0 >= self.world.size) {
+            return Err(Error::usage(format!("{rank} is not in this job of {} ranks", self.world.size)));
+        }
+        if sorted.is_empty() {
+            return Err(Error::usage("a process set needs at least one rank"));
+        }
+        if let Some(known) = self.all_sets().iter().find(|info| info.ranks == sorted) {
+            return Err(Error::usage(format!(
+                "a process set of these ranks exists already (number {}); use that one",
+                known.id.0
+            )));
+        }
+        let id = self.change_sets(Collective::AddSet, &sorted)?.expect("an agreed set has a number");
+        self.know_set(id, sorted);
+        Ok(id)
+    }
+
+    fn know_set(&self, id: SetId, ranks: Vec<Rank>) {
+        let me = ranks.binary_search(&Rank(self.world.rank)).ok().map(|m| m as u32);
+        let info = Arc::new(SetInfo { id, ranks, me });
+        self.sets.write().unwrap_or_else(PoisonError::into_inner).insert(id, info);
+    }
+
+    pub(super) fn remove_process_set(&self, id: SetId) -> Result<bool> {
+        if id == GLOBAL_SET {
+            return Ok(false);
+        }
+        let Ok(info) = self.set(id) else { return Ok(false) };
+        self.change_sets(Collective::RemoveSet, &info.ranks)?;
+        self.sets.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        Ok(true)
+    }
+}

@@ -1,0 +1,323 @@
+//! The Rust face: init, process sets, collectives, shutdown. Bindings use [`submit`], [`poll`] and [`wait`].
+
+mod live;
+mod request;
+
+use crate::engine::handles::{Handles, Message, Waited};
+use crate::error::{Error, Result};
+use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
+pub use crate::engine::{Outcome, OutputTensor};
+pub use crate::memory::OwnedBytes;
+use live::Live;
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// How to start. The default takes everything from the environment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Knobs that go before every other source, by name: `("CAROLE_ALGORITHM", "ring")`.
+    pub knobs: Vec<(String, String)>,
+    /// Process sets to make at once, each a list of ranks.
+    pub process_sets: Vec<Vec<Rank>>,
+}
+
+/// Who this process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct World {
+    /// This process, among all.
+    pub rank: u32,
+    /// All processes.
+    pub size: u32,
+    /// This process, among those on its host.
+    pub local_rank: u32,
+    /// Processes on its host.
+    pub local_size: u32,
+    /// Its host, among the hosts that have this local rank.
+    pub cross_rank: u32,
+    /// Hosts that have this local rank.
+    pub cross_size: u32,
+    /// Whether all hosts have equally many processes.
+    pub homogeneous: bool,
+}
+
+/// One tensor of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorArg<'a> {
+    /// The first byte of the input (C-contiguous). May be null when there are no bytes.
+    pub input: *const u8,
+    /// Where the output goes: `input` for in place; null to let the engine allocate it (always allowed; for
+    /// allgather, alltoall and gather the size is known only after agreement, and null is the only choice).
+    pub output: *mut u8,
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions of the input.
+    pub shape: &'a [u64],
+}
+
+/// An operation to submit.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Its name; `None` matches by order of submission per set and collective.
+    pub name: Option<&'a str>,
+    /// The process set.
+    pub set: SetId,
+    /// What is to be done.
+    pub collective: Collective,
+    /// How values are combined (ignored where nothing is reduced).
+    pub op: ReduceOp,
+    /// Factors before and after.
+    pub scale: Scale,
+    /// The root, as a global rank.
+    pub root: Rank,
+    /// How Average counts joined ranks.
+    pub join_average: JoinAverage,
+    /// One tensor, or the tensors of a group. None for barrier and join.
+    pub tensors: &'a [TensorArg<'a>],
+    /// Alltoall: rows for each member, for each tensor one after another; empty for equal splits.
+    pub splits: &'a [u64],
+    /// The binding could not accept the call (a bad buffer, say): the other ranks are told this reason and
+    /// no payload is sent. `submit` then returns a handle whose wait fails with it.
+    pub refused: Option<&'a str>,
+}
+
+impl Default for Request<'_> {
+    fn default() -> Self {
+        Request {
+            name: None,
+            set: crate::types::GLOBAL_SET,
+            collective: Collective::Barrier,
+            op: ReduceOp::Sum,
+            scale: Scale::default(),
+            root: Rank(0),
+            join_average: JoinAverage::Size,
+            tensors: &[],
+            splits: &[],
+            refused: None,
+        }
+    }
+}
+
+/// An operation in flight. Copyable; a use after its wait is an error, not undefined.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Handle(pub u64);
+
+/// The end of an operation: what it produced, and what the binding had asked to be kept alive for it.
+pub struct Completion {
+    /// What it produced, or why not.
+    pub result: Result<Outcome>,
+    /// What was given to [`submit`].
+    pub keep: Option<Box<dyn Any + Send>>,
+}
+
+/// A process set, as seen from this rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetInfo {
+    /// Its identifier.
+    pub id: SetId,
+    /// Its ranks, ascending.
+    pub ranks: Vec<Rank>,
+    /// This rank's position in it, if it is a member.
+    pub me: Option<u32>,
+}
+
+static LIVE: RwLock<Option<Arc<Live>>> = RwLock::new(None);
+/// Init and shutdown take turns.
+static TURN: Mutex<()> = Mutex::new(());
+/// Handles outlive epochs, so that one of an earlier init is told from a later one's.
+static HANDLES: OnceLock<Arc<Handles>> = OnceLock::new();
+/// Set in a forked child: the engine's threads are not there.
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+fn handles() -> &'static Arc<Handles> {
+    HANDLES.get_or_init(Arc::default)
+}
+
+fn live() -> Result<Arc<Live>> {
+    if FORKED.load(Ordering::Relaxed) {
+        return Err(Error::usage(
+            "this process was forked from a rank; Carole works in the process that called init(), so start workers \
+             before init(), or start them with spawn instead of fork",
+        ));
+    }
+    let live = LIVE.read().unwrap_or_else(PoisonError::into_inner);
+    live.clone().ok_or_else(|| Error::usage("Carole has not been initialized; call init() first"))
+}
+
+fn my_turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Joins the job (or starts one of size 1 when no variables are set). Does nothing when called again with the
+/// same options; other options are an error.
+pub fn init(options: &Options) -> Result<()> {
+    let _turn = my_turn();
+    if FORKED.load(Ordering::Relaxed) {
+        return live().map(drop);
+    }
+    if let Ok(live) = live() {
+        return match live.options == *options {
+            true => Ok(()),
+            false => Err(Error::usage("init() was called with other arguments before; call shutdown() first")),
+        };
+    }
+    live::watch_forks(&FORKED);
+    let live = Arc::new(Live::start(options, Arc::clone(handles()))?);
+    *LIVE.write().unwrap_or_else(PoisonError::into_inner) = Some(live);
+    for ranks in &options.process_sets {
+        if let Err(error) = add_process_set(ranks) {
+            stop();
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+fn stop() {
+    let taken = LIVE.write().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(live) = taken {
+        live.stop();
+    }
+}
+
+/// Says goodbye and leaves. Local and bounded; operations in flight end with [`Error::Shutdown`]. init may be
+/// called again. In a forked child it does nothing.
+pub fn shutdown() -> Result<()> {
+    if FORKED.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    let _turn = my_turn();
+    stop();
+    Ok(())
+}
+
+/// Whether [`init`] has succeeded and [`shutdown`] has not been called.
+#[must_use]
+pub fn is_initialized() -> bool {
+    live().is_ok()
+}
+
+/// Who this process is.
+pub fn world() -> Result<World> {
+    Ok(live()?.world)
+}
+
+/// The transport of the link to a rank ("shm", "tcp"), once traffic has made one.
+pub fn link_kind(peer: Rank) -> Result<Option<&'static str>> {
+    let live = live()?;
+    match peer.0 < live.world.size {
+        true => Ok(live.driver.with(|engine| engine.link_kind(peer))),
+        false => Err(Error::usage(format!("{peer} is not in this job of {} ranks", live.world.size))),
+    }
+}
+
+/// Submits an operation. Never blocks.
+///
+/// # Errors
+/// [`Error::Usage`] when the call can never work; on an initialised set the other ranks are told, so that
+/// theirs of the same name ends with a mismatch. [`Error::Broken`] and [`Error::Shutdown`] when the group is no more.
+///
+/// # Safety
+/// Inputs and outputs must stay valid, inputs unwritten and outputs untouched, until the operation has an
+/// outcome (poll says true, or wait returns other than Timeout). `keep` is held until then and handed back.
+pub unsafe fn submit(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -> Result<Handle> {
+    live()?.submit(request, keep, false)
+}
+
+/// As [`submit`], for a caller that waits at once: nobody is woken, since [`wait`] drives.
+///
+/// # Safety
+/// As [`submit`].
+pub unsafe fn submit_to_wait(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -> Result<Handle> {
+    live()?.submit(request, keep, true)
+}
+
+/// Whether the operation has an outcome. Drives nothing; never blocks.
+pub fn poll(handle: Handle) -> Result<bool> {
+    handles().poll(handle.0)
+}
+
+/// Waits for the outcome and takes it; the handle is used up, except after `Timeout`. The caller's thread
+/// drives progress while it waits.
+pub fn wait(handle: Handle, timeout: Option<Duration>) -> Completion {
+    let until = timeout.map(|t| Instant::now() + t);
+    let waited = match live() {
+        Ok(live) => live.driver.wait(handle.0, until),
+        // After shutdown every operation has an outcome.
+        Err(error) if FORKED.load(Ordering::Relaxed) => Err(error),
+        Err(_) => handles().try_take(handle.0),
+    };
+    match waited {
+        Ok(Waited::Done(result, keep)) => Completion { result, keep },
+        Ok(Waited::Pending) => Completion { result: Err(timed_out(handle, timeout)), keep: None },
+        Err(error) => Completion { result: Err(error), keep: None },
+    }
+}
+
+fn timed_out(handle: Handle, timeout: Option<Duration>) -> Error {
+    let explained = live().ok().and_then(|live| live.driver.explain(handle.0));
+    let seconds = timeout.unwrap_or_default().as_secs_f64();
+    let reason = explained.map_or(String::new(), |e| format!(": {e}"));
+    Error::Timeout(format!("the operation has no outcome after {seconds} s{reason}; it stays in flight and can be waited for again"))
+}
+
+/// Gives up a handle: the operation finishes by itself, and what it kept alive comes back from [`released`].
+pub fn abandon(handle: Handle) {
+    handles().abandon(handle.0);
+}
+
+/// What abandoned operations had kept alive and need no more. Bindings call it where they hold their own locks.
+#[must_use]
+pub fn released() -> Vec<Box<dyn Any + Send>> {
+    handles().released()
+}
+
+/// Sends `tensor.input` to `to`, to be met by [`recv`] with the same set and tag. Complete when the bytes may
+/// be overwritten.
+///
+/// # Safety
+/// As [`submit`].
+pub unsafe fn send(
+    set: SetId,
+    to: Rank,
+    tag: u32,
+    tensor: TensorArg<'_>,
+    keep: Option<Box<dyn Any + Send>>,
+) -> Result<Handle> {
+    live()?.message(set, Message { peer: to, tag, sends: true }, tensor, keep)
+}
+
+/// Receives into `tensor.output` what `from` sends with this set and tag, in the order in which it was sent.
+///
+/// # Safety
+/// As [`submit`].
+pub unsafe fn recv(
+    set: SetId,
+    from: Rank,
+    tag: u32,
+    tensor: TensorArg<'_>,
+    keep: Option<Box<dyn Any + Send>>,
+) -> Result<Handle> {
+    live()?.message(set, Message { peer: from, tag, sends: false }, tensor, keep)
+}
+
+/// Makes a process set of these ranks. Collective over the global set, identified by the list; waits for agreement.
+pub fn add_process_set(ranks: &[Rank]) -> Result<SetId> {
+    live()?.add_process_set(ranks)
+}
+
+/// Ends a process set. Collective over the global set. False for the global set and for unknown ones.
+pub fn remove_process_set(set: SetId) -> Result<bool> {
+    live()?.remove_process_set(set)
+}
+
+/// A process set.
+pub fn process_set(set: SetId) -> Result<SetInfo> {
+    live()?.set(set).map(|info| (*info).clone())
+}
+
+/// All process sets, the global one first.
+pub fn process_sets() -> Result<Vec<SetInfo>> {
+    Ok(live()?.all_sets())
+}

@@ -1,0 +1,119 @@
+//! The control pipe of a link: what waits to be written, and the frame that is being read.
+#![forbid(unsafe_code)]
+
+use super::frame::{FrameKind, HEADER_BYTES, Header, PAD_BYTES};
+use crate::error::Cause;
+use crate::transport::{Events, LinkEvent, Pipe, Stream};
+use std::io::IoSlice;
+
+/// Frames that wait to be written to the control pipe, in order.
+pub struct Outbox {
+    bytes: Vec<u8>,
+    head: usize,
+}
+
+impl Outbox {
+    pub fn new() -> Outbox {
+        Outbox { bytes: Vec::new(), head: 0 }
+    }
+    pub fn is_empty(&self) -> bool {
+        self.head == self.bytes.len()
+    }
+    /// Bytes that wait.
+    pub fn len(&self) -> usize {
+        self.bytes.len() - self.head
+    }
+    /// Queues a frame without payload.
+    pub fn notice(&mut self, kind: FrameKind, stream: Stream, ordinal: u64, total: u64) {
+        self.bytes.extend_from_slice(&Header::notice(kind, stream, ordinal, total).encode());
+    }
+    /// Queues a message of the engine.
+    pub fn message(&mut self, message: &[u8]) {
+        let mut header = Header::notice(FrameKind::Control, Stream(0), 0, 0);
+        header.len = message.len() as u32;
+        self.bytes.extend_from_slice(&header.encode());
+        self.bytes.extend_from_slice(message);
+        self.bytes.resize(self.bytes.len() + header.padding(), 0);
+    }
+    /// Writes what fits; says whether anything did.
+    pub fn write(&mut self, pipe: &mut dyn Pipe) -> Result<bool, Cause> {
+        let mut moved = false;
+        while !self.is_empty() {
+            let n = pipe.write(&[IoSlice::new(&self.bytes[self.head..])])?;
+            if n == 0 {
+                break;
+            }
+            self.head += n;
+            moved = true;
+        }
+        if self.is_empty() {
+            self.bytes.clear();
+            self.head = 0;
+        } else if self.head > self.bytes.len() / 2 {
+            self.bytes.drain(..self.head);
+            self.head = 0;
+        }
+        Ok(moved)
+    }
+}
+
+/// The control frame that is being read.
+pub struct Inbox {
+    header: [u8; HEADER_BYTES],
+    got: usize,
+    /// The message of the engine that is being read, with its padding.
+    message: Vec<u8>,
+    /// Its length without padding.
+    len: usize,
+    in_message: bool,
+}
+
+impl Inbox {
+    pub fn new() -> Inbox {
+        Inbox { header: [0; HEADER_BYTES], got: 0, message: Vec::new(), len: 0, in_message: false }
+    }
+
+    /// Reads the next frame as far as it has arrived. A message of the engine goes to `events`; any other
+    /// frame is returned. The flag says whether anything moved.
+    pub fn read(&mut self, pipe: &mut dyn Pipe, events: &mut Events) -> Result<(bool, Option<Header>), Cause> {
+        if self.in_message {
+            return Ok((self.read_message(pipe, events)?, None));
+        }
+        let n = pipe.read(&mut self.header[self.got..])?;
+        self.got += n;
+        if self.got < HEADER_BYTES {
+            return Ok((n > 0, None));
+        }
+        self.got = 0;
+        let header = Header::decode(&self.header, false)?;
+        if header.kind != FrameKind::Control {
+            return Ok((true, Some(header)));
+        }
+        self.len = header.len as usize;
+        self.in_message = true;
+        self.read_message(pipe, events)?;
+        Ok((true, None))
+    }
+
+    fn read_message(&mut self, pipe: &mut dyn Pipe, events: &mut Events) -> Result<bool, Cause> {
+        let padded = self.len.next_multiple_of(PAD_BYTES);
+        let mut moved = false;
+        while self.message.len() < padded {
+            let shown = pipe.peek()?;
+            let n = shown.len().min(padded - self.message.len());
+            if n == 0 {
+                return Ok(moved);
+            }
+            // Grows with what has arrived, not with what the header promised.
+            self.message.extend_from_slice(&shown[..n]);
+            pipe.consume(n);
+            moved = true;
+        }
+        let start = events.control.len();
+        events.control.extend_from_slice(&self.message[..self.len]);
+        events.list.push(LinkEvent::Control(start..start + self.len));
+        self.message.clear();
+        self.in_message = false;
+        Ok(true)
+    }
+}

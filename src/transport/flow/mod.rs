@@ -1,0 +1,304 @@
+//! The protocol between two ranks, once for all transports: messages meet on streams, small ones travel while
+//! landing space lasts, large ones against a grant, and everything is cut into frames that share the lanes.
+//!
+//! *Matching.* The k-th send on a stream meets the k-th receive on it. Ordinals travel in every frame, so the
+//! order in which pipes deliver does not matter. Ordinals of idle streams are forgotten by agreement
+//! ([`streams`]).
+//!
+//! *Small messages* (at most [`EAGER_BYTES_MAX`](crate::limits::EAGER_BYTES_MAX)) go at once while credit for
+//! landing space lasts. Without credit the sender says Want, and the receiver grants when the receive is posted.
+//!
+//! *Large messages* travel only against the Grant that the receiver sends when it posts. So payload in a lane
+//! always has a place to go: no lane is ever blocked, and process sets that overlap cannot deadlock. A sender
+//! that has no grant yet says Want, so that a receive of another length is found out.
+//!
+//! *Lengths that differ* (point-to-point only): both sides get [`LinkEvent::Length`] and nothing moves; a
+//! sender whose small message had left eagerly has been told Done already, and stays so.
+#![deny(unsafe_code)]
+
+mod control;
+mod frame;
+mod landing;
+#[allow(unsafe_code)]
+mod pieces;
+mod recv;
+mod send;
+mod slab;
+mod streams;
+#[cfg(test)]
+mod tests;
+
+use crate::error::Cause;
+use crate::limits::{CONTROL_BYTES_MAX, EAGER_BYTES_MAX};
+use crate::memory::{Memory, RunId};
+use crate::transport::{Events, Link, LinkEvent, LinkOrder, OrderKind, Pipe, Stream};
+use crate::types::{Rank, Time};
+use control::{Inbox, Outbox};
+use frame::{FrameKind, Header};
+use pieces::{Combine, Target};
+use recv::{Incoming, Recvs};
+use send::{Outgoing, Sends};
+use std::os::fd::RawFd;
+
+/// Announcements that a peer may have waiting for orders of this side: as many as operations in flight.
+const PROMISES_MAX: usize = crate::limits::IN_FLIGHT_MAX;
+/// Bytes that one lane moves per call of progress and direction, so that the other links get their turn.
+const LANE_BUDGET_BYTES: usize = 1 << 20;
+
+/// Control frames that are read per call of progress.
+const CONTROL_FRAMES_PER_CALL: usize = 4096;
+/// What may wait for the control pipe: several times a frame for each operation in flight. Only a peer that
+/// does not read gets there.
+const OUTBOX_BYTES_MAX: usize = 4 * PROMISES_MAX * frame::HEADER_BYTES;
+
+/// One message of one stream, in one direction.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Key {
+    stream: Stream,
+    ordinal: u64,
+}
+
+/// What may be set about a link.
+#[derive(Clone, Copy, Debug)]
+pub struct FlowOptions {
+    /// Messages of at most this many bytes may go eagerly. The same on both sides; at most
+    /// [`EAGER_BYTES_MAX`].
+    pub eager_bytes_max: usize,
+}
+
+impl Default for FlowOptions {
+    fn default() -> Self {
+        FlowOptions { eager_bytes_max: EAGER_BYTES_MAX }
+    }
+}
+
+struct Lane {
+    pipe: Box<dyn Pipe>,
+    incoming: Incoming,
+    outgoing: Option<Outgoing>,
+}
+
+/// A [`Link`] made of pipes: one for control, the others (at least one) for payload.
+pub struct FlowLink {
+    peer: Rank,
+    control: Box<dyn Pipe>,
+    lanes: Vec<Lane>,
+    outbox: Outbox,
+    inbox: Inbox,
+    sends: Sends,
+    recvs: Recvs,
+    heard: Time,
+    dead: Option<Cause>,
+}
+
+impl FlowLink {
+    /// A link to `peer` over these pipes. Both sides give equally many lanes, in any order.
+    #[must_use]
+    pub fn new(
+        peer: Rank,
+        control: Box<dyn Pipe>,
+        lanes: Vec<Box<dyn Pipe>>,
+        options: FlowOptions,
+    ) -> FlowLink {
+        assert!(!lanes.is_empty(), "a link has at least one lane");
+        assert!(options.eager_bytes_max <= EAGER_BYTES_MAX, "landing space is made for EAGER_BYTES_MAX");
+        let lanes = lanes
+            .into_iter()
+            .map(|pipe| Lane { pipe, incoming: Incoming::new(), outgoing: None })
+            .collect();
+        FlowLink {
+            peer,
+            control,
+            lanes,
+            outbox: Outbox::new(),
+            inbox: Inbox::new(),
+            sends: Sends::new(options.eager_bytes_max as u64),
+            recvs: Recvs::new(options.eager_bytes_max as u64),
+            heard: Time(0),
+            dead: None,
+        }
+    }
+
+    fn advance(&mut self, memory: &Memory, now: Time, events: &mut Events) -> Result<bool, Cause> {
+        let mut moved = self.recvs.settle(memory, &mut self.outbox, events);
+        let mut heard = self.read_control(events)?;
+        moved |= self.sends.settle(&mut self.outbox, events);
+        self.write_control()?;
+        for at in 0..self.lanes.len() {
+            moved |= self.write_lane(at, memory, events)?;
+            heard |= match self.read_lane(at, memory, events) {
+                Ok(moved) => moved,
+                Err(cause) => {
+                    // What the peer said before its end (an abort, a goodbye) is still heard.
+                    self.read_control(events)?;
+                    return Err(cause);
+                }
+            };
+        }
+        moved |= self.recvs.settle(memory, &mut self.outbox, events);
+        moved |= self.sends.settle(&mut self.outbox, events);
+        moved |= self.write_control()?;
+        if heard {
+            self.heard = now;
+        }
+        Ok(moved || heard)
+    }
+
+    fn read_control(&mut self, events: &mut Events) -> Result<bool, Cause> {
+        let mut heard = false;
+        // A peer that never stops talking does not keep this side from its other work.
+        for _ in 0..CONTROL_FRAMES_PER_CALL {
+            let (moved, header) = self.inbox.read(&mut *self.control, events)?;
+            heard |= moved;
+            if let Some(header) = header {
+                self.hear(&header)?;
+            }
+            if !moved || events.control.len() > CONTROL_BYTES_MAX {
+                break;
+            }
+        }
+        if self.outbox.len() > OUTBOX_BYTES_MAX {
+            return Err(frame::misbehaved("questions without reading the answers"));
+        }
+        if heard {
+            self.control.flush()?;
+        }
+        Ok(heard)
+    }
+
+    fn hear(&mut self, header: &Header) -> Result<(), Cause> {
+        use FrameKind::*;
+        match header.kind {
+            Grant | RefuseSend | Credit | Retired | Kept => self.sends.hear(header, &mut self.outbox),
+            Want | RefuseRecv | Retire => self.recvs.hear(header, &mut self.outbox),
+            Control | Eager | Data => unreachable!("the inbox and the header's check sort these out"),
+        }
+    }
+
+    fn write_control(&mut self) -> Result<bool, Cause> {
+        if self.outbox.is_empty() {
+            return Ok(false);
+        }
+        let moved = self.outbox.write(&mut *self.control)?;
+        if moved {
+            self.control.flush()?;
+        }
+        Ok(moved)
+    }
+
+    fn write_lane(&mut self, at: usize, memory: &Memory, events: &mut Events) -> Result<bool, Cause> {
+        let lane = &mut self.lanes[at];
+        let mut written = 0;
+        while written < LANE_BUDGET_BYTES {
+            let Some(frame) = &mut lane.outgoing else {
+                lane.outgoing = self.sends.cut();
+                if lane.outgoing.is_none() {
+                    break;
+                }
+                continue;
+            };
+            let (n, complete) = self.sends.write(frame, &mut *lane.pipe, memory, events)?;
+            written += n;
+            if !complete {
+                break;
+            }
+            lane.outgoing = None;
+        }
+        if written > 0 {
+            lane.pipe.flush()?;
+        }
+        Ok(written > 0)
+    }
+
+    fn read_lane(&mut self, at: usize, memory: &Memory, events: &mut Events) -> Result<bool, Cause> {
+        let Lane { pipe, incoming, .. } = &mut self.lanes[at];
+        let budget = LANE_BUDGET_BYTES;
+        let read = self.recvs.read(incoming, &mut **pipe, memory, budget, &mut self.outbox, events)?;
+        if read > 0 {
+            pipe.flush()?;
+        }
+        Ok(read > 0)
+    }
+}
+
+impl Link for FlowLink {
+    fn peer(&self) -> Rank {
+        self.peer
+    }
+
+    fn kind(&self) -> &'static str {
+        self.lanes[0].pipe.kind()
+    }
+
+    fn post(&mut self, order: LinkOrder) {
+        let LinkOrder { token, stream, kind } = order;
+        let (dst, combine) = match kind {
+            OrderKind::Send { src } => return self.sends.post(token, stream, src, &mut self.outbox),
+            OrderKind::Recv { dst } => (dst, None),
+            OrderKind::RecvReduce { dst, with, reduction, incoming_first } => {
+                (dst, Some(Combine { with, reduction, incoming_first }))
+            }
+        };
+        self.recvs.post(token, stream, Target { dst, combine }, &mut self.outbox);
+    }
+
+    fn withdraw(&mut self, run: RunId) {
+        self.sends.withdraw(run, self.lanes.iter_mut().filter_map(|lane| lane.outgoing.as_mut()));
+        self.recvs.withdraw(run, self.lanes.iter_mut().map(|lane| &mut lane.incoming));
+    }
+
+    fn tell(&mut self, message: &[u8]) {
+        assert!(message.len() <= CONTROL_BYTES_MAX, "a control message is at most CONTROL_BYTES_MAX long");
+        self.outbox.message(message);
+    }
+
+    /// On `Err`, `events` still holds what happened before: the engine looks at it first.
+    fn progress(&mut self, memory: &Memory, now: Time, events: &mut Events) -> Result<bool, Cause> {
+        if let Some(cause) = &self.dead {
+            return Err(cause.clone());
+        }
+        self.advance(memory, now, events).inspect_err(|cause| self.dead = Some(cause.clone()))
+    }
+
+    fn heard(&self) -> Time {
+        self.heard
+    }
+
+    fn arm(&mut self) -> Result<bool, Cause> {
+        let mut ready = self.control.arm(!self.outbox.is_empty())?;
+        for lane in &mut self.lanes {
+            let blocked = lane.outgoing.is_some() || self.sends.has_frames();
+            ready |= lane.pipe.arm(blocked)?;
+        }
+        Ok(ready)
+    }
+
+    fn disarm(&mut self) {
+        self.control.disarm();
+        for lane in &mut self.lanes {
+            lane.pipe.disarm();
+        }
+    }
+
+    fn descriptors(&self, visit: &mut dyn FnMut(RawFd, bool)) {
+        if let Some(descriptor) = self.control.descriptor() {
+            visit(descriptor, !self.outbox.is_empty());
+        }
+        for lane in &self.lanes {
+            if let Some(descriptor) = lane.pipe.descriptor() {
+                visit(descriptor, lane.outgoing.is_some() || self.sends.has_frames());
+            }
+        }
+    }
+
+    fn drained(&self) -> bool {
+        self.outbox.is_empty()
+    }
+}
+
+fn is_of_run(event: &LinkEvent, run: RunId) -> bool {
+    match event {
+        LinkEvent::Done(token) | LinkEvent::Length { token, .. } => token.run == run,
+        LinkEvent::Control(_) => false,
+    }
+}

@@ -1,0 +1,195 @@
+//! Stream sockets as pipes: TCP between hosts, and unix sockets where they stand in for it.
+#![forbid(unsafe_code)]
+
+mod options;
+#[cfg(test)]
+mod tests;
+
+pub use options::TcpOptions;
+
+use crate::error::Cause;
+use crate::transport::Pipe;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use std::io::IoSlice;
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+/// What is read ahead of its use, so that a reduction reads from the cache. Allocated when first needed.
+const STAGING_BYTES: usize = 256 << 10;
+/// From here on a read goes straight to its destination; below, one system call fetches several frames.
+const DIRECT_BYTES: usize = 16 << 10;
+/// As long as this many bytes are staged, nothing more is asked of the kernel: any caller can go on with them.
+const ENOUGH_BYTES: usize = 64;
+/// Slices that Linux takes at once are 1024; frames have fewer.
+const SLICES_MAX: usize = 1024;
+
+/// A pipe over a stream socket.
+pub struct TcpPipe {
+    socket: OwnedFd,
+    staging: Vec<u8>,
+    /// The staged bytes that have not been consumed.
+    start: usize,
+    end: usize,
+    /// Bytes consumed since the beginning: staged bytes keep their alignment relative to the stream.
+    position: u64,
+    /// Bytes were staged that nobody has seen yet.
+    unseen: bool,
+    /// Why the stream has ended; told when the staged bytes are used up.
+    failed: Option<Cause>,
+    kind: &'static str,
+}
+
+impl TcpPipe {
+    /// A pipe over a connected TCP socket.
+    pub fn new(stream: TcpStream, options: &TcpOptions) -> Result<TcpPipe, Cause> {
+        options.apply(&stream)?;
+        TcpPipe::over(stream.into(), "tcp")
+    }
+
+    /// A pipe over any connected stream socket, as it is (a unix socket, say).
+    pub fn from_socket(socket: OwnedFd) -> Result<TcpPipe, Cause> {
+        TcpPipe::over(socket, "unix")
+    }
+
+    fn over(socket: OwnedFd, kind: &'static str) -> Result<TcpPipe, Cause> {
+        rustix::io::ioctl_fionbio(&socket, true)
+            .map_err(|e| Cause::System(format!("making a socket nonblocking: {e}")))?;
+        Ok(TcpPipe {
+            socket,
+            staging: Vec::new(),
+            start: 0,
+            end: 0,
+            position: 0,
+            unseen: false,
+            failed: None,
+            kind,
+        })
+    }
+
+    fn recv(socket: &OwnedFd, dst: &mut [u8]) -> Result<usize, Cause> {
+        loop {
+            return match rustix::net::recv(socket, &mut *dst, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => Err(Cause::Exited),
+                Ok((n, _)) => Ok(n),
+                Err(Errno::AGAIN) => Ok(0),
+                Err(Errno::INTR) => continue,
+                Err(error) => Err(cause_of(error)),
+            };
+        }
+    }
+
+    /// Reads ahead. Bytes that are staged already are kept.
+    fn stage(&mut self) -> Result<(), Cause> {
+        if self.staging.is_empty() {
+            self.staging = vec![0; STAGING_BYTES];
+        }
+        let left = self.end - self.start;
+        assert!(left < ENOUGH_BYTES, "reading ahead happens when little is left");
+        // To the front, at the same place within a cache line as in the stream: elements stay aligned.
+        let start = (self.position % ENOUGH_BYTES as u64) as usize;
+        self.staging.copy_within(self.start..self.end, start);
+        (self.start, self.end) = (start, start + left);
+        let n = TcpPipe::recv(&self.socket, &mut self.staging[self.end..])?;
+        self.end += n;
+        self.unseen |= n > 0;
+        Ok(())
+    }
+
+    /// Staged bytes are shown before the error that ends the stream.
+    fn staged(&mut self) -> Result<usize, Cause> {
+        if self.end - self.start < ENOUGH_BYTES
+            && self.failed.is_none()
+            && let Err(cause) = self.stage()
+        {
+            self.failed = Some(cause);
+        }
+        match &self.failed {
+            Some(cause) if self.start == self.end => Err(cause.clone()),
+            _ => Ok(self.end - self.start),
+        }
+    }
+}
+
+/// What the end of a connection says about the peer.
+fn cause_of(error: Errno) -> Cause {
+    match error {
+        Errno::CONNRESET | Errno::PIPE | Errno::CONNABORTED | Errno::NOTCONN => Cause::Exited,
+        Errno::TIMEDOUT | Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::NETDOWN => {
+            Cause::Unreachable(format!("the connection broke: {error}"))
+        }
+        error => Cause::System(format!("its connection: {error}")),
+    }
+}
+
+impl Pipe for TcpPipe {
+    fn write(&mut self, parts: &[IoSlice<'_>]) -> Result<usize, Cause> {
+        let parts = &parts[..parts.len().min(SLICES_MAX)];
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        loop {
+            let mut no_control = SendAncillaryBuffer::default();
+            return match rustix::net::sendmsg(&self.socket, parts, &mut no_control, flags) {
+                Ok(n) => Ok(n),
+                Err(Errno::AGAIN | Errno::NOBUFS) => Ok(0),
+                Err(Errno::INTR) => continue,
+                // The reading side tells, after what the peer said before its end has been heard.
+                Err(Errno::CONNRESET | Errno::PIPE) => Ok(0),
+                Err(error) => Err(cause_of(error)),
+            };
+        }
+    }
+
+    fn peek(&mut self) -> Result<&[u8], Cause> {
+        self.staged()?;
+        self.unseen = false;
+        Ok(&self.staging[self.start..self.end])
+    }
+
+    fn consume(&mut self, n: usize) {
+        assert!(n <= self.end - self.start, "only bytes that have been shown are consumed");
+        self.start += n;
+        self.position += n as u64;
+    }
+
+    fn read(&mut self, dst: &mut [u8]) -> Result<usize, Cause> {
+        if self.start == self.end && dst.len() >= DIRECT_BYTES && self.failed.is_none() {
+            return match TcpPipe::recv(&self.socket, dst) {
+                Ok(n) => {
+                    self.position += n as u64;
+                    Ok(n)
+                }
+                Err(cause) => {
+                    self.failed = Some(cause.clone());
+                    Err(cause)
+                }
+            };
+        }
+        if self.start == self.end {
+            self.staged()?;
+        }
+        self.unseen = false;
+        let n = dst.len().min(self.end - self.start);
+        dst[..n].copy_from_slice(&self.staging[self.start..self.start + n]);
+        self.consume(n);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> Result<(), Cause> {
+        Ok(())
+    }
+
+    fn arm(&mut self, _blocked: bool) -> Result<bool, Cause> {
+        // What the kernel holds ends the sleep by itself; what is staged would not.
+        Ok(self.unseen || self.failed.is_some())
+    }
+
+    fn disarm(&mut self) {}
+
+    fn descriptor(&self) -> Option<RawFd> {
+        Some(self.socket.as_raw_fd())
+    }
+
+    fn kind(&self) -> &'static str {
+        self.kind
+    }
+}
