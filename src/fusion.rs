@@ -196,30 +196,32 @@ mod tests {
     }
 
     fn signatures() -> impl Strategy<Value = Vec<Agreed>> {
-        let one = (0..12u8, 0..3u8, 0..2u8, 0..3u32, proptest::collection::vec((0..3u8, 0..40u64), 0..4), 0..4u8);
+        let one =
+            (0..12u8, 0..3u8, 0..2u8, 0..3u32, proptest::collection::vec((0..3u8, 0..40u64), 0..4), 0..4u8);
         proptest::collection::vec(one, 0..60).prop_map(|all| {
-            let each = all.into_iter().enumerate().map(|(i, (collective, op, scale, root, tensors, absent))| {
-                let collective = Collective::from_code(collective).unwrap();
-                let tensors: Vec<TensorSignature> = tensors
-                    .into_iter()
-                    .map(|(dtype, n)| TensorSignature {
-                        dtype: [DType::F32, DType::F16, DType::F64][dtype as usize],
-                        shape: vec![if collective.has_free_rows() { 0 } else { n }, 3],
-                    })
-                    .collect();
-                let rows = vec![u64::from(root) + 1; tensors.len() * 2];
-                let signature = Signature {
-                    collective,
-                    op: ReduceOp::from_code(op).unwrap(),
-                    scale: Scale { pre: f64::from(scale), post: 1.0 },
-                    root: Rank(if collective.has_root() { root } else { 0 }),
-                    place: Place::Host,
-                    join_average: JoinAverage::Size,
-                    tensors,
-                    ranks: Vec::new(),
-                };
-                agreed(i as u32, signature, rows, if absent == 0 { vec![Member(1)] } else { Vec::new() })
-            });
+            let each =
+                all.into_iter().enumerate().map(|(i, (collective, op, scale, root, tensors, absent))| {
+                    let collective = Collective::from_code(collective).unwrap();
+                    let tensors: Vec<TensorSignature> = tensors
+                        .into_iter()
+                        .map(|(dtype, n)| TensorSignature {
+                            dtype: [DType::F32, DType::F16, DType::F64][dtype as usize],
+                            shape: vec![if collective.has_free_rows() { 0 } else { n }, 3],
+                        })
+                        .collect();
+                    let rows = vec![u64::from(root) + 1; tensors.len() * 2];
+                    let signature = Signature {
+                        collective,
+                        op: ReduceOp::from_code(op).unwrap(),
+                        scale: Scale { pre: f64::from(scale), post: 1.0 },
+                        root: Rank(if collective.has_root() { root } else { 0 }),
+                        place: Place::Host,
+                        join_average: JoinAverage::Size,
+                        tensors,
+                        ranks: Vec::new(),
+                    };
+                    agreed(i as u32, signature, rows, if absent == 0 { vec![Member(1)] } else { Vec::new() })
+                });
             each.collect()
         })
     }

@@ -22,3 +22,4 @@ pub mod rendezvous;
 pub mod engine;
 pub mod runtime;
 pub mod launch;
+pub mod perf;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// Where the output goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Place {
+pub enum Target {
     /// Into the input.
     InPlace,
     /// Into memory of the caller's, as large as the input.
@@ -21,7 +21,7 @@ pub struct Tensor {
     pub dtype: DType,
     pub shape: Vec<u64>,
     pub input: Vec<u8>,
-    pub place: Place,
+    pub place: Target,
 }
 
 /// An operation in flight, with its buffers.
@@ -45,7 +45,11 @@ impl Operation {
     pub fn submit(request: &Request<'_>, mut tensors: Vec<Tensor>) -> Result<Operation> {
         let mut outputs: Vec<Vec<u8>> = tensors
             .iter()
-            .map(|tensor| if tensor.place == Place::Apart { vec![0xA5; tensor.input.len()] } else { Vec::new() })
+            .map(
+                |tensor| {
+                    if tensor.place == Target::Apart { vec![0xA5; tensor.input.len()] } else { Vec::new() }
+                },
+            )
             .collect();
         let args: Vec<TensorArg<'_>> = tensors
             .iter_mut()
@@ -53,9 +57,9 @@ impl Operation {
             .map(|(tensor, output)| TensorArg {
                 input: tensor.input.as_mut_ptr(),
                 output: match tensor.place {
-                    Place::InPlace => tensor.input.as_mut_ptr(),
-                    Place::Apart => output.as_mut_ptr(),
-                    Place::Engine => std::ptr::null_mut(),
+                    Target::InPlace => tensor.input.as_mut_ptr(),
+                    Target::Apart => output.as_mut_ptr(),
+                    Target::Engine => std::ptr::null_mut(),
                 },
                 dtype: tensor.dtype,
                 shape: &tensor.shape,
@@ -82,7 +86,7 @@ impl Operation {
 
     /// Starts to receive into the tensor's input, whose shape tells how much.
     pub fn recv(set: SetId, from: Rank, tag: u32, mut tensor: Tensor) -> Result<Operation> {
-        tensor.place = Place::InPlace;
+        tensor.place = Target::InPlace;
         let arg = TensorArg {
             input: std::ptr::null(),
             output: tensor.input.as_mut_ptr(),
@@ -104,9 +108,9 @@ impl Operation {
             let handed = outcome.tensors.get(i).and_then(|tensor| tensor.memory.as_ref());
             outputs.push(match (handed, tensor.place) {
                 (Some(memory), _) => memory.as_slice().to_vec(),
-                (None, Place::InPlace) => tensor.input.clone(),
-                (None, Place::Apart) => std::mem::take(&mut self.outputs[i]),
-                (None, Place::Engine) => Vec::new(),
+                (None, Target::InPlace) => tensor.input.clone(),
+                (None, Target::Apart) => std::mem::take(&mut self.outputs[i]),
+                (None, Target::Engine) => Vec::new(),
             });
             inputs.push(tensor.input);
         }

@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 /// How to start a job.
@@ -120,15 +120,14 @@ impl Job {
 
     /// Sends a signal to a rank.
     pub fn signal(&self, rank: u32, signal: rustix::process::Signal) -> Result<(), String> {
-        rustix::process::kill_process(self.pid(rank), signal).map_err(|e| format!("no signal to rank {rank}: {e}"))
+        rustix::process::kill_process(self.pid(rank), signal)
+            .map_err(|e| format!("no signal to rank {rank}: {e}"))
     }
 
     /// The next line that a rank prints; `None` when all have closed their output or `until` has come.
     pub fn line(&self, until: Instant) -> Option<(u32, String)> {
-        match self.lines.recv_timeout(until.min(self.deadline).saturating_duration_since(Instant::now())) {
-            Ok(line) => Some(line),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        let left = until.min(self.deadline).saturating_duration_since(Instant::now());
+        self.lines.recv_timeout(left).ok()
     }
 
     /// Waits for the end of all ranks.

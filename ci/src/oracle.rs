@@ -48,7 +48,9 @@ impl Recipe {
         let word = mix(self.seed ^ mix(i ^ u64::from(position) << 40));
         match self.dtype {
             // Any byte but 0 counts as true. Moved bytes stay as they are only when they are 0 or 1.
-            DType::Bool if self.op.is_some() => Element::Bool([0, 1, 1, 1, 2, 255, 0, 1][(word % 8) as usize]),
+            DType::Bool if self.op.is_some() => {
+                Element::Bool([0, 1, 1, 1, 2, 255, 0, 1][(word % 8) as usize])
+            }
             DType::Bool => Element::Bool((word % 2) as u8),
             dtype if dtype.is_integer() => Element::Int(self.integer(word)),
             dtype if dtype.is_complex() => self.complex(word),
@@ -82,11 +84,22 @@ impl Recipe {
             Some(ReduceOp::Average) => {
                 let common = (mix(self.seed ^ mix(i)) % 33) as f64 - 16.0;
                 let unpaired = members % 2 == 1 && position == members - 1;
-                common + if unpaired { 0.0 } else if position.is_multiple_of(2) { 2.0 } else { -2.0 }
+                common
+                    + if unpaired {
+                        0.0
+                    } else if position.is_multiple_of(2) {
+                        2.0
+                    } else {
+                        -2.0
+                    }
             }
             // Orthogonal vectors: each index belongs to one member, so that they add.
             Some(ReduceOp::Adasum) => {
-                if i % u64::from(members) == u64::from(position) { (word % 17) as f64 - 8.0 } else { 0.0 }
+                if i % u64::from(members) == u64::from(position) {
+                    (word % 17) as f64 - 8.0
+                } else {
+                    0.0
+                }
             }
             Some(ReduceOp::Product) => [1.0, -1.0, 2.0, 0.5][(word % 4) as usize],
             Some(ReduceOp::Min | ReduceOp::Max) => match word % 64 {
@@ -157,8 +170,20 @@ fn combine(op: ReduceOp, dtype: DType, a: Element, b: Element) -> Element {
             ReduceOp::Product => a * b,
             ReduceOp::Min | ReduceOp::Max if a.is_nan() || b.is_nan() => f64::NAN,
             // total_cmp puts -0 below +0.
-            ReduceOp::Min => if a.total_cmp(&b).is_le() { a } else { b },
-            ReduceOp::Max => if a.total_cmp(&b).is_ge() { a } else { b },
+            ReduceOp::Min => {
+                if a.total_cmp(&b).is_le() {
+                    a
+                } else {
+                    b
+                }
+            }
+            ReduceOp::Max => {
+                if a.total_cmp(&b).is_ge() {
+                    a
+                } else {
+                    b
+                }
+            }
             ReduceOp::BitAnd | ReduceOp::BitOr => unreachable!("the runtime refuses them on floats"),
         }),
         (Element::Complex(ar, ai), Element::Complex(br, bi)) => match op {
@@ -275,7 +300,8 @@ mod tests {
                         bytes
                     };
                     let forth = given.iter().copied().reduce(|a, b| combine(op, dtype, a, b)).expect("eight");
-                    let back = given.iter().rev().copied().reduce(|a, b| combine(op, dtype, a, b)).expect("eight");
+                    let back =
+                        given.iter().rev().copied().reduce(|a, b| combine(op, dtype, a, b)).expect("eight");
                     assert!(holds(dtype, &narrowed(forth), back), "{op} {dtype} {i}: {forth:?} {back:?}");
                 }
             }

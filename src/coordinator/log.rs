@@ -124,7 +124,8 @@ impl Coordinator {
                     let row = self.table.open(name);
                     // Ours is the same, and shared already; a member that joined has none.
                     let first = self.table.rows[row as usize].mark.first.as_ref();
-                    let ours = first.map(|f| &f.signature).filter(|ours| super::table::same(ours, &signature));
+                    let ours =
+                        first.map(|f| &f.signature).filter(|ours| super::table::same(ours, &signature));
                     let signature = ours.cloned().unwrap_or_else(|| Arc::new(signature));
                     let name = self.table.rows[row as usize].name.clone();
                     let Some(key) = self.table.define(row, signature.clone()) else {
@@ -230,7 +231,8 @@ impl Coordinator {
             return Ok(self.spare.no_call.clone());
         }
         let members = self.setup.ranks.len();
-        if call.len() + absent.len() != members || call.width.saturating_mul(members) > wire::CALL_VALUES_MAX {
+        if call.len() + absent.len() != members || call.width.saturating_mul(members) > wire::CALL_VALUES_MAX
+        {
             return Err(misbehaved("call data of too few or too many ranks"));
         }
         let mut shared = self.spare.tables.pop().unwrap_or_default();

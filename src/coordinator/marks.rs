@@ -7,9 +7,9 @@ use super::{Coordinator, PAYLOAD_BYTES_MAX, Submission, misbehaved};
 use crate::error::Cause;
 use crate::limits::{CACHE_KEYS_MAX, IN_FLIGHT_MAX};
 use crate::types::{Member, SharedSignature, Signature, TensorKey, Time};
+use crate::wire::Reader;
 use crate::wire::agreement::{self as wire, Kind, Rows, URGENT, UpItem};
 use crate::wire::cursor::{Members, put_members, put_varint};
-use crate::wire::Reader;
 use std::sync::Arc;
 
 impl Coordinator {
@@ -365,11 +365,13 @@ impl Coordinator {
     fn put_mark(&mut self, row: u32, payload: &mut Vec<u8>) {
         let it = &self.table.rows[row as usize];
         let first = it.mark.first.as_ref().expect("a complete mark has a word");
-        let key = if it.mark.agrees() { self.table.key_of(row, &first.signature).map(|(k, _)| k) } else { None };
+        let key =
+            if it.mark.agrees() { self.table.key_of(row, &first.signature).map(|(k, _)| k) } else { None };
         match key {
             Some(key) => wire::put_ready(payload, key),
             None => {
-                let second = it.mark.second.as_ref().map(|s| (s.member, &*s.signature as &Signature, s.width));
+                let second =
+                    it.mark.second.as_ref().map(|s| (s.member, &*s.signature as &Signature, s.width));
                 let refused = it.mark.refused.as_ref().map(|(member, reason)| (*member, reason.as_str()));
                 wire::put_announce(
                     payload,

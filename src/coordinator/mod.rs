@@ -449,14 +449,7 @@ impl Coordinator {
         self.ops.len() + usize::from(self.join.op.is_some())
     }
 
-    fn take(
-        &mut self,
-        kind: Kind,
-        source: usize,
-        flags: u8,
-        payload: &[u8],
-        now: Time,
-    ) -> Result<(), Cause> {
+    fn take(&mut self, kind: Kind, source: usize, flags: u8, payload: &[u8], now: Time) -> Result<(), Cause> {
         match kind {
             Kind::Up => self.take_up(source, flags, payload, now),
             Kind::Cut => self.take_cut(payload, now),

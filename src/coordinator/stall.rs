@@ -50,7 +50,8 @@ pub(super) fn first_check(rules: &Rules, since: Time) -> Option<Time> {
 }
 
 fn next_check(rules: &Rules, since: Time, now: Time) -> Time {
-    let period = [rules.stall_warn_ns, rules.stall_fail_ns].into_iter().find(|&ns| ns > 0).unwrap_or(SECOND_NS);
+    let period =
+        [rules.stall_warn_ns, rules.stall_fail_ns].into_iter().find(|&ns| ns > 0).unwrap_or(SECOND_NS);
     let fail_at = since.after_ns(rules.stall_fail_ns);
     let next = now.after_ns(period);
     if rules.stall_fail_ns > 0 && fail_at > now { next.min(fail_at) } else { next }
@@ -169,7 +170,8 @@ impl Coordinator {
         }
         let mut queries = self.stall.queries.iter_mut();
         // An answer to a question about a name that has been cut since is void.
-        if let Some(query) = queries.find(|query| query.number == number && query.awaiting & 1 << source != 0) {
+        if let Some(query) = queries.find(|query| query.number == number && query.awaiting & 1 << source != 0)
+        {
             query.awaiting &= !(1 << source);
             query.missing.extend(missing.iter());
             self.settle(now);
@@ -237,8 +239,11 @@ impl Coordinator {
     pub fn explain(&self, op: OpId, now: Time) -> String {
         if self.join.op == Some(op) {
             let joined: usize = self.join.count.iter().sum();
-            let (known, all) = (self.tree.subtree.iter().map(Vec::len).sum::<usize>(), self.setup.ranks.len());
-            return format!("join waits for the other ranks: {joined} of the {known} known here, of {all}, have joined");
+            let (known, all) =
+                (self.tree.subtree.iter().map(Vec::len).sum::<usize>(), self.setup.ranks.len());
+            return format!(
+                "join waits for the other ranks: {joined} of the {known} known here, of {all}, have joined"
+            );
         }
         let Some(row) = self.ops.get(&op).map(|&row| &self.table.rows[row as usize]) else {
             return "it is not in agreement: it has been agreed, or was never submitted".to_owned();

@@ -126,8 +126,11 @@ impl Mark {
         self.first.as_ref().map_or(0, |first| first.width)
     }
     fn clear(&mut self) {
-        let (mut absent, mut call, mut values) =
-            (std::mem::take(&mut self.absent), std::mem::take(&mut self.call), std::mem::take(&mut self.values));
+        let (mut absent, mut call, mut values) = (
+            std::mem::take(&mut self.absent),
+            std::mem::take(&mut self.call),
+            std::mem::take(&mut self.values),
+        );
         absent.clear();
         call.clear();
         values.clear();

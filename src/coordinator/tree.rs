@@ -32,10 +32,8 @@ impl Tree {
     #[must_use]
     pub fn new(me: Member, hosts: &[u32]) -> Tree {
         let parents = parents(hosts);
-        let children: Vec<Member> = (0..hosts.len())
-            .filter(|&i| parents[i] == Some(me.0))
-            .map(|i| Member(i as u32))
-            .collect();
+        let children: Vec<Member> =
+            (0..hosts.len()).filter(|&i| parents[i] == Some(me.0)).map(|i| Member(i as u32)).collect();
         let mut source_of = vec![OUTSIDE; hosts.len()];
         source_of[me.0 as usize] = 0;
         let mut subtree = vec![Vec::new(); children.len() + 1];
@@ -97,7 +95,8 @@ mod tests {
 
     #[test]
     fn every_member_has_one_parent_and_the_root_speaks_for_all() {
-        for hosts in [vec![0], vec![0; 33], (0..40).collect(), (0..100).map(|i| i % 7).collect::<Vec<u32>>()] {
+        for hosts in [vec![0], vec![0; 33], (0..40).collect(), (0..100).map(|i| i % 7).collect::<Vec<u32>>()]
+        {
             let n = hosts.len();
             let trees: Vec<Tree> = (0..n).map(|i| Tree::new(Member(i as u32), &hosts)).collect();
             assert!(trees[0].parent.is_none());

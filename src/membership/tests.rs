@@ -1,7 +1,8 @@
 use super::*;
 
 fn machine(me: u32, neighbours: &[u32]) -> Membership {
-    let mut machine = Membership::new(Epoch(7), Rank(me), 8, Rules { silence_ns: 3000 * MS, heartbeat_ns: 500 * MS });
+    let mut machine =
+        Membership::new(Epoch(7), Rank(me), 8, Rules { silence_ns: 3000 * MS, heartbeat_ns: 500 * MS });
     neighbours.iter().for_each(|&rank| machine.link_up(Rank(rank), Time(0)));
     machine
 }

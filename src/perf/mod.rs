@@ -17,6 +17,7 @@ mod pattern;
 mod report;
 mod start;
 
+use crate::config;
 use crate::types::{Collective, DType, ReduceOp};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
@@ -160,20 +161,13 @@ fn one_of(what: &str, text: &str, names: impl Iterator<Item = &'static str>) -> 
     format!("'{text}' is no {what}; take one of {}", names.collect::<Vec<_>>().join(", "))
 }
 
-/// "64M" and the like; K, M and G multiply by 1024.
+/// A size that a tensor can have: "64M" and the like.
 fn parse_bytes(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let unit: u64 = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" | "B" => 1,
-        "K" | "KB" | "KIB" => 1 << 10,
-        "M" | "MB" | "MIB" => 1 << 20,
-        "G" | "GB" | "GIB" => 1 << 30,
-        _ => return Err(format!("'{text}' is no size; write 4, 64K, 256M or 1G")),
-    };
-    let bytes = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(unit));
-    bytes
-        .filter(|&bytes| bytes <= crate::limits::TENSOR_BYTES_MAX)
-        .ok_or_else(|| format!("'{text}' is no size that a tensor can have; write 4, 64K, 256M or 1G"))
+    let bytes = config::parse_bytes(text)?;
+    if bytes > crate::limits::TENSOR_BYTES_MAX {
+        return Err(format!("'{text}' is more than a tensor can have ({})", crate::limits::TENSOR_BYTES_MAX));
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]

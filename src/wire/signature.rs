@@ -3,7 +3,9 @@
 
 use super::cursor::{Malformed, Reader, put_varint};
 use crate::limits::{DIMENSIONS_MAX, GROUP_TENSORS_MAX, RANKS_MAX, TENSOR_BYTES_MAX};
-use crate::types::{Collective, DType, JoinAverage, Place, Rank, ReduceOp, Scale, Signature, TensorSignature};
+use crate::types::{
+    Collective, DType, JoinAverage, Place, Rank, ReduceOp, Scale, Signature, TensorSignature,
+};
 
 /// Whether a signature can be sent at all; the reason when it cannot. Callers check before they submit, and
 /// announce what does not fit as *refused*.

@@ -1,6 +1,7 @@
 //! The cases of a job: the same list on every rank and in the parent.
 
-use crate::call::Place;
+use crate::call::Target;
+use carole::algorithm::supports;
 use carole::types::{Collective, DType, ReduceOp};
 
 /// Which ranks take part.
@@ -25,7 +26,7 @@ pub struct Case {
     pub rows: u64,
     /// Elements of a row.
     pub row: u64,
-    pub place: Place,
+    pub place: Target,
     /// Tensors in the group.
     pub tensors: u32,
     /// Prescale and postscale.
@@ -38,17 +39,23 @@ pub struct Case {
 
 const ROWS: [u64; 5] = [7, 1000, 0, 1, 65537];
 /// Per type, the first is run in every job.
-const MOVES: [Collective; 5] =
-    [Collective::Allgather, Collective::Broadcast, Collective::Alltoall, Collective::Gather, Collective::Scatter];
+const MOVES: [Collective; 5] = [
+    Collective::Allgather,
+    Collective::Broadcast,
+    Collective::Alltoall,
+    Collective::Gather,
+    Collective::Scatter,
+];
 const REDUCTIONS: [Collective; 3] = [Collective::Allreduce, Collective::Reducescatter, Collective::Reduce];
-const PLACES: [Place; 3] = [Place::InPlace, Place::Apart, Place::Engine];
+const PLACES: [Target; 3] = [Target::InPlace, Target::Apart, Target::Engine];
 
 /// Every valid (collective, operation, type).
 fn combinations() -> Vec<(Option<Collective>, ReduceOp, DType)> {
     let mut all = Vec::new();
     for &dtype in DType::ALL {
         for collective in REDUCTIONS {
-            for &op in ReduceOp::ALL.iter().filter(|op| op.accepts(dtype).is_ok()) {
+            let valid = |op: &&ReduceOp| op.accepts(dtype).is_ok() && supports(collective, **op).is_ok();
+            for &op in ReduceOp::ALL.iter().filter(valid) {
                 all.push((Some(collective), op, dtype));
             }
         }
@@ -64,7 +71,8 @@ pub fn cases(size: u32, seed: u64, turn: u64, full: bool) -> Vec<Case> {
     for (i, (collective, op, dtype)) in combinations().into_iter().enumerate() {
         let turn = turn.wrapping_add(i as u64);
         // The largest size is dear, so that it comes up less often when sizes rotate.
-        let sizes = if full { &ROWS[..] } else { &ROWS[if turn.is_multiple_of(16) { 4..5 } else { index(turn, 4) }] };
+        let sizes =
+            if full { &ROWS[..] } else { &ROWS[if turn.is_multiple_of(16) { 4..5 } else { index(turn, 4) }] };
         let places = if full { &PLACES[..] } else { &PLACES[index(turn / 4, 3)] };
         for &rows in sizes {
             for &place in places {
@@ -113,10 +121,10 @@ fn index(turn: u64, len: u64) -> std::ops::Range<usize> {
 
 /// Where an output's size is known only after agreement, the engine allocates it; where it is smaller than
 /// the input, it is not in place.
-fn allowed(collective: Option<Collective>, place: Place) -> Place {
+fn allowed(collective: Option<Collective>, place: Target) -> Target {
     match collective {
-        Some(Collective::Allgather | Collective::Alltoall | Collective::Gather) => Place::Engine,
-        Some(Collective::Reducescatter | Collective::Scatter) if place == Place::InPlace => Place::Apart,
+        Some(Collective::Allgather | Collective::Alltoall | Collective::Gather) => Target::Engine,
+        Some(Collective::Reducescatter | Collective::Scatter) if place == Target::InPlace => Target::Apart,
         _ => place,
     }
 }
@@ -140,7 +148,13 @@ mod tests {
     #[test]
     fn rotating_jobs_cover_every_size_and_place_of_every_combination() {
         let key = |case: &Case| {
-            (case.collective.map(Collective::code), case.op, case.dtype, case.rows, format!("{:?}", case.place))
+            (
+                case.collective.map(Collective::code),
+                case.op,
+                case.dtype,
+                case.rows,
+                format!("{:?}", case.place),
+            )
         };
         let all: BTreeSet<_> = cases(4, 1, 0, true).iter().map(key).collect();
         let small: BTreeSet<_> = all.iter().filter(|key| key.3 < 65537).cloned().collect();

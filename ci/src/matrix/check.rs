@@ -1,7 +1,7 @@
 //! One case on one rank: give, run, compare with the oracle.
 
 use super::case::{Case, SetKind};
-use crate::call::{self, Finished, Operation, Place, Tensor};
+use crate::call::{self, Finished, Operation, Target, Tensor};
 use crate::oracle::{Element, Recipe, holds};
 use crate::random::hash;
 use carole::error::{Error, Result};
@@ -143,7 +143,9 @@ impl View<'_> {
             found.wrong += wrong(&self.recipe(tensor), got, &expected);
             state ^= hash(&got[..got.len().min(expected.len() * self.case.dtype.size())]).rotate_left(tensor);
             // Inputs of operations not in place are never touched.
-            if self.case.place != Place::InPlace && finished.inputs[tensor as usize] != given[tensor as usize] {
+            if self.case.place != Target::InPlace
+                && finished.inputs[tensor as usize] != given[tensor as usize]
+            {
                 found.wrong += 1;
             }
         }
@@ -203,7 +205,7 @@ impl View<'_> {
             dtype: self.case.dtype,
             shape: vec![count],
             input,
-            place: Place::Engine,
+            place: Target::Engine,
         };
         let incoming = tensor(vec![0xA5; count as usize * self.case.dtype.size()]);
         let outgoing = tensor(recipe.bytes(self.me, self.members, 0, count));

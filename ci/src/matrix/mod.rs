@@ -73,7 +73,9 @@ pub fn run(settings: &Settings) -> Verdict {
                     Ok(passed) => count.passed += passed,
                     Err(words) => {
                         eprintln!("{ranks} ranks, {transport}, {algorithm}: {words}");
-                        failures.push(format!("--ranks {ranks} --transports {transport} --algorithms {algorithm}"));
+                        failures.push(format!(
+                            "--ranks {ranks} --transports {transport} --algorithms {algorithm}"
+                        ));
                         if settings.stop {
                             break;
                         }
@@ -94,7 +96,13 @@ pub fn run(settings: &Settings) -> Verdict {
     }
 }
 
-fn run_job(settings: &Settings, ranks: u32, transport: &str, algorithm: &str, turn: u64) -> Result<u64, String> {
+fn run_job(
+    settings: &Settings,
+    ranks: u32,
+    transport: &str,
+    algorithm: &str,
+    turn: u64,
+) -> Result<u64, String> {
     let mut args = vec!["matrix".to_owned(), "--seed".to_owned(), settings.seed.to_string()];
     args.extend(["--turn".to_owned(), turn.to_string()]);
     args.extend(settings.full.then(|| "--full".to_owned()));
@@ -102,10 +110,7 @@ fn run_job(settings: &Settings, ranks: u32, transport: &str, algorithm: &str, tu
         args,
         size: ranks,
         hosts: hosts(algorithm, transport, ranks),
-        knobs: vec![
-            ("CAROLE_TRANSPORT", transport.to_owned()),
-            ("CAROLE_ALGORITHM", algorithm.to_owned()),
-        ],
+        knobs: vec![("CAROLE_TRANSPORT", transport.to_owned()), ("CAROLE_ALGORITHM", algorithm.to_owned())],
         limit: Duration::from_secs(if settings.full { 1800 } else { 180 }),
     };
     let lines = plan.run()?;
@@ -152,7 +157,8 @@ pub fn rank(settings: &RankSettings) -> Result<(), String> {
     let sets = check::Sets::make(world.size).map_err(fail)?;
     let list = cases(world.size, settings.seed, settings.turn, settings.full);
     for (index, case) in list.iter().enumerate() {
-        let found = check::run(case, index, world.rank, &sets).map_err(|error| format!("{error} in {case:?}"))?;
+        let found =
+            check::run(case, index, world.rank, &sets).map_err(|error| format!("{error} in {case:?}"))?;
         let hash = found.hash.map_or_else(|| "-".to_owned(), |hash| format!("{hash:016x}"));
         println!("case {index} {} {hash}", found.wrong);
     }

@@ -75,7 +75,11 @@ impl Inbox {
 
     /// Reads the next frame as far as it has arrived. A message of the engine goes to `events`; any other
     /// frame is returned. The flag says whether anything moved.
-    pub fn read(&mut self, pipe: &mut dyn Pipe, events: &mut Events) -> Result<(bool, Option<Header>), Cause> {
+    pub fn read(
+        &mut self,
+        pipe: &mut dyn Pipe,
+        events: &mut Events,
+    ) -> Result<(bool, Option<Header>), Cause> {
         if self.in_message {
             return Ok((self.read_message(pipe, events)?, None));
         }

@@ -38,7 +38,12 @@ pub struct Chain {
 
 impl Landing {
     pub fn new() -> Landing {
-        Landing { bytes: Vec::new(), next: Vec::new(), free: 0, free_blocks: EAGER_CREDIT_BYTES / BLOCK_BYTES }
+        Landing {
+            bytes: Vec::new(),
+            next: Vec::new(),
+            free: 0,
+            free_blocks: EAGER_CREDIT_BYTES / BLOCK_BYTES,
+        }
     }
 
     /// Space for a message.

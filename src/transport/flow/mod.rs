@@ -102,10 +102,8 @@ impl FlowLink {
     ) -> FlowLink {
         assert!(!lanes.is_empty(), "a link has at least one lane");
         assert!(options.eager_bytes_max <= EAGER_BYTES_MAX, "landing space is made for EAGER_BYTES_MAX");
-        let lanes = lanes
-            .into_iter()
-            .map(|pipe| Lane { pipe, incoming: Incoming::new(), outgoing: None })
-            .collect();
+        let lanes =
+            lanes.into_iter().map(|pipe| Lane { pipe, incoming: Incoming::new(), outgoing: None }).collect();
         FlowLink {
             peer,
             control,

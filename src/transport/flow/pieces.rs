@@ -34,7 +34,10 @@ impl Cursor {
             self.within -= piece.len;
             self.piece += 1;
         }
-        assert!(self.within == 0 || (self.piece as usize) < pieces.len(), "a position lies inside its pieces");
+        assert!(
+            self.within == 0 || (self.piece as usize) < pieces.len(),
+            "a position lies inside its pieces"
+        );
     }
 
     /// The address of the next bytes, and how many of at most `limit` lie there in a row.

@@ -301,7 +301,12 @@ impl Recvs {
         Ok(moved)
     }
 
-    fn read_payload(&mut self, body: &mut Body, pipe: &mut dyn Pipe, memory: &Memory) -> Result<usize, Cause> {
+    fn read_payload(
+        &mut self,
+        body: &mut Body,
+        pipe: &mut dyn Pipe,
+        memory: &Memory,
+    ) -> Result<usize, Cause> {
         match &mut body.sink {
             Sink::Drop => {
                 let n = pipe.peek()?.len().min(body.payload_left);

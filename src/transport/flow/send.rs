@@ -337,4 +337,3 @@ impl Sends {
         self.streams.len()
     }
 }
-

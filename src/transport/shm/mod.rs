@@ -67,7 +67,8 @@ pub fn open(
 ) -> Result<(ShmPipe, ShmPipe), Cause> {
     let segment = Segment::map(&segment)?;
     // A full counter must not block whoever wakes. The flag belongs to the file that both sides share.
-    rustix::io::ioctl_fionbio(&peer_waker, true).map_err(|e| Cause::System(format!("peer's eventfd: {e}")))?;
+    rustix::io::ioctl_fionbio(&peer_waker, true)
+        .map_err(|e| Cause::System(format!("peer's eventfd: {e}")))?;
     let side = match side {
         Side::Creator => 0,
         Side::Joiner => 1,
