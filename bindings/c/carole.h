@@ -693,6 +693,31 @@ int32_t carole_submit(uint32_t collective,
                       uint64_t *handle);
 
 /*
+ Sets `done` to 1 when the operation has an outcome, which carole_wait then gives at once, else to 0. Never
+ blocks. The handle stays valid.
+
+ # Safety
+ `done` can be written.
+ */
+int32_t carole_poll(uint64_t handle, int32_t *done);
+
+/*
+ Waits for an operation and uses its handle up; after CAROLE_ERROR_TIMEOUT the handle is as before.
+ `timeout_ms` may be CAROLE_FOREVER (any negative number). `output` may be NULL when it is not wanted.
+ Waiting for one handle on two threads at once is an error on one of them.
+
+ # Safety
+ `output` is NULL or can be written.
+ */
+int32_t carole_wait(uint64_t handle, int64_t timeout_ms, carole_output **output);
+
+/*
+ Gives a handle up: the operation finishes by itself and its output is dropped. Its buffers stay the
+ engine's until it has; a program that must know when waits instead.
+ */
+int32_t carole_release(uint64_t handle);
+
+/*
  Sends the input of a tensor to a rank, to be met by carole_recv there with the same process set, tag, type
  and size. Returns when the bytes may be overwritten.
 
@@ -732,31 +757,6 @@ int32_t carole_recv_async(uint32_t from,
                           const carole_tensor *tensor,
                           uint32_t process_set,
                           uint64_t *handle);
-
-/*
- Sets `done` to 1 when the operation has an outcome, which carole_wait then gives at once, else to 0. Never
- blocks. The handle stays valid.
-
- # Safety
- `done` can be written.
- */
-int32_t carole_poll(uint64_t handle, int32_t *done);
-
-/*
- Waits for an operation and uses its handle up; after CAROLE_ERROR_TIMEOUT the handle is as before.
- `timeout_ms` may be CAROLE_FOREVER (any negative number). `output` may be NULL when it is not wanted.
- Waiting for one handle on two threads at once is an error on one of them.
-
- # Safety
- `output` is NULL or can be written.
- */
-int32_t carole_wait(uint64_t handle, int64_t timeout_ms, carole_output **output);
-
-/*
- Gives a handle up: the operation finishes by itself and its output is dropped. Its buffers stay the
- engine's until it has; a program that must know when waits instead.
- */
-int32_t carole_release(uint64_t handle);
 
 /*
  How many tensors there are; 0 for barrier and join, on members that get no result, and for NULL.

@@ -2,12 +2,12 @@
 
 use crate::abi::*;
 use crate::convert::{self, DEFAULTS, put, sized, slice, text};
+use crate::handles::deliver;
 use crate::output::carole_output;
 use crate::status::enter;
 use runtime::error::{Error, Result};
-use runtime::runtime::{self as core, Completion, Handle, Outcome, Request, TensorArg};
+use runtime::runtime::{self as core, Handle, Request, TensorArg};
 use runtime::types::{Collective, Rank, Scale, SetId};
-use std::time::Duration;
 
 /// Fills a struct of options with its defaults and its size. CAROLE_OPTIONS_INIT calls it.
 ///
@@ -110,17 +110,6 @@ impl Call {
             deliver(core::wait(handle, None), output)
         })
     }
-}
-
-/// Gives an outcome to the caller where it is wanted.
-unsafe fn deliver(completion: Completion, output: *mut *mut carole_output) -> Result<()> {
-    let outcome: Outcome = completion.result?;
-    if output.is_null() {
-        return Ok(());
-    }
-    // SAFETY: not null, and the caller's promise.
-    unsafe { output.write(carole_output::hand_over(outcome)) };
-    Ok(())
 }
 
 /// Every rank gets the reduction of all inputs.
@@ -486,139 +475,4 @@ pub unsafe extern "C" fn carole_submit(
         },
         None => status,
     }
-}
-
-/// A message between two ranks, before it is checked.
-struct Message {
-    peer: u32,
-    tag: u32,
-    tensor: *const carole_tensor,
-    process_set: u32,
-}
-
-impl Message {
-    unsafe fn send(&self) -> Result<Handle> {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let tensor = self.tensor()?;
-            core::send(SetId(self.process_set), Rank(self.peer), self.tag, tensor, None)
-        }
-    }
-    unsafe fn recv(&self) -> Result<Handle> {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let tensor = self.tensor()?;
-            core::recv(SetId(self.process_set), Rank(self.peer), self.tag, tensor, None)
-        }
-    }
-    unsafe fn tensor<'a>(&self) -> Result<TensorArg<'a>> {
-        // SAFETY: the caller's promise.
-        unsafe { convert::tensor(&slice(self.tensor, 1, "tensor")?[0]) }
-    }
-}
-
-/// Sends the input of a tensor to a rank, to be met by carole_recv there with the same process set, tag, type
-/// and size. Returns when the bytes may be overwritten.
-///
-/// # Safety
-/// `tensor` is valid.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn carole_send(
-    to: u32,
-    tag: u32,
-    tensor: *const carole_tensor,
-    process_set: u32,
-) -> i32 {
-    // SAFETY: the caller's promise.
-    enter(|| unsafe {
-        let handle = Message { peer: to, tag, tensor, process_set }.send()?;
-        deliver(core::wait(handle, None), std::ptr::null_mut())
-    })
-}
-
-/// As carole_send, but returns at once with a handle.
-///
-/// # Safety
-/// `tensor` is valid until there is an outcome; `handle` can be written.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn carole_send_async(
-    to: u32,
-    tag: u32,
-    tensor: *const carole_tensor,
-    process_set: u32,
-    handle: *mut u64,
-) -> i32 {
-    // SAFETY: the caller's promise.
-    enter(|| unsafe { put(handle, Message { peer: to, tag, tensor, process_set }.send()?.0, "handle") })
-}
-
-/// Receives into the output of a tensor what a rank sends with this tag; the shape tells how much.
-///
-/// # Safety
-/// `tensor` is valid.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn carole_recv(
-    from: u32,
-    tag: u32,
-    tensor: *const carole_tensor,
-    process_set: u32,
-) -> i32 {
-    // SAFETY: the caller's promise.
-    enter(|| unsafe {
-        let handle = Message { peer: from, tag, tensor, process_set }.recv()?;
-        deliver(core::wait(handle, None), std::ptr::null_mut())
-    })
-}
-
-/// As carole_recv, but returns at once with a handle.
-///
-/// # Safety
-/// `tensor` is valid until there is an outcome; `handle` can be written.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn carole_recv_async(
-    from: u32,
-    tag: u32,
-    tensor: *const carole_tensor,
-    process_set: u32,
-    handle: *mut u64,
-) -> i32 {
-    // SAFETY: the caller's promise.
-    enter(|| unsafe { put(handle, Message { peer: from, tag, tensor, process_set }.recv()?.0, "handle") })
-}
-
-/// Sets `done` to 1 when the operation has an outcome, which carole_wait then gives at once, else to 0. Never
-/// blocks. The handle stays valid.
-///
-/// # Safety
-/// `done` can be written.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn carole_poll(handle: u64, done: *mut i32) -> i32 {
-    // SAFETY: the caller's promise.
-    enter(|| unsafe { put(done, i32::from(core::poll(Handle(handle))?), "done") })
-}
-
-/// Waits for an operation and uses its handle up; after CAROLE_ERROR_TIMEOUT the handle is as before.
-/// `timeout_ms` may be CAROLE_FOREVER (any negative number). `output` may be NULL when it is not wanted.
-/// Waiting for one handle on two threads at once is an error on one of them.
-///
-/// # Safety
-/// `output` is NULL or can be written.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn carole_wait(handle: u64, timeout_ms: i64, output: *mut *mut carole_output) -> i32 {
-    let forever = timeout_ms <= CAROLE_FOREVER;
-    let timeout = (!forever).then(|| Duration::from_millis(timeout_ms.unsigned_abs()));
-    // SAFETY: the caller's promise.
-    enter(|| unsafe { deliver(core::wait(Handle(handle), timeout), output) })
-}
-
-/// Gives a handle up: the operation finishes by itself and its output is dropped. Its buffers stay the
-/// engine's until it has; a program that must know when waits instead.
-#[unsafe(no_mangle)]
-pub extern "C" fn carole_release(handle: u64) -> i32 {
-    enter(|| {
-        core::abandon(Handle(handle));
-        // What operations kept alive is dropped here; C keeps nothing.
-        drop(core::released());
-        Ok(())
-    })
 }

@@ -10,9 +10,11 @@
 //!   `carole_output_free`.
 #![allow(non_camel_case_types, reason = "these are the names that C programs write")]
 
-mod abi;
+pub mod abi;
 mod collectives;
 mod convert;
+mod handles;
+mod messages;
 mod output;
 mod sets;
 mod status;
