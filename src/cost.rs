@@ -297,7 +297,7 @@ mod tests {
         let shapes: [fn(u32) -> u32; 4] = [|_| 0, |m| m, |m| m / 2, |m| m / 4];
         let mut wrong = vec![];
         for row in TABLE {
-            for size in [2, 3, 4, 6, 8, 12, 16] {
+            for size in [2, 3, 4, 6, 8, 12, 16, 33, 64] {
                 for (shape, host) in shapes.iter().enumerate() {
                     for bytes in [64, 64 << 10, 64 << 20] {
                         for windows in if row.windows { vec![1, 16] } else { vec![1] } {

@@ -4,6 +4,7 @@
 //! (`CAROLE_RANK`, `CAROLE_SIZE`) and no launcher. Each task prints what it counted, ends with a line
 //! `passed=N skipped=M`, and fails with a reason and the command that shows it again.
 
+mod agreement_sim;
 mod call;
 mod chaos;
 mod install_c;
@@ -13,6 +14,7 @@ mod matrix;
 mod oracle;
 mod order;
 mod random;
+mod sim;
 mod strict;
 mod suite;
 
@@ -30,6 +32,10 @@ struct Command {
 enum Task {
     /// Every kind of test, with a table at the end (ci/test; with --long: ci/long).
     Suite(suite::Settings),
+    /// Whole engines in one thread and virtual time, with faults, from a seed.
+    Sim(sim::SimArgs),
+    /// Latency and messages of an agreed step, from 2 to 4096 ranks.
+    Agreement(agreement_sim::Args),
     /// Results of every collective, operation, type, algorithm, transport and number of ranks.
     Matrix(matrix::Settings),
     /// Strict mode: the same bits whatever the order, the transport and the algorithm.
@@ -72,6 +78,11 @@ struct Count {
 fn main() {
     let verdict = match Command::parse().task {
         Task::Suite(settings) => std::process::exit(suite::run(&settings)),
+        Task::Sim(settings) => match sim::run(&settings) {
+            0 => Ok(Count { passed: settings.seeds, skipped: 0 }),
+            code => std::process::exit(code),
+        },
+        Task::Agreement(settings) => agreement_sim::run(&settings).map(|()| Count { passed: 1, skipped: 0 }),
         Task::Matrix(settings) => matrix::run(&settings),
         Task::Strict(settings) => strict::run(&settings),
         Task::Order(settings) => order::run(&settings),

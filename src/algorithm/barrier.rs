@@ -23,7 +23,11 @@ pub(super) fn barrier(b: &mut Builder, _: &Query) {
 pub(super) fn load(query: &Query) -> Load {
     let s = Shape::of(query);
     let steps = log2_ceil(s.p);
-    let leg = Leg { steps, path_bytes: steps * s.n, port_bytes: steps * s.n };
-    let (near, far) = if s.is_far() { (Leg::default(), leg) } else { (leg, Leg::default()) };
-    Load { near, far, messages: steps, ..Load::default() }
+    let leg = |used: bool, messages: f64| match used {
+        true => Leg { steps, path_bytes: messages * s.n, port_bytes: messages * s.n },
+        false => Leg::default(),
+    };
+    // At distance d, d members of a host (all, when it has fewer) tell members of other hosts.
+    let leaving = (0..steps as u32).map(|k| f64::from(1u32 << k).min(s.l)).sum();
+    Load { near: leg(!s.is_far(), steps), far: leg(s.is_far(), leaving), messages: steps, ..Load::default() }
 }

@@ -162,23 +162,36 @@ fn aligned(i: u32, count: u32) -> Range<u32> {
 
 pub(super) fn allreduce_load(query: &Query) -> Load {
     let s = Shape::of(query);
-    let blocks = f64::from(query.size().count_ones());
-    // Handing on between blocks costs the smaller one as much as its part is large.
-    let extra = if blocks > 1.0 { 1.0 } else { 0.0 };
-    let largest = f64::from(1u32 << query.size().ilog2());
-    let one_way = s.n * (largest - 1.0) / largest + extra * s.n / 2.0;
-    let steps = largest.log2_exact() + (blocks - 1.0);
-    let load = one_way_load(&s, steps, one_way);
-    let reduced = Load { path_reduced: one_way, port_reduced: one_way, ..load };
+    let (steps, bytes) = one_way(s.n, query.size());
+    let load = one_way_load(&s, steps, bytes);
+    let reduced = Load { path_reduced: bytes, port_reduced: bytes, ..load };
     reduced + load
+}
+/// Steps and bytes of the busiest member until everything is reduced; as many again to distribute it.
+pub(super) fn one_way(n: f64, size: u32) -> (f64, f64) {
+    let (bits, blocks) = (size.ilog2(), size.count_ones());
+    let largest = f64::from(1u32 << bits);
+    // Handing on between blocks costs the smaller one as much as its part is large.
+    let extra = if blocks > 1 { n / 2.0 } else { 0.0 };
+    (f64::from(bits + blocks - 1), n * (largest - 1.0) / largest + extra)
 }
 pub(super) fn allgather_load(query: &Query) -> Load {
     let s = Shape::of(query);
-    one_way_load(&s, log2_ceil(s.p), s.n * (s.p - 1.0) / s.p)
+    let leg = |steps, bytes| Leg { steps, path_bytes: bytes, port_bytes: bytes };
+    let steps = log2_ceil(s.p);
+    let near_steps = log2_ceil(s.l).min(steps);
+    // What is far away is most of the vector, and every member of a host fetches it through the one port.
+    let far_bytes = s.l * s.n * (s.p - s.l) / s.p;
+    Load {
+        near: leg(near_steps, s.n * (s.l - 1.0) / s.p),
+        far: leg(steps - near_steps, far_bytes),
+        messages: steps,
+        ..Load::default()
+    }
 }
 pub(super) fn reducescatter_load(query: &Query) -> Load {
     let load = allgather_load(query);
-    let bytes = load.near.path_bytes + load.far.path_bytes;
+    let bytes = query.bytes as f64 * (1.0 - 1.0 / f64::from(query.size()));
     Load { path_reduced: bytes, port_reduced: bytes, ..load }
 }
 
@@ -195,14 +208,4 @@ fn one_way_load(s: &Shape, steps: f64, bytes: f64) -> Load {
     let far_bytes = (bytes - near_bytes) * s.l;
     let (near, far) = (leg(near_steps, near_bytes), leg(steps - near_steps, far_bytes));
     Load { near, far, messages: steps, ..Load::default() }
-}
-
-trait Log2 {
-    fn log2_exact(self) -> f64;
-}
-impl Log2 for f64 {
-    /// Of a power of two: floating-point logarithms are not the same on all machines.
-    fn log2_exact(self) -> f64 {
-        f64::from((self as u64).ilog2())
-    }
 }

@@ -7,7 +7,7 @@
 //! | | steps inside | steps between | bytes out of and into a host |
 //! | --- | --- | --- | --- |
 //! | allreduce, even | 2 | `2 log2 h` or `2 (h - 1)` | `2 n (h - 1) / h` |
-//! | allreduce, leaders | `2 log2 l` | `2 (h - 1)` | `2 n (h - 1) / h` |
+//! | allreduce, leaders | `2 log2 l` | the same | `2 n (h - 1) / h` |
 //! | reduce-scatter, all-gather, even | 1 | `h - 1` | `n (h - 1) / h` |
 //! | broadcast, reduce | `log2 l` | `log2 h` | `2 n` at most |
 //!
@@ -41,23 +41,37 @@ pub(super) fn scatters(query: &Query) -> Result<(), &'static str> {
     super::sums_in_any_order(query)
 }
 
+/// Up to this size an allreduce across hosts is a matter of latency: doubling even where their number is not a
+/// power of two, although it then moves more bytes than a ring.
+const LATENCY_BYTES: u64 = 256 << 10;
+
+fn doubles(query: &Query, hosts: usize) -> bool {
+    hosts.is_power_of_two() || query.bytes <= LATENCY_BYTES
+}
+
 fn is_even(hosts: &[Vec<u32>]) -> bool {
     hosts.iter().all(|host| host.len() == hosts[0].len())
 }
 
-/// Allreduce: a part for each rail, cut again for each host on it.
+/// Allreduce: a part for each rail, cut again for the allreduce across hosts.
 pub(super) fn chunks(query: &Query) -> u32 {
     let hosts = query.members_by_host();
-    if is_even(&hosts) { query.size() } else { hosts.len() as u32 }
+    let parts = if doubles(query, hosts.len()) { 1 << hosts.len().ilog2() } else { hosts.len() as u32 };
+    if is_even(&hosts) { parts * hosts[0].len() as u32 } else { parts }
 }
 
 pub(super) fn allreduce(b: &mut Builder, query: &Query) {
     let hosts = query.members_by_host();
     b.prepare(b.all());
-    if is_even(&hosts) { allreduce_on_rails(b, &hosts) } else { allreduce_by_leaders(b, &hosts) }
+    let across = if doubles(query, hosts.len()) { doubling::core } else { ring::core };
+    if is_even(&hosts) {
+        allreduce_on_rails(b, &hosts, across);
+    } else {
+        allreduce_by_leaders(b, &hosts, across);
+    }
 }
 
-fn allreduce_on_rails(b: &mut Builder, hosts: &[Vec<u32>]) {
+fn allreduce_on_rails(b: &mut Builder, hosts: &[Vec<u32>], across: fn(&mut Builder)) {
     let (host, place) = position(b, hosts);
     let local = hosts[0].len() as u32;
     b.within(&hosts[host], b.all(), |b| {
@@ -68,7 +82,6 @@ fn allreduce_on_rails(b: &mut Builder, hosts: &[Vec<u32>]) {
             b.recv_reduce((place + local - i) % local, b.part(place, local));
         }
     });
-    let across = if hosts.len().is_power_of_two() { doubling::core } else { ring::core };
     b.within(&rail(hosts, place), b.part(place, local), across);
     b.within(&hosts[host], b.all(), |b| {
         for i in 1..local {
@@ -80,11 +93,11 @@ fn allreduce_on_rails(b: &mut Builder, hosts: &[Vec<u32>]) {
     });
 }
 
-fn allreduce_by_leaders(b: &mut Builder, hosts: &[Vec<u32>]) {
+fn allreduce_by_leaders(b: &mut Builder, hosts: &[Vec<u32>], across: fn(&mut Builder)) {
     let (host, _) = position(b, hosts);
     let leaders: Vec<u32> = hosts.iter().map(|host| host[0]).collect();
     b.within(&hosts[host], b.all(), |b| tree::reduce_to(b, 0));
-    b.within(&leaders, b.all(), ring::core);
+    b.within(&leaders, b.all(), across);
     b.within(&hosts[host], b.all(), |b| tree::broadcast_from(b, 0));
 }
 
@@ -175,15 +188,18 @@ fn leaders(hosts: &[Vec<u32>], host: usize, root: u32) -> (Vec<u32>, u32, u32) {
 pub(super) fn allreduce_load(query: &Query) -> Load {
     let s = Shape::of(query);
     let even = is_even(&query.members_by_host());
-    let far_steps = if even && (s.h as u64).is_power_of_two() { log2_ceil(s.h) } else { s.h - 1.0 };
-    let bytes = s.n * (s.h - 1.0) / s.h;
-    let far = Leg { steps: 2.0 * far_steps, path_bytes: 2.0 * bytes, port_bytes: 2.0 * bytes };
+    let (steps, bytes) = if doubles(query, s.h as usize) {
+        doubling::one_way(s.n, s.h as u32)
+    } else {
+        (s.h - 1.0, s.n * (s.h - 1.0) / s.h)
+    };
+    let far = Leg { steps: 2.0 * steps, path_bytes: 2.0 * bytes, port_bytes: 2.0 * bytes };
     if !even {
         let down = tree::load_of(s.n, s.l, false, 1.0);
         let reduced = 2.0 * s.n * log2_ceil(s.l) + bytes;
         let across = Load {
             far,
-            messages: 2.0 * far_steps,
+            messages: 2.0 * steps,
             path_reduced: reduced,
             port_reduced: 2.0 * s.n + bytes,
             ..Load::default()
@@ -195,7 +211,7 @@ pub(super) fn allreduce_load(query: &Query) -> Load {
     Load {
         near: Leg { steps: 2.0, path_bytes: 2.0 * inside, port_bytes: 2.0 * inside },
         far,
-        messages: 2.0 * (s.l - 1.0) + 2.0 * far_steps,
+        messages: 2.0 * (s.l - 1.0) + 2.0 * steps,
         path_reduced: reduced,
         port_reduced: reduced,
     }

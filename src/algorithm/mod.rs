@@ -118,7 +118,8 @@ impl std::fmt::Debug for Algorithm {
 }
 
 impl Algorithm {
-    /// The steps of member `me`.
+    /// The steps of member `me`. They depend on the row, the chunks, and the query's hosts, root, `prescaled` and
+    /// `strict`; beyond the chunks not on bytes, dtype or op. So they may be cached by these.
     #[must_use]
     pub fn schedule(&self, me: u32, query: &Query) -> Schedule {
         let chunks = (self.chunks)(query);

@@ -28,7 +28,7 @@ impl Coordinator {
             self.put_entry(row, &mut payload);
             if payload.len() > PAYLOAD_BYTES_MAX && start > size_of::<u64>() {
                 let item = payload.split_off(start);
-                self.publish(&payload, now);
+                self.publish(&payload);
                 payload.clear();
                 payload.extend_from_slice(&self.sequence.to_le_bytes());
                 payload.extend_from_slice(&item);
@@ -38,7 +38,7 @@ impl Coordinator {
             wire::put_all_joined(&mut payload, self.join.last);
         }
         if payload.len() > size_of::<u64>() {
-            self.publish(&payload, now);
+            self.publish(&payload);
         }
         outbox.clear();
         // Operations held back may have been marked while the cut was applied.
@@ -92,20 +92,23 @@ impl Coordinator {
         mismatch::impossible(&it.name, ranks, signature, &it.mark.absent, self.setup.rules.strict_join)
     }
 
-    fn publish(&mut self, payload: &[u8], now: Time) {
-        self.to_children(Kind::Cut, 0, payload);
-        self.apply(payload, now).expect("the root applies what it has written");
+    fn publish(&mut self, payload: &[u8]) {
+        self.tell_children(Kind::Cut, 0, payload);
+        if let Err(cause) = self.apply(payload) {
+            // What the root has written is right, so this is the end of a resource: the keys.
+            self.intents.push_back(Intent::Break(None, cause));
+        }
     }
 
     /// Takes a cut from the parent.
     pub(super) fn take_cut(&mut self, payload: &[u8], now: Time) -> Result<(), Cause> {
-        self.apply(payload, now)?;
+        self.apply(payload)?;
         self.release_held(now);
         Ok(())
     }
 
     /// Applies a cut. This is the only place where keys are given and evicted and operations end.
-    fn apply(&mut self, payload: &[u8], _now: Time) -> Result<(), Cause> {
+    fn apply(&mut self, payload: &[u8]) -> Result<(), Cause> {
         let mut reader = Reader::new(payload);
         if reader.u64()? != self.sequence {
             return Err(misbehaved("a piece of the agreed log out of order"));

@@ -10,13 +10,21 @@ use crate::types::{Member, SharedSignature, Signature, TensorKey, Time};
 use crate::wire::Reader;
 use crate::wire::agreement::{self as wire, Kind, Rows, URGENT, UpItem};
 use crate::wire::cursor::{Members, put_members, put_varint};
+use crate::wire::signature::fits;
 use std::sync::Arc;
 
 impl Coordinator {
     /// Marks a name for an operation submitted here.
     pub(super) fn mark_own(&mut self, row: u32, submission: &Submission<'_>, now: Time) {
         let cached = self.table.key_of(row, submission.signature).map(|(_, signature)| signature.clone());
-        let signature = cached.unwrap_or_else(|| Arc::new(submission.signature.clone()));
+        let signature = cached.unwrap_or_else(|| {
+            assert_eq!(
+                fits(submission.signature),
+                Ok(()),
+                "the engine announces what does not fit as refused"
+            );
+            Arc::new(submission.signature.clone())
+        });
         let me = self.setup.me;
         self.ops.insert(submission.op, row);
         self.begin(row, now);
@@ -151,6 +159,10 @@ impl Coordinator {
             }
             UpItem::Ready { key, absent, call } => self.take_ready(source, key, absent, call, evicted, now),
             UpItem::Announce { name, first, second, refused, absent, call } => {
+                let agrees = second.is_none() && refused.is_none();
+                if call.width != if agrees { first.width } else { 0 } {
+                    return Err(misbehaved("call data of another width than announced"));
+                }
                 let row = self.table.open(name);
                 self.begin(row, now);
                 for said in [Some(first), second].into_iter().flatten() {
@@ -208,7 +220,7 @@ impl Coordinator {
         let Some(&speaker) = speaker else {
             return Err(misbehaved("a mark of nobody"));
         };
-        // Only in the first case is nothing counted up: all agree on the cached signature, as they do mostly.
+        // Mostly a lower member has said the same, and there is nothing to add.
         let known = self.table.rows[row as usize].mark.first.as_ref().is_some_and(|first| {
             first.member < speaker && first.width == call.width && Arc::ptr_eq(&first.signature, signature)
         });
@@ -238,7 +250,9 @@ impl Coordinator {
         for member in absent.iter() {
             self.belongs(source, member)?;
         }
-        if call.width > 0 && call.len() + absent.len() != members {
+        if call.width.saturating_mul(self.setup.ranks.len()) > wire::CALL_VALUES_MAX
+            || (call.width > 0 && call.len() + absent.len() != members)
+        {
             return Err(misbehaved("call data of too few or too many ranks"));
         }
         let (tree, mark) = (&self.tree, &mut self.table.rows[row as usize].mark);
@@ -279,12 +293,13 @@ impl Coordinator {
         keys.sort_unstable();
         let mut found = 0;
         for (at, row) in self.table.rows.iter_mut().enumerate() {
-            if let Passed::Key(key) = row.mark.passed {
-                if row.in_flight && keys.binary_search(&key).is_ok() {
-                    row.mark.passed = Passed::No;
-                    self.outbox.push(at as u32);
-                    found += 1;
-                }
+            if let Passed::Key(key) = row.mark.passed
+                && row.in_flight
+                && keys.binary_search(&key).is_ok()
+            {
+                row.mark.passed = Passed::No;
+                self.outbox.push(at as u32);
+                found += 1;
             }
         }
         if found != keys.len() {

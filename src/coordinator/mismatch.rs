@@ -3,7 +3,7 @@
 
 use super::table::Said;
 use crate::limits::{NAME_BYTES_MAX, TENSOR_BYTES_MAX};
-use crate::types::{Member, Place, Rank, Signature, TensorSignature};
+use crate::types::{Collective, Member, Place, Rank, Signature, TensorSignature};
 use crate::wire::cursor::cut_text;
 use std::fmt::Write;
 
@@ -61,7 +61,12 @@ fn first_difference(a: &Said, b: &Said) -> Difference {
         return differ("join_average", format!("{:?}", x.join_average), format!("{:?}", y.join_average));
     }
     if x.ranks != y.ranks {
-        return differ("list of ranks", rank_list(&x.ranks), rank_list(&y.ranks));
+        // Long lists are shortened, so the place where they differ is named, too.
+        let place = x.ranks.iter().zip(&y.ranks).position(|(r, s)| r != s);
+        let place = place.unwrap_or(x.ranks.len().min(y.ranks.len()));
+        let list = |ranks: &[Rank]| format!("{} ({} in all)", rank_list(ranks), ranks.len());
+        let remedy = format!("every rank must submit the same list of ranks (entry {place} differs)");
+        return ("list of ranks".into(), list(&x.ranks), list(&y.ranks), remedy);
     }
     let what = "number of splits or row counts";
     (what.into(), a.width.to_string(), b.width.to_string(), same(what))
@@ -117,14 +122,15 @@ pub fn impossible(
             ));
         }
     }
-    if strict_join && collective != crate::types::Collective::Allreduce {
-        if let Some(first) = absent.first() {
-            return Some(format!(
-                "{collective} '{name}' cannot run: {} has joined, and HOROVOD_STRICT_COMPAT refuses every \
-                 collective but allreduce then; unset it, or join after the last {collective}",
-                ranks[first.0 as usize]
-            ));
-        }
+    if strict_join
+        && collective != Collective::Allreduce
+        && let Some(first) = absent.first()
+    {
+        return Some(format!(
+            "{collective} '{name}' cannot run: {} has joined, and HOROVOD_STRICT_COMPAT refuses every \
+             collective but allreduce then; unset it, or join after the last {collective}",
+            ranks[first.0 as usize]
+        ));
     }
     None
 }

@@ -31,6 +31,8 @@ pub mod tree;
 mod cluster;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_faults;
 
 use crate::error::{Cause, Mismatch};
 use crate::limits::{CONTROL_BYTES_MAX, IN_FLIGHT_MAX, NAME_BYTES_MAX};
@@ -386,7 +388,7 @@ impl Coordinator {
         let payload = reader.rest();
         if kind == Kind::Cut {
             // Before it is applied, so that those below need not wait for it.
-            self.to_children(kind, flags, payload);
+            self.tell_children(kind, flags, payload);
         }
         let mut whole = std::mem::take(&mut self.unfinished[source]);
         if matches!(kind, Kind::Up | Kind::Cut) && (flags & MORE != 0 || !whole.is_empty()) {
@@ -443,6 +445,11 @@ impl Coordinator {
         }
     }
 
+    /// The members to which this one needs a link: its parent and its children in the tree.
+    pub fn neighbours(&self) -> impl Iterator<Item = Member> + '_ {
+        self.tree.parent.into_iter().chain(self.tree.children.iter().copied())
+    }
+
     /// Operations submitted here that have no outcome.
     #[must_use]
     pub fn in_flight(&self) -> usize {
@@ -481,7 +488,7 @@ impl Coordinator {
         }
     }
 
-    fn to_children(&mut self, kind: Kind, flags: u8, payload: &[u8]) {
+    fn tell_children(&mut self, kind: Kind, flags: u8, payload: &[u8]) {
         for i in 0..self.tree.children.len() {
             self.tell(self.tree.children[i], kind, flags, payload);
         }

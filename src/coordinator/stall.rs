@@ -8,12 +8,13 @@
 
 use super::{Coordinator, Intent, OpId, Rules, misbehaved, mismatch};
 use crate::error::Cause;
+use crate::limits::IN_FLIGHT_MAX;
 use crate::types::{Member, Rank, Time};
 use crate::wire::Reader;
 use crate::wire::agreement::{self as wire, Kind};
 use crate::wire::cursor::Members;
 
-/// Names asked about at one time; the oldest first, the others when those are settled.
+/// Names asked about (and warned of) at one time: when a rank is stuck, a thousand names say no more than these.
 const QUERIES_MAX: usize = 16;
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -91,6 +92,9 @@ impl Coordinator {
     pub(super) fn take_overdue(&mut self, name: &str, age_ns: u64, now: Time) {
         if let Some(parent) = self.tree.parent {
             self.say_overdue(parent, name, age_ns);
+            return;
+        }
+        if self.table.find(name).is_none() && self.table.rows.len() >= 2 * IN_FLIGHT_MAX {
             return;
         }
         let row = self.table.open(name);
@@ -216,14 +220,14 @@ impl Coordinator {
             )));
             let mut notice = Vec::new();
             wire::put_stalled(&mut notice, &query.name, age, &query.missing);
-            self.to_children(Kind::Stalled, 0, &notice);
+            self.tell_children(Kind::Stalled, 0, &notice);
             self.table.row(row).mark.stall = Some((since, query.missing));
         }
     }
 
     pub(super) fn take_stalled(&mut self, payload: &[u8], now: Time) -> Result<(), Cause> {
         let (name, age_ns, missing) = wire::stalled(&mut Reader::new(payload))?;
-        self.to_children(Kind::Stalled, 0, payload);
+        self.tell_children(Kind::Stalled, 0, payload);
         let missing: Vec<Member> = missing.iter().collect();
         if missing.last().is_some_and(|last| last.0 as usize >= self.setup.ranks.len()) {
             return Err(misbehaved("a rank outside the process set"));

@@ -101,6 +101,8 @@ pub struct Engine {
     ended: Vec<Ended>,
     warnings: Vec<String>,
     broken: Option<Error>,
+    /// Whether this rank has said goodbye.
+    left: bool,
     // Buffers that are used again at each turn.
     events: Events,
     changes: Vec<LinkChange>,
@@ -138,6 +140,7 @@ impl Engine {
             ended: Vec::new(),
             warnings: Vec::new(),
             broken: None,
+            left: false,
             events: Events::default(),
             changes: Vec::new(),
             orders: Vec::new(),
@@ -205,6 +208,17 @@ impl Engine {
             place += usize::from(self.links.up().get(place) == Some(&peer));
         }
         self.events = events;
+        if self.left {
+            // Who has said goodbye has nothing to say about the others any more; those whose links came up late
+            // must still hear it.
+            for change in changes.drain(..) {
+                if let LinkChange::Up(peer) = change {
+                    self.say(peer, &wire::Message::Goodbye(self.me));
+                }
+            }
+            self.changes = changes;
+            return moved;
+        }
         for change in changes.drain(..) {
             moved = true;
             match change {
@@ -277,6 +291,8 @@ impl Engine {
             .ok_or_else(|| Cause::Misbehaved(format!("agreement of process set {} from outside", id.0)))?;
         match &mut set.coordinator {
             Some(coordinator) => coordinator.receive(crate::types::Member(from), body, now),
+            // A member has left; the sender does not know yet.
+            None if set.departed.is_some() => Ok(()),
             None => Err(Cause::Misbehaved(format!("agreement of process set {} to a rank outside it", id.0))),
         }
     }
@@ -322,6 +338,7 @@ impl Engine {
     /// Says goodbye to everybody. Operations in flight end with [`Error::Shutdown`].
     pub fn leave(&mut self) {
         self.fail_all(&Error::Shutdown(None));
+        self.left = true;
         if self.broken.is_none() {
             for place in 0..self.links.up().len() {
                 let to = self.links.up()[place];

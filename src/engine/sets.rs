@@ -225,6 +225,8 @@ impl Engine {
         for id in concerned {
             if let Some(set) = self.sets.get_mut(&id) {
                 set.departed.get_or_insert(rank);
+                // What would still be agreed could not be run.
+                set.coordinator = None;
             }
             self.fail_set(id, &Error::Shutdown(Some(rank)));
         }

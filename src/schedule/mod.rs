@@ -79,7 +79,8 @@ impl Span {
     }
 }
 
-/// What a step does. `to` and `from` are members of the set.
+/// What a step does. `to` and `from` are members of the set. All spans of one step stand for the same lengths.
+#[expect(missing_docs, reason = "each variant says what its spans are")]
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Verb {
     /// Send the bytes of `src`; complete when they may be overwritten.
@@ -88,7 +89,7 @@ pub enum Verb {
     Recv { from: u32, dst: Span },
     /// Receive `x` and write `with ⊕ x` to `dst`; the operand of the lower member stands first. `with` may be `dst`.
     RecvReduce { from: u32, dst: Span, with: Span },
-    /// Copy.
+    /// Copy (nothing is done where both are the same memory).
     Copy { dst: Span, src: Span },
     /// Copy and multiply by the prescale factor (nothing is done where that is 1 and both are the same memory).
     Prepare { dst: Span, src: Span },

@@ -54,7 +54,13 @@ impl fmt::Display for Schedule {
             self.me, self.size, self.chunks, self.scratch
         )?;
         for (i, step) in self.steps.iter().enumerate() {
-            write!(f, "{i:>4}  {}", step.verb)?;
+            match &step.verb {
+                // The operand of the lower member stands first, which the verb alone cannot show.
+                Verb::RecvReduce { from, dst, with } if *from < self.me => {
+                    write!(f, "{i:>4}  recv-reduce from {from}: {dst} = received with {with}")?;
+                }
+                verb => write!(f, "{i:>4}  {verb}")?,
+            }
             let after = self.after(i);
             if !after.is_empty() {
                 write!(f, "  after {after:?}")?;

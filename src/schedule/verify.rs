@@ -89,8 +89,8 @@ impl fmt::Display for Fault {
 /// passes only into a posted receive (rendezvous). Returns the number of steps.
 pub fn verify(all: &[Schedule], goal: &Goal, seed: u64, slots: usize) -> Result<usize, Fault> {
     let mut world = World::new(all, goal, slots);
-    for member in 0..all.len() {
-        for step in 0..all[member].steps.len() {
+    for (member, schedule) in all.iter().enumerate() {
+        for step in 0..schedule.steps.len() {
             if world.members[member].waits[step] == 0 {
                 world.unblocked(member, step);
             }

@@ -2,6 +2,8 @@
 //! [`flow`] makes of them a [`Link`], which matches messages, grants credit and reduces on receipt, once for
 //! all transports.
 
+#[cfg(test)]
+mod conformance;
 pub mod flow;
 pub mod shm;
 pub mod sim;

@@ -175,6 +175,7 @@ pub struct Variant {
 }
 
 /// One item of an `Up`.
+#[expect(clippy::large_enum_variant, reason = "it lives on the stack, one at a time")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum UpItem<'a> {
     /// These consecutive keys are ready in the whole subtree, nobody absent, no call data.

@@ -40,7 +40,7 @@ pub fn expected(planned: &Planned, me: u32, t: usize, size: u32) -> Option<Vec<u
     let reduced = || {
         let divisor = if planned.op == carole::types::ReduceOp::Average { size } else { 1 };
         let (pre, post) = (planned.scale.pre, planned.scale.post);
-        oracle::reduce_all(planned.op, planned.dtype, &inputs, pre, post, divisor, oracle::Order::Canonical)
+        oracle::reduce_all(planned.op, planned.dtype, &inputs, pre, post, divisor, oracle::Order::Tree)
     };
     let mine = |all: &[u8]| {
         let rows = planned.tensors[t].1[0];

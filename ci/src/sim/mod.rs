@@ -62,7 +62,10 @@ pub fn run(args: &SimArgs) -> i32 {
                 .unwrap_or_else(|| "a panic".into()),
         };
         failed += 1;
-        eprintln!("seed {seed}: {found}\n  replay: cargo run --release -p ci -- sim --seed {seed} --ranks {} --verbose", args.ranks);
+        eprintln!(
+            "seed {seed}: {found}\n  replay: cargo run --release -p ci -- sim --seed {seed} --ranks {} --verbose",
+            args.ranks
+        );
         if failed == 10 {
             break;
         }

@@ -109,13 +109,20 @@ fn planned(random: &mut Random, size: u32, i: usize) -> Planned {
         Collective::Scatter,
         Collective::Barrier,
     ]);
-    let dtype = random.pick(&[DType::F32, DType::F32, DType::I32, DType::BF16, DType::U8, DType::F64, DType::I64]);
+    let dtype =
+        random.pick(&[DType::F32, DType::F32, DType::I32, DType::BF16, DType::U8, DType::F64, DType::I64]);
     let op = random.pick(&[ReduceOp::Sum, ReduceOp::Sum, ReduceOp::Average, ReduceOp::Min, ReduceOp::Max]);
     let scale = match random.below(4) {
         0 if dtype.is_float() => Scale { pre: 2.0, post: 0.5 },
         _ => Scale::default(),
     };
-    let count = if collective == Collective::Barrier { 0 } else if random.once_in(5) { 3 } else { 1 };
+    let count = if collective == Collective::Barrier {
+        0
+    } else if random.once_in(5) {
+        3
+    } else {
+        1
+    };
     let free = collective.has_free_rows();
     let tensors = (0..count)
         .map(|_| {

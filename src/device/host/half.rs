@@ -3,11 +3,17 @@
 //! avx512_bf16, which flush them, are not used.
 
 use super::number::{Element, Real, Wide};
+use std::marker::PhantomData;
 
 /// IEEE half precision.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub(super) struct F16(pub(super) u16);
+
+/// Half precision that the processor converts itself, with the instructions of `I`.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct VectorF16<I: Isa>(F16, PhantomData<I>);
 
 /// The upper half of an f32.
 #[derive(Clone, Copy)]
@@ -44,6 +50,20 @@ impl Element for F16 {
     }
 }
 
+impl<I: Isa> Element for VectorF16<I> {
+    type Wide = f32;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.0.widen()
+    }
+
+    #[inline(always)]
+    fn narrow(wide: f32) -> VectorF16<I> {
+        VectorF16(F16::narrow(wide), PhantomData)
+    }
+}
+
 impl BF16 {
     /// The bits of `wide` rounded to a bf16, which stands in the upper half; the lower half is arbitrary.
     #[inline(always)]
@@ -69,8 +89,8 @@ impl Element for BF16 {
 }
 
 macro_rules! real {
-    ($($t:ty),*) => {$(
-        impl Real for $t {
+    ($([$($generic:tt)*] $t:ty),*) => {$(
+        impl<$($generic)*> Real for $t {
             #[inline(always)]
             fn as_f64(wide: f32) -> f64 { f64::from(wide) }
             #[inline(always)]
@@ -79,13 +99,13 @@ macro_rules! real {
     )*};
 }
 
-real!(F16, BF16);
+real!([] F16, [] BF16, [I: Isa] VectorF16<I>);
 
 /// How many halves are converted by one call of an [`Isa`].
 pub(super) const LANES: usize = 16;
 
 /// What the compiler cannot vectorise by itself: the conversions of f16 that processors have.
-pub(super) trait Isa {
+pub(super) trait Isa: Copy {
     /// Sixteen halves as f32.
     ///
     /// # Safety
@@ -98,20 +118,6 @@ pub(super) trait Isa {
     unsafe fn narrow(wide: [f32; LANES]) -> [u16; LANES];
 }
 
-/// No instructions beyond those of every processor of the architecture.
-pub(super) struct Plain;
-
-impl Isa for Plain {
-    #[inline(always)]
-    unsafe fn widen(halves: [u16; LANES]) -> [f32; LANES] {
-        halves.map(|half| F16(half).widen())
-    }
-    #[inline(always)]
-    unsafe fn narrow(wide: [f32; LANES]) -> [u16; LANES] {
-        wide.map(|x| F16::narrow(x).0)
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{Avx2, Avx512};
 
@@ -122,6 +128,7 @@ mod x86 {
     use std::mem::transmute;
 
     /// AVX2 and F16C.
+    #[derive(Clone, Copy)]
     pub(in super::super) struct Avx2;
 
     impl Isa for Avx2 {
@@ -150,6 +157,7 @@ mod x86 {
     }
 
     /// AVX-512.
+    #[derive(Clone, Copy)]
     pub(in super::super) struct Avx512;
 
     impl Isa for Avx512 {

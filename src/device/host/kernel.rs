@@ -5,8 +5,8 @@
 //! loop over two operands has a form in place: the compiler tests at run time for overlap before it uses
 //! vectors, and finds it in `dst == a` unless both have one name.
 
-use super::half::{BF16, F16, Isa, LANES};
-use super::number::{Bool, Complex, Element, Op, Real, Wide};
+use super::half::{BF16, F16, Isa, LANES, VectorF16};
+use super::number::{Bool, Complex, Element, Op, Wide};
 use crate::limits::RANKS_MAX;
 use std::mem::MaybeUninit;
 
@@ -14,11 +14,12 @@ use std::mem::MaybeUninit;
 ///
 /// # Safety
 /// Of every method: `count` elements must lie at each pointer, `dst` may be written, and `dst` is either
-/// exactly one of the sources or overlaps none. The processor must have the instructions of `I`.
+/// exactly one of the sources or overlaps none. The processor must have the
+/// instructions of the element, where it names any.
 pub(super) trait Loops: Element {
     /// `dst[i] = f(a[i], b[i])`, where `f` commutes.
     #[inline(always)]
-    unsafe fn zip<I: Isa>(
+    unsafe fn zip(
         dst: *mut Self,
         a: *const Self,
         b: *const Self,
@@ -33,12 +34,7 @@ pub(super) trait Loops: Element {
 
     /// `dst[i] = f(src[i])`.
     #[inline(always)]
-    unsafe fn map<I: Isa>(
-        dst: *mut Self,
-        src: *const Self,
-        count: usize,
-        f: impl Fn(Self::Wide) -> Self::Wide,
-    ) {
+    unsafe fn map(dst: *mut Self, src: *const Self, count: usize, f: impl Fn(Self::Wide) -> Self::Wide) {
         let g = |x: Self| Self::narrow(f(x.widen()));
         // SAFETY: the caller's promise; `i` stays below `count`.
         unsafe {
@@ -56,7 +52,7 @@ pub(super) trait Loops: Element {
 
     /// `acc[i] = f(src[i])`, for the first operand of an accumulation.
     #[inline(always)]
-    unsafe fn widen_into<I: Isa>(
+    unsafe fn widen_into(
         acc: *mut Self::Wide,
         src: *const Self,
         count: usize,
@@ -72,7 +68,7 @@ pub(super) trait Loops: Element {
 
     /// `acc[i] = f(acc[i], src[i])`.
     #[inline(always)]
-    unsafe fn fold_into<I: Isa>(
+    unsafe fn fold_into(
         acc: *mut Self::Wide,
         src: *const Self,
         count: usize,
@@ -88,7 +84,7 @@ pub(super) trait Loops: Element {
 
     /// `dst[i] = f(acc[i])`, rounded.
     #[inline(always)]
-    unsafe fn narrow_from<I: Isa>(
+    unsafe fn narrow_from(
         dst: *mut Self,
         acc: *const Self::Wide,
         count: usize,
@@ -107,7 +103,7 @@ macro_rules! plain_loops {
     ($($t:ty),*) => { $(impl Loops for $t {})* };
 }
 
-plain_loops!(u8, i8, u16, i16, u32, i32, u64, i64, f32, f64, Bool, Complex<f32>, Complex<f64>);
+plain_loops!(u8, i8, u16, i16, u32, i32, u64, i64, f32, f64, Bool, Complex<f32>, Complex<f64>, F16);
 
 /// `dst[i] = f(a[i], b[i])` where `f` commutes; a form in place and one that is not.
 ///
@@ -134,13 +130,7 @@ impl Loops for BF16 {
     /// Two at a time in one 32-bit word, each in its own half: no value changes its lane, which is twice as
     /// fast as widening 16-bit lanes to 32 bits and back.
     #[inline(always)]
-    unsafe fn zip<I: Isa>(
-        dst: *mut BF16,
-        a: *const BF16,
-        b: *const BF16,
-        count: usize,
-        f: impl Fn(f32, f32) -> f32,
-    ) {
+    unsafe fn zip(dst: *mut BF16, a: *const BF16, b: *const BF16, count: usize, f: impl Fn(f32, f32) -> f32) {
         const HIGH: u32 = 0xffff_0000;
         let pair = |x: u32, y: u32| {
             let low = BF16::round(f(f32::from_bits(x << 16), f32::from_bits(y << 16)));
@@ -160,159 +150,125 @@ impl Loops for BF16 {
     }
 }
 
-/// Reads up to [`LANES`] halves; those beyond `count` are 0.
+/// [`LANES`] halves as f32; those beyond `some` are 0.
 ///
 /// # Safety
-/// `count` halves must lie at `src`.
+/// `some` halves (at most [`LANES`]) must lie at `src`, and the processor must have the instructions.
 #[inline(always)]
-unsafe fn load_some(src: *const F16, count: usize) -> [u16; LANES] {
-    let mut halves = [0; LANES];
-    // SAFETY: `count` is at most LANES, and the array is ours.
-    unsafe { src.cast::<u8>().copy_to_nonoverlapping(halves.as_mut_ptr().cast(), 2 * count.min(LANES)) };
-    halves
+unsafe fn load<I: Isa>(src: *const VectorF16<I>, some: usize) -> [f32; LANES] {
+    // SAFETY: the caller's promise; the array is ours.
+    unsafe {
+        if some == LANES {
+            return I::widen(src.cast::<[u16; LANES]>().read_unaligned());
+        }
+        let mut halves = [0; LANES];
+        src.cast::<u8>().copy_to_nonoverlapping(halves.as_mut_ptr().cast(), 2 * some);
+        I::widen(halves)
+    }
 }
 
-/// Writes the first `count` of [`LANES`] halves.
+/// Rounds and writes the first `some` of [`LANES`] values.
 ///
 /// # Safety
-/// `count` halves may be written at `dst`.
+/// `some` halves (at most [`LANES`]) may be written at `dst`, and the processor must have the instructions.
 #[inline(always)]
-unsafe fn store_some(dst: *mut F16, halves: [u16; LANES], count: usize) {
-    // SAFETY: `count` is at most LANES, and the array is ours.
-    unsafe { dst.cast::<u8>().copy_from_nonoverlapping(halves.as_ptr().cast(), 2 * count.min(LANES)) };
+unsafe fn store<I: Isa>(dst: *mut VectorF16<I>, wide: [f32; LANES], some: usize) {
+    // SAFETY: the caller's promise; the array is ours.
+    unsafe {
+        let halves = I::narrow(wide);
+        if some == LANES {
+            return dst.cast::<[u16; LANES]>().write_unaligned(halves);
+        }
+        dst.cast::<u8>().copy_from_nonoverlapping(halves.as_ptr().cast(), 2 * some);
+    }
 }
 
-/// Calls `full` with the index of each whole group of [`LANES`] and `rest` with what remains.
-#[inline(always)]
-fn by_lanes(count: usize, full: impl Fn(usize), rest: impl Fn(usize, usize)) {
-    let whole = count - count % LANES;
-    let mut i = 0;
-    while i < whole {
-        full(i);
-        i += LANES;
-    }
-    if whole < count {
-        rest(whole, count - whole);
-    }
+/// Runs the body for each whole group of [`LANES`] and then for what remains, with the group's start and
+/// length. A macro and not a function of a closure, because a closure has no target features of its own: the
+/// intrinsics in it would stay calls.
+macro_rules! by_lanes {
+    ($count:expr, |$i:ident, $some:ident| $body:expr) => {
+        let whole = $count - $count % LANES;
+        let mut $i = 0;
+        while $i < whole {
+            let $some = LANES;
+            $body
+            $i += LANES;
+        }
+        if $i < $count {
+            let $some = $count - $i;
+            $body
+        }
+    };
 }
 
 /// In groups of [`LANES`], each read wholly before it is written, so that overlap does not matter.
-impl Loops for F16 {
+impl<I: Isa> Loops for VectorF16<I> {
     #[inline(always)]
-    unsafe fn zip<I: Isa>(
-        dst: *mut F16,
-        a: *const F16,
-        b: *const F16,
+    unsafe fn zip(
+        dst: *mut VectorF16<I>,
+        a: *const VectorF16<I>,
+        b: *const VectorF16<I>,
         count: usize,
         f: impl Fn(f32, f32) -> f32,
     ) {
-        // SAFETY: the caller has the instructions of `I`.
-        let group = |x, y| unsafe {
-            let (mut x, y) = (I::widen(x), I::widen(y));
+        // SAFETY: the caller's promise; each group lies within `count`.
+        by_lanes!(count, |i, some| unsafe {
+            let (x, y) = (load::<I>(a.add(i), some), load::<I>(b.add(i), some));
+            let mut sums = [0.0; LANES];
             for lane in 0..LANES {
-                x[lane] = f(x[lane], y[lane]);
+                sums[lane] = f(x[lane], y[lane]);
             }
-            I::narrow(x)
-        };
-        by_lanes(
-            count,
-            // SAFETY: the caller's promise; a whole group lies at `i`.
-            |i| unsafe {
-                let x = a.add(i).cast::<[u16; LANES]>().read_unaligned();
-                let y = b.add(i).cast::<[u16; LANES]>().read_unaligned();
-                dst.add(i).cast::<[u16; LANES]>().write_unaligned(group(x, y));
-            },
-            // SAFETY: the caller's promise; `some` elements lie at `i`.
-            |i, some| unsafe {
-                let halves = group(load_some(a.add(i), some), load_some(b.add(i), some));
-                store_some(dst.add(i), halves, some);
-            },
-        );
+            store::<I>(dst.add(i), sums, some);
+        });
     }
 
     #[inline(always)]
-    unsafe fn map<I: Isa>(dst: *mut F16, src: *const F16, count: usize, f: impl Fn(f32) -> f32) {
-        by_lanes(
-            count,
-            // SAFETY: the caller's promise; a whole group lies at `i`.
-            |i| unsafe {
-                let mut x = I::widen(src.add(i).cast::<[u16; LANES]>().read_unaligned());
-                for value in &mut x {
-                    *value = f(*value);
-                }
-                dst.add(i).cast::<[u16; LANES]>().write_unaligned(I::narrow(x));
-            },
-            // SAFETY: the caller's promise; `some` elements lie at `i`.
-            |i, some| unsafe {
-                let mut x = I::widen(load_some(src.add(i), some));
-                for value in &mut x {
-                    *value = f(*value);
-                }
-                store_some(dst.add(i), I::narrow(x), some);
-            },
-        );
+    unsafe fn map(dst: *mut VectorF16<I>, src: *const VectorF16<I>, count: usize, f: impl Fn(f32) -> f32) {
+        // SAFETY: the caller's promise; each group lies within `count`.
+        by_lanes!(count, |i, some| unsafe {
+            let mut x = load::<I>(src.add(i), some);
+            for value in &mut x {
+                *value = f(*value);
+            }
+            store::<I>(dst.add(i), x, some);
+        });
     }
 
     #[inline(always)]
-    unsafe fn widen_into<I: Isa>(acc: *mut f32, src: *const F16, count: usize, f: impl Fn(f32) -> f32) {
-        by_lanes(
-            count,
-            // SAFETY: the caller's promise; a whole group lies at `i`.
-            |i| unsafe {
-                let x = I::widen(src.add(i).cast::<[u16; LANES]>().read_unaligned());
-                for (lane, &value) in x.iter().enumerate() {
-                    acc.add(i + lane).write(f(value));
-                }
-            },
-            // SAFETY: the caller's promise; `some` elements lie at `i`.
-            |i, some| unsafe {
-                let x = I::widen(load_some(src.add(i), some));
-                for (lane, &value) in x.iter().take(some).enumerate() {
-                    acc.add(i + lane).write(f(value));
-                }
-            },
-        );
+    unsafe fn widen_into(acc: *mut f32, src: *const VectorF16<I>, count: usize, f: impl Fn(f32) -> f32) {
+        // SAFETY: the caller's promise; each group lies within `count`.
+        by_lanes!(count, |i, some| unsafe {
+            let mut x = load::<I>(src.add(i), some);
+            for value in &mut x {
+                *value = f(*value);
+            }
+            x.as_ptr().copy_to_nonoverlapping(acc.add(i), some);
+        });
     }
 
     #[inline(always)]
-    unsafe fn fold_into<I: Isa>(acc: *mut f32, src: *const F16, count: usize, f: impl Fn(f32, f32) -> f32) {
-        by_lanes(
-            count,
-            // SAFETY: the caller's promise; a whole group lies at `i`.
-            |i| unsafe {
-                let x = I::widen(src.add(i).cast::<[u16; LANES]>().read_unaligned());
-                for (lane, &value) in x.iter().enumerate() {
-                    acc.add(i + lane).write(f(acc.add(i + lane).read(), value));
-                }
-            },
-            // SAFETY: the caller's promise; `some` elements lie at `i`.
-            |i, some| unsafe {
-                let x = I::widen(load_some(src.add(i), some));
-                for (lane, &value) in x.iter().take(some).enumerate() {
-                    acc.add(i + lane).write(f(acc.add(i + lane).read(), value));
-                }
-            },
-        );
+    unsafe fn fold_into(acc: *mut f32, src: *const VectorF16<I>, count: usize, f: impl Fn(f32, f32) -> f32) {
+        // SAFETY: the caller's promise; each group lies within `count`.
+        by_lanes!(count, |i, some| unsafe {
+            let x = load::<I>(src.add(i), some);
+            for (lane, &value) in x.iter().enumerate().take(some) {
+                acc.add(i + lane).write(f(acc.add(i + lane).read(), value));
+            }
+        });
     }
 
     #[inline(always)]
-    unsafe fn narrow_from<I: Isa>(dst: *mut F16, acc: *const f32, count: usize, f: impl Fn(f32) -> f32) {
-        by_lanes(
-            count,
-            // SAFETY: the caller's promise; a whole group lies at `i`.
-            |i| unsafe {
-                let x: [f32; LANES] = std::array::from_fn(|lane| f(acc.add(i + lane).read()));
-                dst.add(i).cast::<[u16; LANES]>().write_unaligned(I::narrow(x));
-            },
-            // SAFETY: the caller's promise; `some` elements lie at `i`.
-            |i, some| unsafe {
-                let mut x = [0.0; LANES];
-                for (lane, value) in x.iter_mut().take(some).enumerate() {
-                    *value = f(acc.add(i + lane).read());
-                }
-                store_some(dst.add(i), I::narrow(x), some);
-            },
-        );
+    unsafe fn narrow_from(dst: *mut VectorF16<I>, acc: *const f32, count: usize, f: impl Fn(f32) -> f32) {
+        // SAFETY: the caller's promise; each group lies within `count`.
+        by_lanes!(count, |i, some| unsafe {
+            let mut x = [0.0; LANES];
+            acc.add(i).copy_to_nonoverlapping(x.as_mut_ptr(), some);
+            for value in &mut x {
+                *value = f(*value);
+            }
+            store::<I>(dst.add(i), x, some);
+        });
     }
 }
 
@@ -350,14 +306,9 @@ impl Last {
 /// # Safety
 /// As for [`Loops`].
 #[inline(always)]
-pub(super) unsafe fn reduce<I: Isa, E: Loops, O: Op<E::Wide>>(
-    dst: *mut E,
-    a: *const E,
-    b: *const E,
-    count: usize,
-) {
+pub(super) unsafe fn reduce<E: Loops, O: Op<E::Wide>>(dst: *mut E, a: *const E, b: *const E, count: usize) {
     // SAFETY: the caller's promise. Every operation of the table commutes.
-    unsafe { E::zip::<I>(dst, a, b, count, |x, y| O::combine(x, y)) };
+    unsafe { E::zip(dst, a, b, count, |x, y| O::combine(x, y)) };
 }
 
 /// `dst = src * factor`.
@@ -365,9 +316,9 @@ pub(super) unsafe fn reduce<I: Isa, E: Loops, O: Op<E::Wide>>(
 /// # Safety
 /// As for [`Loops`].
 #[inline(always)]
-pub(super) unsafe fn scale<I: Isa, E: Loops>(dst: *mut E, src: *const E, count: usize, factor: f64) {
+pub(super) unsafe fn scale<E: Loops>(dst: *mut E, src: *const E, count: usize, factor: f64) {
     // SAFETY: the caller's promise.
-    unsafe { E::map::<I>(dst, src, count, |x| x.scale(factor)) };
+    unsafe { E::map(dst, src, count, |x| x.scale(factor)) };
 }
 
 /// `dst = dst * post / divisor`.
@@ -375,16 +326,16 @@ pub(super) unsafe fn scale<I: Isa, E: Loops>(dst: *mut E, src: *const E, count: 
 /// # Safety
 /// As for [`Loops`].
 #[inline(always)]
-pub(super) unsafe fn finish<I: Isa, E: Loops>(dst: *mut E, count: usize, finish: crate::device::Finish) {
+pub(super) unsafe fn finish<E: Loops>(dst: *mut E, count: usize, finish: crate::device::Finish) {
     // SAFETY: the caller's promise.
     unsafe {
         match Last::new::<E::Wide>(finish) {
             Last::Nothing => {}
-            Last::Multiply(factor) => E::map::<I>(dst, dst, count, |x| x.scale(factor)),
-            Last::Divide(divisor) => E::map::<I>(dst, dst, count, |x| x.divide(divisor)),
-            Last::Shift(bits) => E::map::<I>(dst, dst, count, |x| x.shift(bits)),
+            Last::Multiply(factor) => E::map(dst, dst, count, |x| x.scale(factor)),
+            Last::Divide(divisor) => E::map(dst, dst, count, |x| x.divide(divisor)),
+            Last::Shift(bits) => E::map(dst, dst, count, |x| x.shift(bits)),
             Last::MultiplyDivide(post, divisor) => {
-                E::map::<I>(dst, dst, count, |x| x.multiply_divide(post, divisor));
+                E::map(dst, dst, count, |x| x.multiply_divide(post, divisor));
             }
         }
     }
@@ -405,7 +356,7 @@ pub(super) unsafe fn identity<E: Loops, O: Op<E::Wide>>(dst: *mut E, count: usiz
 
 /// Elements that are accumulated together: small enough that the accumulators of several levels of the tree
 /// stay in the first-level cache, large enough to hide the tree's bookkeeping.
-const BLOCK: usize = 256;
+pub(super) const BLOCK: usize = 256;
 /// Accumulators in use at one time: one per level of the tree.
 const DEPTH: usize = RANKS_MAX.ilog2() as usize + 1;
 
@@ -414,7 +365,7 @@ const DEPTH: usize = RANKS_MAX.ilog2() as usize + 1;
 /// # Safety
 /// As for [`Loops`], for each of `srcs`.
 #[inline(always)]
-pub(super) unsafe fn reduce_many<I: Isa, E: Loops, O: Op<E::Wide>>(
+pub(super) unsafe fn reduce_many<E: Loops, O: Op<E::Wide>>(
     dst: *mut E,
     srcs: &[*const u8],
     count: usize,
@@ -429,7 +380,7 @@ pub(super) unsafe fn reduce_many<I: Isa, E: Loops, O: Op<E::Wide>>(
         // SAFETY: the caller's promise; the block lies within `count`. A block is written after it has been
         // read from every source, so `dst` may be one of them.
         unsafe {
-            reduce_block::<I, E, O>(dst.add(start), srcs, start, some, pre, last);
+            reduce_block::<E, O>(dst.add(start), srcs, start, some, pre, last);
         }
         start += some;
     }
@@ -442,7 +393,7 @@ pub(super) unsafe fn reduce_many<I: Isa, E: Loops, O: Op<E::Wide>>(
 /// # Safety
 /// As for [`reduce_many`].
 #[inline(always)]
-unsafe fn reduce_block<I: Isa, E: Loops, O: Op<E::Wide>>(
+unsafe fn reduce_block<E: Loops, O: Op<E::Wide>>(
     dst: *mut E,
     srcs: &[*const u8],
     start: usize,
@@ -461,17 +412,17 @@ unsafe fn reduce_block<I: Isa, E: Loops, O: Op<E::Wide>>(
                 let acc = stack[top].as_mut_ptr().cast();
                 top += 1;
                 if pre == 1.0 {
-                    E::widen_into::<I>(acc, src, some, |x| x);
+                    E::widen_into(acc, src, some, |x| x);
                 } else {
-                    E::widen_into::<I>(acc, src, some, |x| x.scale(pre));
+                    E::widen_into(acc, src, some, |x| x.scale(pre));
                 }
                 continue;
             }
             let acc = stack[top - 1].as_mut_ptr().cast();
             if pre == 1.0 {
-                E::fold_into::<I>(acc, src, some, |x, y| O::combine(x, y));
+                E::fold_into(acc, src, some, |x, y| O::combine(x, y));
             } else {
-                E::fold_into::<I>(acc, src, some, |x, y| O::combine(x, y.scale(pre)));
+                E::fold_into(acc, src, some, |x, y| O::combine(x, y.scale(pre)));
             }
             for _ in 1..i.trailing_ones() {
                 merge::<E, O>(&mut stack, &mut top, some);
@@ -485,12 +436,12 @@ unsafe fn reduce_block<I: Isa, E: Loops, O: Op<E::Wide>>(
         }
         let acc = stack[0].as_ptr().cast::<E::Wide>();
         match last {
-            Last::Nothing => E::narrow_from::<I>(dst, acc, some, |x| x),
-            Last::Multiply(factor) => E::narrow_from::<I>(dst, acc, some, |x| x.scale(factor)),
-            Last::Divide(divisor) => E::narrow_from::<I>(dst, acc, some, |x| x.divide(divisor)),
-            Last::Shift(bits) => E::narrow_from::<I>(dst, acc, some, |x| x.shift(bits)),
+            Last::Nothing => E::narrow_from(dst, acc, some, |x| x),
+            Last::Multiply(factor) => E::narrow_from(dst, acc, some, |x| x.scale(factor)),
+            Last::Divide(divisor) => E::narrow_from(dst, acc, some, |x| x.divide(divisor)),
+            Last::Shift(bits) => E::narrow_from(dst, acc, some, |x| x.shift(bits)),
             Last::MultiplyDivide(post, divisor) => {
-                E::narrow_from::<I>(dst, acc, some, |x| x.multiply_divide(post, divisor));
+                E::narrow_from(dst, acc, some, |x| x.multiply_divide(post, divisor));
             }
         }
     }
@@ -514,67 +465,4 @@ unsafe fn merge<E: Element, O: Op<E::Wide>>(
         // SAFETY: the caller's promise; two distinct arrays of BLOCK values.
         unsafe { acc.add(i).write(O::combine(acc.add(i).read(), other.add(i).read())) };
     }
-}
-
-/// Partial sums of a scalar product: element `i` always goes to sum `i % 8`, whatever the vectors' width.
-const PARTS: usize = 8;
-
-/// Adasum of two whole tensors (Maleki et al., MLSys 2021):
-/// `(1 - a·b / 2|a|²) a + (1 - a·b / 2|b|²) b`.
-///
-/// # Safety
-/// As for [`Loops`].
-#[inline(always)]
-pub(super) unsafe fn combine<I: Isa, E: Loops + Real>(dst: *mut E, a: *const E, b: *const E, count: usize) {
-    // Here, because the factors must change places with the tensors: `zip` would exchange only the latter.
-    let (a, b) = if dst.cast_const() == b { (b, a) } else { (a, b) };
-    // SAFETY: the caller's promise.
-    unsafe {
-        let [dot, a_norm, b_norm] = products::<I, E>(a, b, count);
-        let by_a = share(dot, a_norm);
-        let by_b = share(dot, b_norm);
-        E::zip::<I>(dst, a, b, count, |x, y| E::blend(x, by_a, y, by_b));
-    }
-}
-
-/// A tensor's factor. One whose norm is (almost) nothing is added as it is.
-fn share(dot: f64, norm: f64) -> f64 {
-    if norm >= f64::MIN_POSITIVE.sqrt() { 1.0 - dot / norm * 0.5 } else { 1.0 }
-}
-
-/// `a·b`, `a·a` and `b·b`, in f64 and in an order that depends on nothing but `count`.
-///
-/// # Safety
-/// As for [`Loops`].
-#[inline(always)]
-unsafe fn products<I: Isa, E: Loops + Real>(a: *const E, b: *const E, count: usize) -> [f64; 3] {
-    let mut x = [const { MaybeUninit::<E::Wide>::uninit() }; BLOCK];
-    let mut y = [const { MaybeUninit::<E::Wide>::uninit() }; BLOCK];
-    let mut parts = [[0.0f64; PARTS]; 3];
-    let mut start = 0;
-    while start < count {
-        let some = BLOCK.min(count - start);
-        // SAFETY: the caller's promise; `some` values of each buffer are written, and then read.
-        unsafe {
-            E::widen_into::<I>(x.as_mut_ptr().cast(), a.add(start), some, |x| x);
-            E::widen_into::<I>(y.as_mut_ptr().cast(), b.add(start), some, |x| x);
-            let mut add = |i: usize, part: usize| {
-                let (x, y) = (E::as_f64(x[i].assume_init()), E::as_f64(y[i].assume_init()));
-                parts[0][part] += x * y;
-                parts[1][part] += x * x;
-                parts[2][part] += y * y;
-            };
-            let whole = some - some % PARTS;
-            for i in (0..whole).step_by(PARTS) {
-                for part in 0..PARTS {
-                    add(i + part, part);
-                }
-            }
-            for i in whole..some {
-                add(i, i % PARTS);
-            }
-        }
-        start += some;
-    }
-    parts.map(|p| ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7])))
 }

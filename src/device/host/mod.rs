@@ -1,7 +1,7 @@
 //! Copies and reductions in ordinary memory.
 //!
-//! What a value becomes is in [`number`] and [`half`], loops in [`kernel`], which element carries out which
-//! operation in [`table`], and the reference that all of it is checked against in [`oracle`].
+//! What a value becomes is in `number` and `half`, loops in `kernel` and `adasum`, which element carries out which
+//! operation in `table`, and the reference that all of it is checked against in [`oracle`].
 //!
 //! # Numbers
 //! - Integers wrap. Integer Average is floor division, exact for every value; with a postscale it is
@@ -17,12 +17,14 @@
 //! - The identity of Sum is -0.0, which changes no value (+0.0 would turn -0.0 into +0.0).
 //! - Prescaled integers are floored one by one before they are combined, so that a reduction over several
 //!   steps and one in a single step agree.
-//! - All this presumes the processor's default floating-point mode. A thread that has set flush-to-zero or
-//!   denormals-are-zero gets other subnormals.
+//! - On x86-64 a thread that flushes subnormals or rounds otherwise than to nearest gets the same bits:
+//!   kernels put its floating-point mode aside (`mode`).
 
+mod adasum;
 mod half;
 mod kernel;
 mod level;
+mod mode;
 mod number;
 pub mod oracle;
 mod table;
@@ -32,7 +34,7 @@ mod walk;
 
 use super::{Device, DeviceOrder, Finish, Reduction, Token};
 use crate::error::Cause;
-use crate::memory::{Memory, Piece};
+use crate::memory::Memory;
 use crate::types::DType;
 pub use level::{Level, available, level, set_level};
 use walk::Position;
@@ -111,10 +113,9 @@ impl Device for HostDevice {
             }
             DeviceOrder::ReduceMany { .. } => self.reduce_many(token, order, memory),
             DeviceOrder::Combine { dst, a, b, dtype } => {
-                let lens = |pieces: &[Piece]| pieces.len();
-                let tensors = lens(dst.pieces());
+                let tensors = [dst, a, b].map(|range| range.pieces().len());
                 assert!(
-                    tensors == lens(a.pieces()) && tensors == lens(b.pieces()),
+                    tensors[0] == tensors[1] && tensors[0] == tensors[2],
                     "Adasum's operands are the same tensors"
                 );
                 for ((dst, a), b) in dst.pieces().iter().zip(a.pieces()).zip(b.pieces()) {

@@ -1,11 +1,13 @@
 //! The table: which element carries out which operation of which type, and the kernels of all levels made
 //! from it. A new type or operation is a row here, its bodies in [`super::number`], and the oracle.
 
+use super::adasum;
+use super::half::{self, BF16};
 #[cfg(target_arch = "x86_64")]
-use super::half::{Avx2, Avx512};
-use super::half::{BF16, F16, Plain};
+use super::half::{Avx2, Avx512, VectorF16};
 use super::kernel::{self, Loops};
 use super::level::Level;
+use super::mode::DefaultMode;
 use super::number::{self, Bool, Complex, Op, Real};
 use crate::device::{Finish, Reduction};
 use crate::types::{DType, ReduceOp};
@@ -97,10 +99,13 @@ fn count<E>(bytes: usize) -> usize {
 }
 
 macro_rules! kernels {
-    ($(#[$meta:meta])* $module:ident, $isa:ty, $(#[$feature:meta])*) => {
+    ($(#[$meta:meta])* $module:ident, $f16:ty, $(#[$feature:meta])*) => {
         $(#[$meta])*
         mod $module {
             use super::*;
+
+            /// The element that stands for half precision in the table.
+            type F16 = $f16;
 
             // SAFETY (of every function here): the caller's promise, which includes that the processor has
             // the features; the functions of `kernel` ask for no more.
@@ -108,29 +113,29 @@ macro_rules! kernels {
             $(#[$feature])*
             unsafe fn reduce_as<E: Loops, O: Op<E::Wide>>(dst: *mut u8, a: *const u8, b: *const u8, n: usize) {
                 // SAFETY: see above.
-                unsafe { kernel::reduce::<$isa, E, O>(dst.cast(), a.cast(), b.cast(), count::<E>(n)) }
+                unsafe { kernel::reduce::<E, O>(dst.cast(), a.cast(), b.cast(), count::<E>(n)) }
             }
             $(#[$feature])*
             unsafe fn scale_as<E: Loops>(dst: *mut u8, src: *const u8, n: usize, factor: f64) {
                 // SAFETY: see above.
-                unsafe { kernel::scale::<$isa, E>(dst.cast(), src.cast(), count::<E>(n), factor) }
+                unsafe { kernel::scale::<E>(dst.cast(), src.cast(), count::<E>(n), factor) }
             }
             $(#[$feature])*
             unsafe fn finish_as<E: Loops>(dst: *mut u8, n: usize, finish: Finish) {
                 // SAFETY: see above.
-                unsafe { kernel::finish::<$isa, E>(dst.cast(), count::<E>(n), finish) }
+                unsafe { kernel::finish::<E>(dst.cast(), count::<E>(n), finish) }
             }
             $(#[$feature])*
             unsafe fn reduce_many_as<E: Loops, O: Op<E::Wide>>(
                 dst: *mut u8, srcs: &[*const u8], n: usize, pre: f64, finish: Finish,
             ) {
                 // SAFETY: see above.
-                unsafe { kernel::reduce_many::<$isa, E, O>(dst.cast(), srcs, count::<E>(n), pre, finish) }
+                unsafe { kernel::reduce_many::<E, O>(dst.cast(), srcs, count::<E>(n), pre, finish) }
             }
             $(#[$feature])*
             unsafe fn combine_as<E: Loops + Real>(dst: *mut u8, a: *const u8, b: *const u8, n: usize) {
                 // SAFETY: see above.
-                unsafe { kernel::combine::<$isa, E>(dst.cast(), a.cast(), b.cast(), count::<E>(n)) }
+                unsafe { adasum::combine::<E>(dst.cast(), a.cast(), b.cast(), count::<E>(n)) }
             }
 
             pub(super) unsafe fn reduce(
@@ -165,14 +170,14 @@ macro_rules! kernels {
     };
 }
 
-kernels!(baseline, Plain,);
+kernels!(baseline, half::F16,);
 kernels!(
     #[cfg(target_arch = "x86_64")]
-    avx2, Avx2, #[target_feature(enable = "avx2,f16c")]
+    avx2, VectorF16<Avx2>, #[target_feature(enable = "avx2,f16c")]
 );
 kernels!(
     #[cfg(target_arch = "x86_64")]
-    avx512, Avx512, #[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+    avx512, VectorF16<Avx512>, #[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 );
 
 macro_rules! by_level {
@@ -183,6 +188,7 @@ macro_rules! by_level {
         /// The processor must have `level`. `bytes` bytes must lie at every pointer; those at `dst` may be
         /// written, and `dst` either is exactly one of the sources or overlaps none.
         pub(super) unsafe fn $name(level: Level, $($argument: $t),*) {
+            let _mode = DefaultMode::enter();
             // SAFETY: the caller's promise.
             unsafe {
                 match level {
@@ -225,6 +231,7 @@ by_level! {
 /// # Safety
 /// `bytes` bytes at `dst` may be written.
 pub(super) unsafe fn identity(reduction: Reduction, dst: *mut u8, bytes: usize) {
+    use half::F16;
     unsafe fn identity_as<E: Loops, O: Op<E::Wide>>(dst: *mut u8, bytes: usize) {
         // SAFETY: the caller's promise.
         unsafe { kernel::identity::<E, O>(dst.cast(), count::<E>(bytes)) }

@@ -51,6 +51,9 @@ const CONTROL_FRAMES_PER_CALL: usize = 4096;
 /// does not read gets there.
 const OUTBOX_BYTES_MAX: usize = 4 * PROMISES_MAX * frame::HEADER_BYTES;
 
+/// How long the last words of a peer whose first pipe has ended are waited for.
+const LAST_WORDS_NS: u64 = 100_000_000;
+
 /// One message of one stream, in one direction.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Key {
@@ -74,6 +77,7 @@ impl Default for FlowOptions {
 
 struct Lane {
     pipe: Box<dyn Pipe>,
+    ended: bool,
     incoming: Incoming,
     outgoing: Option<Outgoing>,
 }
@@ -88,6 +92,9 @@ pub struct FlowLink {
     sends: Sends,
     recvs: Recvs,
     heard: Time,
+    control_ended: bool,
+    /// When the first pipe ended.
+    ended_at: Option<Time>,
     dead: Option<Cause>,
 }
 
@@ -102,8 +109,10 @@ impl FlowLink {
     ) -> FlowLink {
         assert!(!lanes.is_empty(), "a link has at least one lane");
         assert!(options.eager_bytes_max <= EAGER_BYTES_MAX, "landing space is made for EAGER_BYTES_MAX");
-        let lanes =
-            lanes.into_iter().map(|pipe| Lane { pipe, incoming: Incoming::new(), outgoing: None }).collect();
+        let lanes = lanes
+            .into_iter()
+            .map(|pipe| Lane { pipe, ended: false, incoming: Incoming::new(), outgoing: None })
+            .collect();
         FlowLink {
             peer,
             control,
@@ -113,8 +122,22 @@ impl FlowLink {
             sends: Sends::new(options.eager_bytes_max as u64),
             recvs: Recvs::new(options.eager_bytes_max as u64),
             heard: Time(0),
+            control_ended: false,
+            ended_at: None,
             dead: None,
         }
+    }
+
+    /// Whether some message is half written.
+    #[cfg(test)]
+    pub(crate) fn is_moving(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.outgoing.is_some()) || self.sends.is_moving()
+    }
+
+    /// Streams whose counts are remembered.
+    #[cfg(test)]
+    pub(crate) fn streams(&self) -> usize {
+        self.sends.streams() + self.recvs.streams()
     }
 
     fn advance(&mut self, memory: &Memory, now: Time, events: &mut Events) -> Result<bool, Cause> {
@@ -124,14 +147,7 @@ impl FlowLink {
         self.write_control()?;
         for at in 0..self.lanes.len() {
             moved |= self.write_lane(at, memory, events)?;
-            heard |= match self.read_lane(at, memory, events) {
-                Ok(moved) => moved,
-                Err(cause) => {
-                    // What the peer said before its end (an abort, a goodbye) is still heard.
-                    self.read_control(events)?;
-                    return Err(cause);
-                }
-            };
+            heard |= self.read_lane(at, memory, events)?;
         }
         moved |= self.recvs.settle(memory, &mut self.outbox, events);
         moved |= self.sends.settle(&mut self.outbox, events);
@@ -139,14 +155,36 @@ impl FlowLink {
         if heard {
             self.heard = now;
         }
+        self.check_end(now)?;
         Ok(moved || heard)
+    }
+
+    /// A process that ends closes all its pipes, but what it said last (an abort, a goodbye) may arrive after
+    /// the end of another pipe. So the link lives until all have ended, for a short while.
+    fn check_end(&mut self, now: Time) -> Result<(), Cause> {
+        let any = self.control_ended || self.lanes.iter().any(|lane| lane.ended);
+        if !any {
+            return Ok(());
+        }
+        let since = *self.ended_at.get_or_insert(now);
+        let all = self.control_ended && self.lanes.iter().all(|lane| lane.ended);
+        if all || now.since(since) >= LAST_WORDS_NS { Err(Cause::Exited) } else { Ok(()) }
     }
 
     fn read_control(&mut self, events: &mut Events) -> Result<bool, Cause> {
         let mut heard = false;
+        if self.control_ended {
+            return Ok(false);
+        }
         // A peer that never stops talking does not keep this side from its other work.
         for _ in 0..CONTROL_FRAMES_PER_CALL {
-            let (moved, header) = self.inbox.read(&mut *self.control, events)?;
+            let (moved, header) = match self.inbox.read(&mut *self.control, events) {
+                Err(Cause::Exited) => {
+                    self.control_ended = true;
+                    (false, None)
+                }
+                read => read?,
+            };
             heard |= moved;
             if let Some(header) = header {
                 self.hear(&header)?;
@@ -209,13 +247,21 @@ impl FlowLink {
     }
 
     fn read_lane(&mut self, at: usize, memory: &Memory, events: &mut Events) -> Result<bool, Cause> {
-        let Lane { pipe, incoming, .. } = &mut self.lanes[at];
-        let budget = LANE_BUDGET_BYTES;
-        let read = self.recvs.read(incoming, &mut **pipe, memory, budget, &mut self.outbox, events)?;
-        if read > 0 {
-            pipe.flush()?;
+        let Lane { pipe, ended, incoming, .. } = &mut self.lanes[at];
+        if *ended {
+            return Ok(false);
         }
-        Ok(read > 0)
+        let budget = LANE_BUDGET_BYTES;
+        match self.recvs.read(incoming, &mut **pipe, memory, budget, &mut self.outbox, events) {
+            Err(Cause::Exited) => *ended = true,
+            Ok(0) => {}
+            read => {
+                read?;
+                pipe.flush()?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 
@@ -263,7 +309,8 @@ impl Link for FlowLink {
     }
 
     fn arm(&mut self) -> Result<bool, Cause> {
-        let mut ready = self.control.arm(!self.outbox.is_empty())?;
+        // A pipe that has ended wakes for ever: the owner polls for the last words, which is short.
+        let mut ready = self.ended_at.is_some() | self.control.arm(!self.outbox.is_empty())?;
         for lane in &mut self.lanes {
             let blocked = lane.outgoing.is_some() || self.sends.has_frames();
             ready |= lane.pipe.arm(blocked)?;

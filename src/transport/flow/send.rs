@@ -333,6 +333,11 @@ impl Sends {
     }
 
     #[cfg(test)]
+    pub fn is_moving(&self) -> bool {
+        self.messages.iter().any(|(_, m)| m.written > 0)
+    }
+
+    #[cfg(test)]
     pub fn streams(&self) -> usize {
         self.streams.len()
     }

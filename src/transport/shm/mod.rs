@@ -1,5 +1,7 @@
 //! Shared memory between two processes of one host: rings that a peer reads where they lie.
 
+#[cfg(all(test, loom))]
+mod loom;
 mod ring;
 mod segment;
 #[cfg(test)]

@@ -1,0 +1,185 @@
+//! A nonblocking connection with what waits to be written and what has been read, and the handshake on it.
+#![forbid(unsafe_code)]
+
+use super::proof::{Handshake, ProofError};
+use super::reactor::timespec;
+use rustix::event::{PollFd, PollFlags, poll};
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+/// A stream of either family.
+#[derive(Debug)]
+pub enum Stream {
+    /// TCP.
+    Tcp(TcpStream),
+    /// A unix socket.
+    Unix(UnixStream),
+}
+
+/// A connection, never blocking.
+#[derive(Debug)]
+pub struct Channel {
+    stream: Stream,
+    output: Vec<u8>,
+    sent: usize,
+    input: Vec<u8>,
+    got: usize,
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.stream {
+            Stream::Tcp(stream) => stream.as_fd(),
+            Stream::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl From<Stream> for OwnedFd {
+    fn from(stream: Stream) -> OwnedFd {
+        match stream {
+            Stream::Tcp(stream) => stream.into(),
+            Stream::Unix(stream) => stream.into(),
+        }
+    }
+}
+
+impl Channel {
+    /// Takes a stream over and makes it nonblocking.
+    pub fn new(stream: Stream) -> io::Result<Channel> {
+        match &stream {
+            Stream::Tcp(stream) => {
+                stream.set_nonblocking(true)?;
+                stream.set_nodelay(true)?;
+            }
+            Stream::Unix(stream) => stream.set_nonblocking(true)?,
+        }
+        Ok(Channel { stream, output: Vec::new(), sent: 0, input: Vec::new(), got: 0 })
+    }
+
+    /// Gives the stream back. Nothing that was read is lost, because only what was wanted has been read.
+    #[must_use]
+    pub fn into_stream(self) -> Stream {
+        self.stream
+    }
+
+    /// Queues bytes.
+    pub fn queue(&mut self, bytes: &[u8]) {
+        self.output.extend_from_slice(bytes);
+    }
+
+    /// Whether bytes wait to be written.
+    #[must_use]
+    pub fn wants_write(&self) -> bool {
+        self.sent < self.output.len()
+    }
+
+    /// Writes what fits.
+    pub fn flush(&mut self) -> io::Result<()> {
+        while self.wants_write() {
+            let rest = &self.output[self.sent..];
+            let result = match &mut self.stream {
+                Stream::Tcp(stream) => stream.write(rest),
+                Stream::Unix(stream) => stream.write(rest),
+            };
+            match result {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => self.sent += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        self.output.clear();
+        self.sent = 0;
+        Ok(())
+    }
+
+    /// Reads up to `want` bytes and gives them when all are there. The end of the stream is `UnexpectedEof`.
+    /// Memory grows with the bytes that have come, not with what a peer announced.
+    pub fn fill(&mut self, want: usize) -> io::Result<Option<&[u8]>> {
+        const STEP: usize = 64 << 10;
+        while self.got < want {
+            let end = want.min(self.got + STEP);
+            if self.input.len() < end {
+                self.input.resize(end, 0);
+            }
+            let room = &mut self.input[self.got..end];
+            let result = match &mut self.stream {
+                Stream::Tcp(stream) => stream.read(room),
+                Stream::Unix(stream) => stream.read(room),
+            };
+            match result {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => self.got += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(Some(&self.input[..want]))
+    }
+
+    /// Forgets what [`Channel::fill`] gave.
+    pub fn taken(&mut self) {
+        self.got = 0;
+        self.input.clear();
+    }
+
+    /// Goes on with the handshake; true when both sides are proven and nothing waits to be written.
+    pub fn prove(&mut self, handshake: &mut Handshake) -> Result<bool, ProofError> {
+        loop {
+            let output = handshake.take_output();
+            self.queue(&output);
+            self.flush().map_err(|_| ProofError::Closed)?;
+            let want = handshake.wants();
+            if want == 0 {
+                return Ok(handshake.proven().is_some() && !self.wants_write());
+            }
+            match self.fill(want) {
+                Ok(None) => return Ok(false),
+                Ok(Some(bytes)) => {
+                    let result = handshake.feed(bytes);
+                    self.taken();
+                    if result.is_err() {
+                        let hello = handshake.take_output();
+                        self.queue(&hello);
+                        // The other side may be gone already; ours is the error that counts.
+                        let _ = self.flush();
+                    }
+                    result?;
+                }
+                Err(_) => return Err(ProofError::Closed),
+            }
+        }
+    }
+
+    /// Waits until the stream is readable (or writable, if something waits) or the deadline has come; false
+    /// when it has.
+    pub fn wait(&self, deadline: Instant) -> io::Result<bool> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        let flags = if self.wants_write() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        match poll(&mut [PollFd::new(self, flags)], Some(&timespec(left))) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(true),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Whether the other side has closed. Looks without taking.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        let mut byte = [0u8; 1];
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        match rustix::net::recv(self, &mut byte, flags) {
+            Ok((_, n)) => n == 0,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => false,
+            Err(_) => true,
+        }
+    }
+}

@@ -1,0 +1,504 @@
+//! Joining a job: from the variables of this process to the table of all ranks.
+#![forbid(unsafe_code)]
+
+use super::card::{Answer, Card, Knob, LENGTH_BYTES, Registration, Table, frame};
+use super::channel::{Channel, Stream};
+use super::listen::{self, Doors};
+use super::place::{self, Environment, Meeting, Place};
+use super::proof::{self, Handshake, Hello, ProofError, Purpose, SERVICE};
+use super::reactor::timespec;
+use super::secret::{SECRET_BYTES, Secret};
+use super::server::{self, Bind, PRIVATE_SOCKET, Server, ServerOptions};
+use super::topology::Topology;
+use super::{Warn, build};
+use crate::error::{Error, Result};
+use crate::limits::{HANDSHAKE_MS, TABLE_BYTES_MAX};
+use crate::types::{Epoch, Rank};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::inotify;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the ranks wait for each other where nothing else is said.
+pub const START_TIMEOUT_MS: u64 = 60_000;
+/// Between two attempts; a change in the watched directory ends the pause early.
+const PAUSE_MS: u64 = 100;
+/// An address that does not answer is left for the next one after this long.
+const CONNECT_MS: u64 = 3000;
+/// What the service's own verdict may be later than its deadline.
+const VERDICT_MS: u64 = 5000;
+/// Bytes of a rendezvous file.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// How to join.
+#[derive(Clone)]
+pub struct Join {
+    /// The variables that count; see [`place::environment`].
+    pub environment: Environment,
+    /// The epoch to take part in: how often this process has joined the job before.
+    pub epoch: Epoch,
+    /// Knobs that must be the same on every rank, with their values.
+    pub knobs: Vec<Knob>,
+    /// The widest vector instructions of this processor.
+    pub simd: u8,
+    /// A secret that the binding has exchanged by itself (torch's store, say); goes before all others.
+    pub secret: Option<Secret>,
+    /// How long the ranks wait for each other.
+    pub start_timeout_ms: u64,
+    /// Where warnings go.
+    pub warn: Warn,
+}
+
+/// A rank that has joined.
+pub struct Joined {
+    /// This rank.
+    pub rank: Rank,
+    /// All ranks.
+    pub table: Arc<Table>,
+    /// Who shares a host with whom.
+    pub topology: Arc<Topology>,
+    /// The job's secret; every link proves it.
+    pub secret: Secret,
+    /// This rank's listeners, open since before it registered.
+    pub doors: Doors,
+    /// Rank 0's own service, which still sends the table to others and then ends by itself.
+    pub server: Option<Server>,
+    /// Where warnings go.
+    pub warn: Warn,
+}
+
+impl Join {
+    /// A join that takes everything from these variables.
+    #[must_use]
+    pub fn new(environment: Environment, epoch: Epoch, warn: Warn) -> Join {
+        let start_timeout_ms = START_TIMEOUT_MS;
+        Join { environment, epoch, knobs: Vec::new(), simd: 0, secret: None, start_timeout_ms, warn }
+    }
+}
+
+/// Where the service is, from this rank's point of view.
+enum Goal {
+    Names(Vec<String>),
+    Addresses(Vec<SocketAddr>),
+    File(PathBuf),
+    Socket(PathBuf),
+}
+
+/// Finds the others and waits until all are there. Bounded by the start timeout.
+pub fn join(config: &Join) -> Result<Joined> {
+    let place = Place::read(&config.environment)?;
+    let given = find_secret(config)?;
+    let meeting = Meeting::read(&config.environment, &place, given.is_some(), parent())?;
+    if meeting == Meeting::Alone {
+        return alone(config, &place);
+    }
+    let secret = match (&meeting, given) {
+        (_, Some(secret)) => Some(secret),
+        (Meeting::Private(_), None) => None,
+        (meeting, None) => Some(insecure(config, meeting)),
+    };
+    let one_host = match &meeting {
+        Meeting::Private(_) => true,
+        Meeting::Service(list) => list.iter().all(|a| place::is_loopback(a)),
+        Meeting::RankZero(address) => place::is_loopback(address),
+        Meeting::File(_) | Meeting::Alone => false,
+    };
+    let interfaces: Vec<String> = config
+        .environment
+        .get("CAROLE_INTERFACE")
+        .map(|list| {
+            list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
+        })
+        .unwrap_or_default();
+    let doors = Doors::open(one_host, &interfaces)?;
+    let (server, secret, goal) = prepare(config, &place, meeting, secret)?;
+    let registration =
+        Registration { card: card(config, &place, &doors), size: place.size, knobs: config.knobs.clone() };
+    let (table, secret) = Seeker { config, place: &place, secret, goal, registration }.seek()?;
+    Ok(joined(config, place.rank, table, secret, doors, server))
+}
+
+fn alone(config: &Join, place: &Place) -> Result<Joined> {
+    let secret = Secret::mint()?;
+    let doors = Doors::none();
+    let card = card(config, place, &doors);
+    let job = secret.job();
+    let table =
+        Table { epoch: config.epoch, job, cards: vec![card], knobs: config.knobs.clone(), simd: config.simd };
+    Ok(joined(config, 0, table, secret, doors, None))
+}
+
+fn joined(
+    config: &Join,
+    rank: u32,
+    table: Table,
+    secret: Secret,
+    doors: Doors,
+    server: Option<Server>,
+) -> Joined {
+    let topology = Topology::of(&table);
+    if rank == 0 {
+        topology.contradictions.iter().for_each(|text| (config.warn)(text));
+    }
+    let (table, topology) = (Arc::new(table), Arc::new(topology));
+    Joined { rank: Rank(rank), table, topology, secret, doors, server, warn: config.warn.clone() }
+}
+
+fn find_secret(config: &Join) -> Result<Option<Secret>> {
+    if let Some(secret) = &config.secret {
+        return Ok(Some(secret.clone()));
+    }
+    if let Some(text) = config.environment.get("CAROLE_SECRET_FD") {
+        let number = text.parse().map_err(|_| {
+            Error::usage(format!("CAROLE_SECRET_FD={text}: it is the number of an inherited descriptor"))
+        })?;
+        return Secret::from_descriptor(number).map(Some);
+    }
+    match config.environment.get("CAROLE_SECRET_FILE") {
+        Some(path) => Secret::from_file(Path::new(path)).map(Some),
+        None => Ok(None),
+    }
+}
+
+fn insecure(config: &Join, meeting: &Meeting) -> Secret {
+    (config.warn)(
+        "CAROLE_INSECURE=1: this job runs WITHOUT a secret. Anybody who can reach its ports can read and change its \
+         data. Set CAROLE_SECRET_FILE instead",
+    );
+    let name = match meeting {
+        Meeting::RankZero(address) => address.clone(),
+        Meeting::Service(list) => list.join(","),
+        Meeting::File(path) => path.display().to_string(),
+        Meeting::Private(_) | Meeting::Alone => String::new(),
+    };
+    Secret::insecure(&name)
+}
+
+fn parent() -> u32 {
+    rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get() as u32)
+}
+
+fn card(config: &Join, place: &Place, doors: &Doors) -> Card {
+    let host_id = config.environment.get("CAROLE_HOST_ID").filter(|id| !id.is_empty());
+    Card {
+        rank: Rank(place.rank),
+        hints: place.hints,
+        host_id: host_id.cloned().unwrap_or_else(listen::host_id),
+        hostname: listen::hostname(),
+        pid: std::process::id(),
+        build: build().to_owned(),
+        simd: config.simd,
+        addresses: doors.addresses.clone(),
+        socket: doors.socket,
+    }
+}
+
+/// Rank 0 starts its service where there is no other; everybody learns where to go.
+fn prepare(
+    config: &Join,
+    place: &Place,
+    meeting: Meeting,
+    secret: Option<Secret>,
+) -> Result<(Option<Server>, Option<Secret>, Goal)> {
+    let (bind, goal, publish) = match meeting {
+        Meeting::Alone => unreachable!("a job of one meets nobody"),
+        Meeting::Service(addresses) => return Ok((None, secret, Goal::Names(addresses))),
+        Meeting::RankZero(address) => (bind_for(&address)?, Goal::Names(vec![address]), None),
+        Meeting::File(path) => (Bind::Everywhere(0), Goal::File(path.clone()), Some(path)),
+        Meeting::Private(key) => {
+            let directory = private_directory(&config.environment, &key);
+            (Bind::Private(directory.clone()), Goal::Socket(directory), None)
+        }
+    };
+    if place.rank != 0 {
+        return Ok((None, secret, goal));
+    }
+    let secret = match secret {
+        Some(secret) => secret,
+        None => Secret::mint()?,
+    };
+    let server = Server::start(ServerOptions {
+        bind,
+        secret: secret.clone(),
+        size: place.size,
+        epoch: config.epoch,
+        once: true,
+        start_timeout_ms: config.start_timeout_ms,
+        publish,
+        warn: config.warn.clone(),
+    })?;
+    let goal = match goal {
+        // Rank 0 knows where it serves.
+        Goal::File(_) => Goal::Addresses(server.addresses().iter().rev().copied().collect()),
+        goal => goal,
+    };
+    Ok((Some(server), Some(secret), goal))
+}
+
+fn bind_for(address: &str) -> Result<Bind> {
+    let port: u16 =
+        address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).expect("checked when read");
+    let addresses = resolve(address).map_err(Error::Usage)?;
+    Ok(if addresses.iter().all(|a| a.ip().is_loopback()) {
+        Bind::Address(addresses[0])
+    } else {
+        Bind::Everywhere(port)
+    })
+}
+
+fn resolve(name: &str) -> std::result::Result<Vec<SocketAddr>, String> {
+    match name.to_socket_addrs() {
+        Ok(addresses) => Some(addresses.collect::<Vec<_>>())
+            .filter(|list| !list.is_empty())
+            .ok_or_else(|| format!("{name} has no address")),
+        Err(e) => Err(format!("{name} cannot be resolved: {e}")),
+    }
+}
+
+/// `$XDG_RUNTIME_DIR` is private to the user already; elsewhere the user's number keeps names apart. The key is
+/// hashed, because it may be long or hold slashes and a socket's path is short.
+fn private_directory(environment: &Environment, key: &str) -> PathBuf {
+    let me = rustix::process::geteuid().as_raw();
+    let runtime = environment.get("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let base = runtime.filter(|path| {
+        path.is_absolute() && server::check_private(path).is_ok() && path.as_os_str().len() < 40
+    });
+    let name = Secret::insecure(key).job();
+    base.unwrap_or_else(|| PathBuf::from("/tmp")).join(format!("carole-{me}-{name}"))
+}
+
+struct Seeker<'a> {
+    config: &'a Join,
+    place: &'a Place,
+    secret: Option<Secret>,
+    goal: Goal,
+    registration: Registration,
+}
+
+/// Why an attempt failed.
+enum Failure {
+    /// Another attempt may succeed.
+    Again(String),
+    /// None will.
+    Final(String),
+}
+
+impl Seeker<'_> {
+    fn seek(&self) -> Result<(Table, Secret)> {
+        let deadline = Instant::now() + Duration::from_millis(self.config.start_timeout_ms);
+        let watch = self.watch();
+        let mut last = "nothing was tried".to_owned();
+        while Instant::now() < deadline {
+            match self.attempt(deadline, &mut last) {
+                Ok(found) => return Ok(found),
+                Err(Failure::Final(why)) => return Err(self.error(&why)),
+                Err(Failure::Again(why)) => last = why,
+            }
+            pause(&watch, deadline);
+        }
+        Err(self.error(&format!(
+            "the rendezvous was not reached within {} s: {last}",
+            self.config.start_timeout_ms as f64 / 1000.0
+        )))
+    }
+
+    fn error(&self, why: &str) -> Error {
+        Error::usage(format!("rank {} of {} could not join the job: {why}", self.place.rank, self.place.size))
+    }
+
+    /// Tells when a file appears, so that the pause between attempts need not be short.
+    fn watch(&self) -> Option<OwnedFd> {
+        let directory = match &self.goal {
+            Goal::File(path) | Goal::Socket(path) => path.parent()?,
+            _ => return None,
+        };
+        let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
+        let flags =
+            inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::CLOSE_WRITE;
+        inotify::add_watch(&watch, directory, flags).ok()?;
+        Some(watch)
+    }
+
+    fn attempt(&self, deadline: Instant, last: &mut String) -> std::result::Result<(Table, Secret), Failure> {
+        let addresses = match &self.goal {
+            Goal::Socket(directory) => return self.over_socket(directory),
+            Goal::Addresses(addresses) => addresses.clone(),
+            Goal::File(path) => read_file(path).map_err(Failure::Again)?,
+            Goal::Names(names) => {
+                let mut addresses = Vec::new();
+                for name in names {
+                    match resolve(name) {
+                        Ok(found) => addresses.extend(found),
+                        Err(why) => *last = why,
+                    }
+                }
+                addresses
+            }
+        };
+        let secret = self.secret.as_ref().expect("every meeting over TCP has a secret");
+        let mut failure = Failure::Again(last.clone());
+        for address in addresses {
+            let left =
+                deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(CONNECT_MS));
+            if left.is_zero() {
+                break;
+            }
+            let stream = match TcpStream::connect_timeout(&address, left) {
+                Ok(stream) => stream,
+                Err(e) => {
+                    failure = Failure::Again(format!("{address}: {e}"));
+                    continue;
+                }
+            };
+            match self.register(Stream::Tcp(stream), secret) {
+                Ok(table) => return Ok((table, secret.clone())),
+                Err(Failure::Again(why)) => failure = Failure::Again(format!("{address}: {why}")),
+                Err(Failure::Final(why)) => return Err(Failure::Final(why)),
+            }
+        }
+        Err(failure)
+    }
+
+    fn over_socket(&self, directory: &Path) -> std::result::Result<(Table, Secret), Failure> {
+        let where_ = directory.join(PRIVATE_SOCKET);
+        let again = |why: String| {
+            Failure::Again(format!(
+                "{}: {why} (without a secret only ranks of one host and one user meet; ranks on several hosts need \
+                 CAROLE_RENDEZVOUS and CAROLE_SECRET_FILE; ranks started by different parents need the same CAROLE_JOB)",
+                where_.display()
+            ))
+        };
+        if let Err(why) = server::check_private(directory) {
+            return Err(if directory.exists() {
+                Failure::Final(format!("{} {why}", directory.display()))
+            } else {
+                again(why)
+            });
+        }
+        let stream = UnixStream::connect(&where_).map_err(|e| again(e.to_string()))?;
+        let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|e| again(e.to_string()))?;
+        if peer.uid != rustix::process::geteuid() {
+            return Err(Failure::Final(format!("{} is served by another user", where_.display())));
+        }
+        let mut channel = Channel::new(Stream::Unix(stream)).map_err(|e| again(e.to_string()))?;
+        let deadline = Instant::now() + Duration::from_millis(HANDSHAKE_MS);
+        let mut bytes = [0; SECRET_BYTES];
+        bytes.copy_from_slice(read(&mut channel, SECRET_BYTES, deadline).map_err(again)?);
+        channel.taken();
+        // A secret that was given too is the same one, or the handshake fails.
+        let secret = self.secret.clone().unwrap_or_else(|| Secret::from_bytes(bytes));
+        bytes.fill(0);
+        let table = self.register_on(channel, &secret)?;
+        Ok((table, secret))
+    }
+
+    fn register(&self, stream: Stream, secret: &Secret) -> std::result::Result<Table, Failure> {
+        let channel = Channel::new(stream).map_err(|e| Failure::Again(e.to_string()))?;
+        self.register_on(channel, secret)
+    }
+
+    fn register_on(&self, mut channel: Channel, secret: &Secret) -> std::result::Result<Table, Failure> {
+        let hello = Hello {
+            build: build().to_owned(),
+            job: secret.job(),
+            epoch: self.config.epoch,
+            rank: Rank(self.place.rank),
+            peer: SERVICE,
+            purpose: Purpose::Register,
+            link: 0,
+            nonce: proof::nonce()
+                .map_err(|e| Failure::Final(format!("the kernel gave no random bytes: {e}")))?,
+        };
+        let mut handshake = Handshake::connector(secret, hello);
+        let deadline = Instant::now() + Duration::from_millis(HANDSHAKE_MS);
+        while !channel.prove(&mut handshake).map_err(|e| self.judge(e))? {
+            if !channel.wait(deadline).map_err(|e| Failure::Again(e.to_string()))? {
+                return Err(Failure::Again("it did not prove itself in time".into()));
+            }
+        }
+        channel.queue(&frame(&self.registration.encode()));
+        // From here the service decides; its deadline began when the first rank registered.
+        let deadline = Instant::now() + Duration::from_millis(self.config.start_timeout_ms + VERDICT_MS);
+        let lost =
+            |why: String| Failure::Again(format!("the rendezvous ended while ranks were arriving: {why}"));
+        let len = read(&mut channel, LENGTH_BYTES, deadline).map_err(lost)?;
+        let len = u32::from_le_bytes(len.try_into().expect("four bytes")) as usize;
+        if len > TABLE_BYTES_MAX {
+            return Err(Failure::Final(format!("the rendezvous sent an answer of {len} bytes")));
+        }
+        channel.taken();
+        match Answer::decode(read(&mut channel, len, deadline).map_err(lost)?) {
+            Ok(Answer::Refused(reason)) => Err(Failure::Final(reason)),
+            Ok(Answer::Table(table)) => self.check(table, secret),
+            Err(e) => Err(Failure::Final(format!("the rendezvous sent a malformed answer: {}", e.0))),
+        }
+    }
+
+    fn check(&self, table: Table, secret: &Secret) -> std::result::Result<Table, Failure> {
+        let fits = table.epoch == self.config.epoch
+            && table.job == secret.job()
+            && table.cards.len() == self.place.size as usize
+            && table.cards[self.place.rank as usize] == self.registration.card;
+        if fits {
+            Ok(table)
+        } else {
+            Err(Failure::Final("the rendezvous sent the table of another job".into()))
+        }
+    }
+
+    /// A wrong answer at a place that was named is final. A file may be an earlier job's, and whoever closes early
+    /// may be overrun or about to be replaced.
+    fn judge(&self, error: ProofError) -> Failure {
+        let text = format!("the rendezvous could not be proven: {error}");
+        match error {
+            ProofError::Closed => Failure::Again(text),
+            _ if matches!(self.goal, Goal::File(_)) => Failure::Again(text),
+            _ => Failure::Final(text),
+        }
+    }
+}
+
+fn read(channel: &mut Channel, want: usize, deadline: Instant) -> std::result::Result<&[u8], String> {
+    loop {
+        channel.flush().map_err(|e| e.to_string())?;
+        if channel.fill(want).map_err(|e| e.to_string())?.is_some() {
+            break;
+        }
+        if !channel.wait(deadline).map_err(|e| e.to_string())? {
+            return Err("no answer came in time".into());
+        }
+    }
+    Ok(channel.fill(want).map_err(|e| e.to_string())?.expect("all of it is there"))
+}
+
+fn read_file(path: &Path) -> std::result::Result<Vec<SocketAddr>, String> {
+    use std::io::Read;
+    let wrong = |why: &str| format!("{}: {why}", path.display());
+    let file = std::fs::File::open(path).map_err(|e| wrong(&format!("rank 0 has not written it: {e}")))?;
+    let mut text = String::new();
+    file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(|e| wrong(&e.to_string()))?;
+    let mut lines = text.lines();
+    if lines.next() != Some(server::FILE_TITLE) {
+        return Err(wrong("it is not a rendezvous file of this version"));
+    }
+    Ok(lines.filter_map(|line| line.strip_prefix("address ")?.parse().ok()).collect())
+}
+
+/// Waits for the watched directory to change, at most for a pause.
+fn pause(watch: &Option<OwnedFd>, deadline: Instant) {
+    let left = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(PAUSE_MS));
+    let timeout = timespec(left);
+    match watch {
+        None => drop(poll(&mut [], Some(&timeout))),
+        Some(watch) => {
+            drop(poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&timeout)));
+            // What changed does not matter: the next attempt looks for itself.
+            let mut names = [0u8; 4096];
+            while rustix::io::read(watch, &mut names).is_ok_and(|n| n > 0) {}
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! Where this rank can be reached: its listeners, the addresses of its interfaces, and its host's identity.
+#![forbid(unsafe_code)]
+
+use crate::error::{Error, Result};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+
+/// Connections that the kernel keeps for a listener until they are accepted.
+const BACKLOG: i32 = 1024;
+
+/// A rank's open doors.
+#[derive(Debug)]
+pub struct Doors {
+    /// For links by TCP and knocks.
+    pub tcp: Vec<TcpListener>,
+    /// For shared-memory links.
+    pub unix: Option<UnixListener>,
+    /// Where the TCP listeners can be reached, best first, loopback last.
+    pub addresses: Vec<SocketAddr>,
+    /// The name of the unix socket.
+    pub socket: Option<[u8; 16]>,
+}
+
+impl Doors {
+    /// No doors: a job of one.
+    #[must_use]
+    pub fn none() -> Doors {
+        Doors { tcp: Vec::new(), unix: None, addresses: Vec::new(), socket: None }
+    }
+
+    /// Opens listeners on ports that the kernel picks. `loopback`: all ranks are on this host. `interfaces`:
+    /// names of the interfaces to tell the peers; empty for all.
+    pub fn open(loopback: bool, interfaces: &[String]) -> Result<Doors> {
+        let system = |what: &str, e: io::Error| Error::usage(format!("cannot open {what} for links: {e}"));
+        let tcp = if loopback {
+            listen_loopback(0).map_err(|e| system("a loopback port", e))?
+        } else {
+            listen_everywhere(0).map_err(|e| system("a port", e))?
+        };
+        let mut addresses = Vec::new();
+        for listener in &tcp {
+            let local = listener.local_addr().map_err(|e| system("a port", e))?;
+            addresses.extend(reachable(local, interfaces).map_err(|e| system("the list of interfaces", e))?);
+        }
+        if addresses.is_empty() {
+            return Err(Error::usage(format!(
+                "no usable address on interfaces {interfaces:?}; CAROLE_INTERFACE names interfaces that are up on this host"
+            )));
+        }
+        addresses.sort_by_key(|address| address.ip().is_loopback());
+        addresses.truncate(super::card::ADDRESSES_MAX);
+        let mut socket = [0; 16];
+        getrandom::fill(&mut socket)
+            .map_err(|e| Error::usage(format!("the kernel gave no random bytes: {e}")))?;
+        let unix = std::os::unix::net::SocketAddr::from_abstract_name(socket_name(&socket))
+            .and_then(|name| UnixListener::bind_addr(&name))
+            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+            .map_err(|e| system("a unix socket", e))?;
+        Ok(Doors { tcp, unix: Some(unix), addresses, socket: Some(socket) })
+    }
+}
+
+/// The abstract name of a rank's unix socket.
+#[must_use]
+pub fn socket_name(socket: &[u8; 16]) -> String {
+    let hex: String = socket.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("carole-{hex}")
+}
+
+/// A listener on all interfaces: one socket for both families where the kernel has IPv6.
+pub fn listen_everywhere(port: u16) -> io::Result<Vec<TcpListener>> {
+    match listen(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))) {
+        Ok(listener) => Ok(vec![listener]),
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => Err(e),
+        Err(_) => Ok(vec![listen(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?]),
+    }
+}
+
+/// Listeners on the loopback addresses of the families that there are.
+pub fn listen_loopback(port: u16) -> io::Result<Vec<TcpListener>> {
+    let mut listeners = vec![listen(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?];
+    // A host without IPv6 has no ::1, and IPv4 is enough there.
+    listeners.extend(listen(SocketAddr::from((Ipv6Addr::LOCALHOST, port))).ok());
+    Ok(listeners)
+}
+
+/// A nonblocking listener at this address; the unspecified IPv6 address takes IPv4 too.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+    if let IpAddr::V6(ip) = address.ip() {
+        socket.set_only_v6(!ip.is_unspecified())?;
+    }
+    // A port that the last job left in TIME_WAIT can be had again; one that is listened on cannot.
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// The addresses at which others reach a listener bound to `local`.
+pub fn reachable(local: SocketAddr, interfaces: &[String]) -> io::Result<Vec<SocketAddr>> {
+    if !local.ip().is_unspecified() {
+        return Ok(vec![local]);
+    }
+    let usable = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => !ip.is_link_local(),
+        // A link-local address means nothing without the number of the interface on the host that connects.
+        IpAddr::V6(ip) => local.is_ipv6() && !ip.is_unicast_link_local(),
+    };
+    Ok(if_addrs::get_if_addrs()?
+        .into_iter()
+        .filter(|i| i.is_oper_up() || i.is_loopback())
+        .filter(|i| interfaces.is_empty() || interfaces.contains(&i.name))
+        .map(|i| i.ip())
+        .filter(usable)
+        .map(|ip| SocketAddr::new(ip, local.port()))
+        .collect())
+}
+
+/// Ranks with the same text share memory: the same boot of the same kernel, and the same network namespace,
+/// in which abstract unix sockets are reachable. `CAROLE_HOST_ID` says otherwise.
+#[must_use]
+pub fn host_id() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_else(|_| hostname());
+    let namespace = std::fs::metadata("/proc/self/ns/net").map_or(0, |facts| facts.ino());
+    format!("{}/{namespace}", boot.trim())
+}
+
+/// This host's name, for messages.
+#[must_use]
+pub fn hostname() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn doors_can_be_reached_at_every_address_told() {
+        for loopback in [true, false] {
+            let doors = Doors::open(loopback, &[]).unwrap();
+            assert!(doors.addresses.iter().any(|a| a.is_ipv4()));
+            for address in &doors.addresses {
+                assert!(!loopback || address.ip().is_loopback());
+                std::net::TcpStream::connect(address).unwrap();
+            }
+            let first_loopback = doors.addresses.iter().position(|a| a.ip().is_loopback());
+            let last_other = doors.addresses.iter().rposition(|a| !a.ip().is_loopback());
+            assert!(first_loopback > last_other || last_other.is_none());
+        }
+    }
+
+    #[test]
+    fn an_interface_that_does_not_exist_is_named() {
+        let error = Doors::open(false, &["nosuch7".into()]).unwrap_err().to_string();
+        assert!(error.contains("nosuch7") && error.contains("CAROLE_INTERFACE"), "{error}");
+    }
+
+    #[test]
+    fn a_host_is_itself() {
+        assert_eq!(host_id(), host_id());
+        assert!(!hostname().is_empty());
+    }
+}

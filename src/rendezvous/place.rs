@@ -1,0 +1,376 @@
+//! Who this process is and how it finds the others, read from variables. A pure function of them.
+#![forbid(unsafe_code)]
+
+use crate::error::{Error, Result};
+use crate::limits::RANKS_MAX;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// The variables that count: the process's own, with init() arguments already laid over them.
+pub type Environment = BTreeMap<String, String>;
+
+/// The variables of this process. Names and values that are not UTF-8 are left out.
+#[must_use]
+pub fn environment() -> Environment {
+    std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect()
+}
+
+/// Who this process is, as the one that started it says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// This process, among all.
+    pub rank: u32,
+    /// All processes.
+    pub size: u32,
+    /// What else was said.
+    pub hints: Hints,
+    /// Whose variables these are, for messages.
+    pub origin: &'static str,
+}
+
+/// What the variables say about hosts. It is checked against what the ranks find out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Hints {
+    /// This process, among those on its host.
+    pub local_rank: Option<u32>,
+    /// Processes on its host.
+    pub local_size: Option<u32>,
+    /// Its host, among the hosts that have this local rank.
+    pub cross_rank: Option<u32>,
+    /// Hosts that have this local rank.
+    pub cross_size: Option<u32>,
+}
+
+/// How the ranks find each other.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Meeting {
+    /// Alone: there is nobody to find.
+    Alone,
+    /// A service that somebody else (the launcher) runs at these addresses, tried in order.
+    Service(Vec<String>),
+    /// Rank 0 serves at this address, which all ranks were told.
+    RankZero(String),
+    /// Rank 0 serves and writes its addresses to this file.
+    File(PathBuf),
+    /// Rank 0 serves on a unix socket in a private directory, named after this key. One host, one user.
+    Private(String),
+}
+
+struct Family {
+    origin: &'static str,
+    rank: &'static str,
+    size: &'static str,
+    local_rank: &'static str,
+    local_size: &'static str,
+    cross_rank: &'static str,
+    cross_size: &'static str,
+    /// Counts only where this variable is set too.
+    only_with: &'static str,
+    /// The names are Carole's alone, so that any of them without the rank is a mistake.
+    ours: bool,
+}
+
+const fn family(origin: &'static str, names: [&'static str; 4]) -> Family {
+    let [rank, size, local_rank, local_size] = names;
+    Family {
+        origin,
+        rank,
+        size,
+        local_rank,
+        local_size,
+        cross_rank: "",
+        cross_size: "",
+        only_with: "",
+        ours: false,
+    }
+}
+
+/// In order of precedence. Slurm's stand also in shells that srun did not start, hence the condition; and
+/// PMIX_RANK is not here because no size comes with it.
+const FAMILIES: [Family; 7] = [
+    Family {
+        cross_rank: "CAROLE_CROSS_RANK",
+        cross_size: "CAROLE_CROSS_SIZE",
+        ours: true,
+        ..family("carolerun", ["CAROLE_RANK", "CAROLE_SIZE", "CAROLE_LOCAL_RANK", "CAROLE_LOCAL_SIZE"])
+    },
+    Family {
+        cross_rank: "HOROVOD_CROSS_RANK",
+        cross_size: "HOROVOD_CROSS_SIZE",
+        ours: true,
+        ..family("Horovod", ["HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"])
+    },
+    family("torchrun", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]),
+    family(
+        "Open MPI",
+        [
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+        ],
+    ),
+    family("PMI", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]),
+    family(
+        "JSM",
+        ["JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"],
+    ),
+    Family {
+        only_with: "SLURM_STEP_ID",
+        ..family("Slurm", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"])
+    },
+];
+
+/// What tells one job on this host from another, where nothing was said: the first of these that is set.
+const JOB_NAMES: [&str; 8] = [
+    "CAROLE_JOB",
+    "TORCHELASTIC_RUN_ID",
+    "PMIX_NAMESPACE",
+    "OMPI_MCA_ess_base_jobid",
+    "OMPI_MCA_orte_ess_jobid",
+    "PMI_JOBID",
+    "SLURM_JOB_ID",
+    "HOROVOD_JOB",
+];
+
+/// The port that rank 0 serves on under torchrun, above `MASTER_PORT`, which torch's own store occupies.
+const PORT_ABOVE_TORCH: u16 = 17;
+
+impl Place {
+    /// Reads the first family of variables that is set; without any, this process is alone.
+    pub fn read(environment: &Environment) -> Result<Place> {
+        for family in &FAMILIES {
+            if let Some(place) = family.read(environment)? {
+                return Ok(place);
+            }
+        }
+        Ok(Place { rank: 0, size: 1, hints: Hints::default(), origin: "no variables" })
+    }
+}
+
+impl Family {
+    fn read(&self, environment: &Environment) -> Result<Option<Place>> {
+        if !self.only_with.is_empty() && !environment.contains_key(self.only_with) {
+            return Ok(None);
+        }
+        let rank = number(environment, self.rank)?;
+        let size = number(environment, self.size)?;
+        let (rank, size) = match (rank, size) {
+            (Some(rank), Some(size)) => (rank, size),
+            (Some(_), None) => return Err(self.incomplete(self.rank, self.size)),
+            (None, Some(_)) => return Err(self.incomplete(self.size, self.rank)),
+            (None, None) => {
+                let others = [self.local_rank, self.local_size, self.cross_rank, self.cross_size];
+                return match others.iter().find(|name| environment.contains_key(**name)) {
+                    Some(name) if self.ours => Err(self.incomplete(name, self.rank)),
+                    _ => Ok(None),
+                };
+            }
+        };
+        if size == 0 || size as usize > RANKS_MAX {
+            return Err(Error::usage(format!("{}={size}: a job has 1 to {RANKS_MAX} ranks", self.size)));
+        }
+        if rank >= size {
+            return Err(Error::usage(format!(
+                "{}={rank} with {}={size}: ranks count from 0 and stay below the size",
+                self.rank, self.size
+            )));
+        }
+        let hints = Hints {
+            local_rank: number(environment, self.local_rank)?,
+            // Slurm says how many tasks each node has as a list ("2(x3),1"): only a plain number is a hint.
+            local_size: number(environment, self.local_size)
+                .or_else(|e| if self.only_with.is_empty() { Err(e) } else { Ok(None) })?,
+            cross_rank: number(environment, self.cross_rank)?,
+            cross_size: number(environment, self.cross_size)?,
+        };
+        self.check(self.local_rank, hints.local_rank, self.local_size, hints.local_size, size)?;
+        self.check(self.cross_rank, hints.cross_rank, self.cross_size, hints.cross_size, size)?;
+        Ok(Some(Place { rank, size, hints, origin: self.origin }))
+    }
+
+    fn incomplete(&self, there: &str, missing: &str) -> Error {
+        Error::usage(format!(
+            "{there} is set but {missing} is not: set {missing} too (or unset the variables of {} to run alone)",
+            self.origin
+        ))
+    }
+
+    fn check(
+        &self,
+        rank_name: &str,
+        rank: Option<u32>,
+        size_name: &str,
+        part: Option<u32>,
+        size: u32,
+    ) -> Result<()> {
+        if let (Some(rank), Some(part)) = (rank, part)
+            && rank >= part
+        {
+            return Err(Error::usage(format!(
+                "{rank_name}={rank} with {size_name}={part}: it must be below"
+            )));
+        }
+        if let Some(part) = part
+            && (part == 0 || part > size)
+        {
+            return Err(Error::usage(format!(
+                "{size_name}={part} with {}={size}: it must be 1 to {size}",
+                self.size
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn number(environment: &Environment, name: &str) -> Result<Option<u32>> {
+    let Some(text) = environment.get(name) else { return Ok(None) };
+    let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    match text.parse() {
+        Ok(number) if digits => Ok(Some(number)),
+        _ => Err(Error::usage(format!("{name}={text}: a whole number from 0 is needed"))),
+    }
+}
+
+/// Whether a variable that is on or off is on.
+#[must_use]
+pub fn is_on(environment: &Environment, name: &str) -> bool {
+    environment.get(name).is_some_and(|v| matches!(v.as_str(), "1" | "true" | "yes" | "on"))
+}
+
+impl Meeting {
+    /// How the ranks of `place` find each other. `secret`: whether one is given. `parent`: the process that
+    /// started this one, which tells jobs apart where nothing else does.
+    pub fn read(environment: &Environment, place: &Place, secret: bool, parent: u32) -> Result<Meeting> {
+        if place.size == 1 {
+            return Ok(Meeting::Alone);
+        }
+        let insecure = is_on(environment, "CAROLE_INSECURE");
+        let one_host = place.hints.local_size.is_none_or(|local| local == place.size);
+        if let Some(text) = environment.get("CAROLE_RENDEZVOUS").filter(|t| !t.is_empty()) {
+            return Meeting::parse(text, environment, secret || insecure, one_host);
+        }
+        if one_host {
+            let key = match JOB_NAMES.iter().find_map(|name| environment.get(*name)) {
+                Some(job) => job.clone(),
+                None => match environment.get("MASTER_PORT") {
+                    Some(port) => format!("port-{port}"),
+                    None => format!("parent-{parent}"),
+                },
+            };
+            return Ok(Meeting::Private(key));
+        }
+        let Some(host) = environment.get("MASTER_ADDR") else {
+            return Err(Error::usage(format!(
+                "the {} ranks ({}) are on several hosts, but CAROLE_RENDEZVOUS is not set: set it to HOST:PORT of rank 0 \
+                 or to file:///PATH on a shared file system, or start the job by carolerun",
+                place.size, place.origin
+            )));
+        };
+        if !secret && !insecure {
+            return Err(no_secret(host));
+        }
+        Ok(Meeting::RankZero(join(host, port_from_torch(environment)?)))
+    }
+
+    fn parse(text: &str, environment: &Environment, secret: bool, one_host: bool) -> Result<Meeting> {
+        if let Some(path) = text.strip_prefix("file://") {
+            if !path.starts_with('/') {
+                return Err(Error::usage(format!(
+                    "CAROLE_RENDEZVOUS={text}: a file is named as file:///PATH"
+                )));
+            }
+            return match (secret, one_host) {
+                (true, _) => Ok(Meeting::File(PathBuf::from(path))),
+                // Without a secret only one host is safe; the path then only names the job.
+                (false, true) => Ok(Meeting::Private(path.to_owned())),
+                (false, false) => Err(no_secret(text)),
+            };
+        }
+        let (service, list) = match text.strip_prefix("tcp://") {
+            Some(list) => (true, list),
+            None => (environment.contains_key("CAROLE_SECRET_FD"), text),
+        };
+        let addresses: Vec<String> = list.split(',').map(|a| a.trim().to_owned()).collect();
+        for address in &addresses {
+            check_address(address)?;
+        }
+        if service {
+            return if secret { Ok(Meeting::Service(addresses)) } else { Err(no_secret(text)) };
+        }
+        let [address] = addresses.as_slice() else {
+            return Err(Error::usage(format!(
+                "CAROLE_RENDEZVOUS={text}: rank 0 serves at one HOST:PORT, not at several"
+            )));
+        };
+        match secret {
+            true => Ok(Meeting::RankZero(address.clone())),
+            false if is_loopback(address) => Ok(Meeting::Private(address.clone())),
+            false => Err(no_secret(address)),
+        }
+    }
+}
+
+fn no_secret(place: &str) -> Error {
+    Error::usage(format!(
+        "a rendezvous beyond this host ({place}) needs a secret: put the same 64 hexadecimal digits on every host into \
+         a file of mode 0600 and name it in CAROLE_SECRET_FILE (openssl rand -hex 32), or start the job by \
+         carolerun; CAROLE_INSECURE=1 goes without, and then anybody who reaches the port can join"
+    ))
+}
+
+fn port_from_torch(environment: &Environment) -> Result<u16> {
+    if let Some(text) = environment.get("CAROLE_RENDEZVOUS_PORT") {
+        return parse_port("CAROLE_RENDEZVOUS_PORT", text);
+    }
+    let Some(text) = environment.get("MASTER_PORT") else {
+        return Err(Error::usage(
+            "MASTER_ADDR is set but MASTER_PORT is not: set MASTER_PORT too, or CAROLE_RENDEZVOUS=HOST:PORT",
+        ));
+    };
+    let port = parse_port("MASTER_PORT", text)?;
+    port.checked_add(PORT_ABOVE_TORCH).ok_or_else(|| {
+        Error::usage(format!(
+            "MASTER_PORT={port}: Carole uses the port {PORT_ABOVE_TORCH} above it, which does not exist; set CAROLE_RENDEZVOUS_PORT"
+        ))
+    })
+}
+
+fn parse_port(name: &str, text: &str) -> Result<u16> {
+    match text.parse::<u16>() {
+        Ok(port) if port != 0 => Ok(port),
+        _ => Err(Error::usage(format!("{name}={text}: a port is a number from 1 to 65535"))),
+    }
+}
+
+fn join(host: &str, port: u16) -> String {
+    if host.contains(':') && !host.starts_with('[') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
+}
+
+fn check_address(address: &str) -> Result<()> {
+    let parts = address.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+    let Some((host, port)) = parts.filter(|(host, _)| !host.contains(':') || host.starts_with('[')) else {
+        return Err(Error::usage(format!(
+            "CAROLE_RENDEZVOUS={address}: use HOST:PORT ([ADDRESS]:PORT for IPv6), tcp://HOST:PORT or file:///PATH"
+        )));
+    };
+    if host.starts_with('[') != host.ends_with(']') {
+        return Err(Error::usage(format!("CAROLE_RENDEZVOUS={address}: the brackets do not match")));
+    }
+    parse_port("CAROLE_RENDEZVOUS port", port).map(|_| ())
+}
+
+/// Whether this HOST:PORT names the loopback interface.
+#[must_use]
+pub fn is_loopback(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+#[path = "place_tests.rs"]
+mod tests;

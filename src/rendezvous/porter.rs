@@ -1,0 +1,142 @@
+//! The porter: one thread per process that owns this rank's doors, makes and takes connections, has them
+//! proven, and hands finished links to the engine. A peer that is stopped or hostile keeps nobody waiting but
+//! this thread's timers.
+//!
+//! Of two ranks **the higher one connects**, always and alone. A lower one that wants a link *knocks*: it proves
+//! itself at the higher one's door, and the higher one then connects as if its own engine had asked. So
+//! there is one connector for each pair, which has at most one attempt under way and none after success:
+//! however requests race, at most one link forms. An attempt has a number that its connections carry in
+//! their proofs; the accepting side assembles the newest attempt only, and takes it as done at the
+//! connector's last word (*go*), which is sent when everything else has been proven.
+#![forbid(unsafe_code)]
+
+mod dial;
+mod hall;
+mod share;
+
+use super::client::Joined;
+use crate::error::Cause;
+use crate::limits::TCP_LANES_MAX;
+use crate::transport::tcp::TcpOptions;
+use crate::transport::wake::Waker;
+use crate::transport::{Fabric, FabricEvent};
+use crate::types::Rank;
+use crossbeam::channel::{Receiver, Sender, bounded};
+use std::collections::HashSet;
+use std::io;
+use std::thread::JoinHandle;
+
+/// Which transports links may use. Agreed between all ranks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Choice {
+    /// Shared memory where a host is shared and it works, else TCP.
+    #[default]
+    Auto,
+    /// Shared memory or nothing.
+    Shm,
+    /// TCP everywhere.
+    Tcp,
+}
+
+/// How links are to be made.
+#[derive(Clone, Debug)]
+pub struct PorterOptions {
+    /// Which transports.
+    pub choice: Choice,
+    /// TCP connections per link that carry payload, besides the control connection: 1 to [`TCP_LANES_MAX`].
+    pub tcp_lanes: usize,
+    /// Options of each TCP connection.
+    pub tcp: TcpOptions,
+}
+
+impl Default for PorterOptions {
+    fn default() -> Self {
+        PorterOptions { choice: Choice::Auto, tcp_lanes: 1, tcp: TcpOptions::default() }
+    }
+}
+
+/// The running thread. It ends with [`Porter::shutdown`] or when dropped; links that it made live on.
+pub struct Porter {
+    stop: Sender<()>,
+    bell: Waker,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The engine's end: asks for links and is told.
+pub struct PorterFabric {
+    asked: HashSet<Rank>,
+    failed: Vec<Rank>,
+    requests: Sender<Rank>,
+    events: Receiver<FabricEvent>,
+    bell: Waker,
+}
+
+impl Porter {
+    /// Starts the thread. It takes over the rank's doors, and rank 0's own service. After each event it wakes
+    /// `waker`, which is also what peers on this host are given to wake this process.
+    pub fn start(joined: Joined, options: PorterOptions, waker: Waker) -> io::Result<(Porter, PorterFabric)> {
+        assert!((1..=TCP_LANES_MAX).contains(&options.tcp_lanes), "the number of lanes is checked as a knob");
+        let size = joined.table.cards.len();
+        // Each peer is asked for once until it is told, so these bounds are never reached.
+        let (requests, asked) = bounded(size);
+        let (tell, events) = bounded(2 * size);
+        let (stop, stopped) = bounded(1);
+        let bell = Waker::new()?;
+        let ends = hall::Ends { requests: asked, events: tell, stopped, bell: bell.clone(), waker };
+        let mut hall = hall::Hall::new(joined, options, ends)?;
+        let thread = std::thread::Builder::new().name("carole-porter".into()).spawn(move || hall.run())?;
+        let fabric =
+            PorterFabric { asked: HashSet::new(), failed: Vec::new(), requests, events, bell: bell.clone() };
+        Ok((Porter { stop, bell, thread: Some(thread) }, fabric))
+    }
+
+    /// Closes the doors and all unfinished connections and joins the thread. Bounded by `SHUTDOWN_MS`, which
+    /// only rank 0 can need, to let its service finish sending.
+    pub fn shutdown(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        // Full means told already; disconnected means ended already.
+        let _ = self.stop.try_send(());
+        self.bell.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Porter {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Fabric for PorterFabric {
+    fn request(&mut self, peer: Rank) {
+        if !self.asked.insert(peer) {
+            return;
+        }
+        match self.requests.try_send(peer) {
+            Ok(()) => self.bell.wake(),
+            Err(_) => self.failed.push(peer),
+        }
+    }
+
+    fn poll(&mut self) -> Option<FabricEvent> {
+        if let Some(peer) = self.failed.pop() {
+            self.asked.remove(&peer);
+            return Some(FabricEvent::Failed(
+                peer,
+                Cause::Unreachable("links are no longer made here".into()),
+            ));
+        }
+        let event = self.events.try_recv().ok()?;
+        match &event {
+            // A link is there once in an epoch; after a failure the engine may ask again.
+            FabricEvent::Up(link) => drop(self.asked.insert(link.peer())),
+            FabricEvent::Failed(peer, _) => drop(self.asked.remove(peer)),
+        }
+        Some(event)
+    }
+}

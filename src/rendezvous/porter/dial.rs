@@ -1,0 +1,121 @@
+//! The order in which a peer's addresses are tried. No socket here.
+#![forbid(unsafe_code)]
+
+use super::Choice;
+use crate::rendezvous::card::Card;
+use crate::types::Rank;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+/// A place where a peer may be reached.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// Its unix socket.
+    Unix([u8; 16]),
+    /// A TCP address.
+    Tcp(SocketAddr),
+}
+
+/// What is tried at a target.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Aim {
+    /// To make a link.
+    Link,
+    /// To ask the peer to make one.
+    Knock,
+}
+
+/// Attempts to reach one peer.
+#[derive(Debug)]
+pub struct Dial {
+    /// What for.
+    pub aim: Aim,
+    /// Where, in order.
+    pub targets: Vec<Target>,
+    /// The target being tried.
+    pub at: usize,
+    /// The attempt being made: its number, which all its connections carry.
+    pub attempt: u64,
+    /// When it is given up.
+    pub deadline: Instant,
+    /// The next round of targets begins then.
+    pub retry: Option<Instant>,
+    /// Whether every target of this round has refused the connection.
+    pub refused: bool,
+    /// What was said last.
+    pub last: String,
+    /// Why shared memory was not possible.
+    pub shm_failure: Option<String>,
+}
+
+/// Where `peer` may be reached by this rank, or why nowhere.
+pub fn targets(me: &Card, peer: &Card, aim: Aim, choice: Choice) -> Result<Vec<Target>, String> {
+    let same_host = me.host_id == peer.host_id;
+    let mut targets = Vec::new();
+    if let Some(socket) = peer.socket
+        && same_host
+        && choice != Choice::Tcp
+    {
+        targets.push(Target::Unix(socket));
+    }
+    if choice == Choice::Shm && aim == Aim::Link {
+        return match targets.is_empty() {
+            false => Ok(targets),
+            true => Err(format!(
+                "CAROLE_TRANSPORT=shm, but {} (host {}) and {} (host {}) share no memory; use CAROLE_TRANSPORT=auto",
+                me.rank, me.hostname, peer.rank, peer.hostname
+            )),
+        };
+    }
+    // A loopback address means this host: the best way to a rank on it, and the wrong rank elsewhere. Where
+    // there is nothing else, one machine stands for several (CAROLE_HOST_ID), and the proof tells the ranks apart.
+    let (loopback, other): (Vec<SocketAddr>, Vec<SocketAddr>) =
+        peer.addresses.iter().partition(|address| address.ip().is_loopback());
+    let addresses = match (same_host, other.is_empty()) {
+        (true, _) => [loopback, other].concat(),
+        (false, true) => loopback,
+        (false, false) => other,
+    };
+    targets.extend(addresses.into_iter().map(Target::Tcp));
+    if targets.is_empty() { Err(format!("{} has told no address", peer.rank)) } else { Ok(targets) }
+}
+
+/// Who connects.
+pub fn connects(me: Rank, peer: Rank) -> bool {
+    me > peer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rendezvous::card::tests::card;
+
+    #[test]
+    fn the_order_of_targets() {
+        let (mut me, mut peer) = (card(1), card(0));
+        let (far, near) = (SocketAddr::from(([10, 0, 0, 1], 5)), SocketAddr::from(([127, 0, 0, 1], 5)));
+        peer.addresses = vec![far, near];
+        peer.socket = Some([7; 16]);
+        peer.host_id = me.host_id.clone();
+        let of = |me: &Card, peer: &Card, choice| targets(me, peer, Aim::Link, choice);
+        let (unix, far, near) = (Target::Unix([7; 16]), Target::Tcp(far), Target::Tcp(near));
+        assert_eq!(of(&me, &peer, Choice::Auto).unwrap(), [unix.clone(), near.clone(), far.clone()]);
+        assert_eq!(of(&me, &peer, Choice::Shm).unwrap(), [unix]);
+        assert_eq!(of(&me, &peer, Choice::Tcp).unwrap(), [near.clone(), far.clone()]);
+        me.host_id = "elsewhere".into();
+        assert_eq!(of(&me, &peer, Choice::Auto).unwrap(), [far]);
+        let error = of(&me, &peer, Choice::Shm).unwrap_err();
+        assert!(error.contains("share no memory") && error.contains("rank 0"), "{error}");
+        peer.addresses.remove(0);
+        assert_eq!(of(&me, &peer, Choice::Auto).unwrap(), [near]);
+        peer.addresses.clear();
+        assert!(of(&me, &peer, Choice::Auto).is_err());
+    }
+
+    #[test]
+    fn of_two_ranks_one_connects() {
+        for (a, b) in [(0, 1), (3, 9)] {
+            assert_ne!(connects(Rank(a), Rank(b)), connects(Rank(b), Rank(a)));
+        }
+    }
+}

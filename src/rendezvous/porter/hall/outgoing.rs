@@ -1,0 +1,224 @@
+//! Reaching peers: requests, attempts, what follows a failed one, and the finished link.
+
+use super::*;
+use crate::transport::flow::{FlowLink, FlowOptions};
+use crate::transport::tcp::TcpPipe;
+
+impl Hall {
+    /// The engine wants a link.
+    pub(super) fn request(&mut self, peer: Rank) {
+        let known = (peer.0 as usize) < self.joined.table.cards.len();
+        assert!(known && peer != self.joined.rank, "the engine asks for links to other ranks of the table");
+        if self.up.contains(&peer) {
+            return;
+        }
+        self.wanted.insert(peer, Instant::now() + Duration::from_millis(LINK_MS));
+        self.begin(peer);
+    }
+
+    /// Begins to reach a peer, unless that is under way: to connect, or to ask it to.
+    pub(super) fn begin(&mut self, peer: Rank) {
+        if self.up.contains(&peer) || self.dials.contains_key(&peer) {
+            return;
+        }
+        let me = self.joined.rank;
+        let aim = if connects(me, peer) { Aim::Link } else { Aim::Knock };
+        let cards = &self.joined.table.cards;
+        match targets(&cards[me.0 as usize], &cards[peer.0 as usize], aim, self.options.choice) {
+            Err(why) => self.fail(peer, Cause::Unreachable(why)),
+            Ok(targets) => {
+                let deadline = Instant::now() + Duration::from_millis(LINK_MS);
+                let last = "nothing was tried".to_owned();
+                let dial = Dial {
+                    aim,
+                    targets,
+                    at: 0,
+                    attempt: 0,
+                    deadline,
+                    retry: None,
+                    refused: true,
+                    last,
+                    shm_failure: None,
+                };
+                self.dials.insert(peer, dial);
+                self.try_target(peer);
+            }
+        }
+    }
+
+    /// Opens the first connection of a new attempt at the dial's target.
+    pub(super) fn try_target(&mut self, peer: Rank) {
+        self.last_attempt += 1;
+        let attempt = self.last_attempt;
+        let Some(dial) = self.dials.get_mut(&peer) else { return };
+        dial.retry = None;
+        dial.attempt = attempt;
+        let target = dial.targets[dial.at].clone();
+        let purpose = match (dial.aim, &target) {
+            (Aim::Knock, _) => Purpose::Knock,
+            (Aim::Link, Target::Unix(_)) => Purpose::Shm,
+            (Aim::Link, Target::Tcp(_)) => Purpose::Control,
+        };
+        self.open(peer, purpose, attempt, &target);
+    }
+
+    /// Opens one connection. What goes wrong here goes the way of what goes wrong later.
+    pub(super) fn open(&mut self, peer: Rank, purpose: Purpose, attempt: u64, target: &Target) {
+        let opened =
+            connect(target).map_err(|e| (e.to_string(), e.kind() == io::ErrorKind::ConnectionRefused));
+        let entered = opened.and_then(|channel| {
+            let nonce =
+                proof::nonce().map_err(|e| (format!("the kernel gave no random bytes: {e}"), false))?;
+            let hello = Hello {
+                build: build().to_owned(),
+                job: self.joined.secret.job(),
+                epoch: self.joined.table.epoch,
+                rank: self.joined.rank,
+                peer,
+                purpose,
+                link: attempt,
+                nonce,
+            };
+            let handshake = Handshake::connector(&self.joined.secret, hello);
+            let within = if matches!(target, Target::Tcp(_)) { CONNECT_MS } else { HANDSHAKE_MS };
+            let stage = Stage::Dialing { peer, purpose, attempt, handshake };
+            // Room to write tells that TCP has connected.
+            self.enter(channel, stage, within, true).ok_or_else(|| ("epoll refused it".to_owned(), false))
+        });
+        if let Err((why, refused)) = entered {
+            self.attempt_failed(peer, attempt, &why, refused);
+        }
+    }
+
+    /// One connection of an attempt has failed: the rest of it goes too, and the next target is tried.
+    pub(super) fn attempt_failed(&mut self, peer: Rank, attempt: u64, why: &str, refused: bool) {
+        // A late word about an attempt that is over already.
+        let Some(dial) = self.dials.get_mut(&peer).filter(|d| d.attempt == attempt && d.retry.is_none())
+        else {
+            return;
+        };
+        let target = &dial.targets[dial.at];
+        dial.last = match target {
+            Target::Tcp(address) => format!("{address}: {why}"),
+            Target::Unix(_) => format!("shared memory: {why}"),
+        };
+        if matches!(target, Target::Unix(_)) && dial.aim == Aim::Link {
+            dial.shm_failure = Some(why.to_owned());
+        }
+        dial.refused &= refused;
+        dial.at += 1;
+        let (rounds_end, all_refused) = (dial.at == dial.targets.len(), dial.refused);
+        let last = dial.last.clone();
+        if rounds_end {
+            dial.at = 0;
+            dial.refused = true;
+            dial.retry = Some(Instant::now() + Duration::from_millis(RETRY_MS));
+        }
+        self.close_attempts(peer);
+        if !rounds_end {
+            self.try_target(peer);
+        } else if all_refused {
+            // Its doors are open from before the table until it shuts down.
+            let why = format!("no door of it is open ({last}); it has ended or shut down");
+            self.fail(peer, Cause::Unreachable(why));
+        }
+    }
+
+    /// Shared memory does not work with this peer: TCP, or nothing if shared memory is forced.
+    pub(super) fn shm_failed(&mut self, peer: Rank, cause: Cause) {
+        let why = match &cause {
+            Cause::System(why) | Cause::Misbehaved(why) | Cause::Unreachable(why) => why.clone(),
+            other => other.to_string(),
+        };
+        if self.options.choice == Choice::Shm {
+            let why = format!("CAROLE_TRANSPORT=shm, but {why}");
+            self.fail(peer, Cause::System(why));
+        } else if let Some(attempt) = self.dials.get(&peer).map(|dial| dial.attempt) {
+            self.attempt_failed(peer, attempt, &why, false);
+        }
+    }
+
+    /// All connections of a link by TCP are proven on the connecting side: says so and hands it over.
+    pub(super) fn finish_tcp(&mut self, peer: Rank, attempt: u64) {
+        let mut lanes: Vec<(u8, Number)> = Vec::new();
+        let mut control = None;
+        for (number, connection) in &self.connections {
+            match connection.stage {
+                Stage::Waiting { peer: p, purpose, attempt: a } if p == peer && a == attempt => match purpose
+                {
+                    Purpose::Lane(lane) => lanes.push((lane, *number)),
+                    _ => control = Some(*number),
+                },
+                _ => {}
+            }
+        }
+        let Some(control) = control.filter(|_| lanes.len() == self.options.tcp_lanes) else { return };
+        let channel = &mut self.connections.get_mut(&control).expect("just found").channel;
+        channel.queue(&[share::GO]);
+        if channel.flush().is_err() || channel.wants_write() {
+            return self.attempt_failed(peer, attempt, "it closed the connection at the last word", false);
+        }
+        lanes.sort_unstable();
+        let control = self.leave(control).expect("just found");
+        let lanes: Vec<Channel> = lanes.into_iter().filter_map(|(_, number)| self.leave(number)).collect();
+        self.up_tcp(peer, control, lanes);
+    }
+
+    /// Makes the link of proven connections.
+    pub(super) fn up_tcp(&mut self, peer: Rank, control: Channel, lanes: Vec<Channel>) {
+        let pipe = |channel: Channel| -> Result<Box<dyn Pipe>, Cause> {
+            match channel.into_stream() {
+                Stream::Tcp(stream) => Ok(Box::new(TcpPipe::new(stream, &self.options.tcp)?)),
+                Stream::Unix(_) => Err(Cause::Misbehaved("a lane by TCP over a unix socket".into())),
+            }
+        };
+        let pipes = pipe(control)
+            .and_then(|control| Ok((control, lanes.into_iter().map(pipe).collect::<Result<_, _>>()?)));
+        match pipes {
+            Ok((control, lanes)) => self.up(peer, control, lanes),
+            Err(cause) => self.fail(peer, cause),
+        }
+    }
+
+    /// A link is up.
+    pub(super) fn up(&mut self, peer: Rank, control: Box<dyn Pipe>, lanes: Vec<Box<dyn Pipe>>) {
+        self.close_attempts(peer);
+        self.wanted.remove(&peer);
+        if let Some(why) = self.dials.remove(&peer).and_then(|dial| dial.shm_failure)
+            && !std::mem::replace(&mut self.warned_shm, true)
+        {
+            (self.joined.warn)(&format!(
+                "shared memory with {peer} was not possible ({why}); TCP is used instead, which is slower"
+            ));
+        }
+        assert!(self.up.insert(peer), "one link for each pair of ranks");
+        let link = FlowLink::new(peer, control, lanes, FlowOptions::default());
+        self.tell(FabricEvent::Up(Box::new(link)));
+    }
+}
+
+fn connect(target: &Target) -> io::Result<Channel> {
+    match target {
+        Target::Unix(name) => {
+            let name = std::os::unix::net::SocketAddr::from_abstract_name(listen::socket_name(name))?;
+            // A unix socket connects at once, unless the peer's queue is full: then it blocks, which the porter
+            // must not. So it is made nonblocking first.
+            let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+            socket.set_nonblocking(true)?;
+            let bytes = name.as_abstract_name().expect("an abstract name").to_owned();
+            let address = rustix::net::SocketAddrUnix::new_abstract_name(&bytes)?;
+            rustix::net::connect(&socket, &address)?;
+            Channel::new(Stream::Unix(UnixStream::from(std::os::fd::OwnedFd::from(socket))))
+        }
+        Target::Tcp(address) => {
+            let socket =
+                socket2::Socket::new(socket2::Domain::for_address(*address), socket2::Type::STREAM, None)?;
+            socket.set_nonblocking(true)?;
+            match socket.connect(&(*address).into()) {
+                Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => return Err(e),
+                _ => {}
+            }
+            Channel::new(Stream::Tcp(socket.into()))
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! The rendezvous service: it collects one card per rank and sends everybody the table of all. The launcher
+//! runs it for the whole job; where there is no launcher, rank 0 runs it for one epoch.
+
+use super::Warn;
+use super::card::Knob;
+use super::listen;
+use super::secret::Secret;
+use crate::error::{Error, Result};
+use crate::transport::wake::Waker;
+use crate::types::Epoch;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+mod rounds;
+mod service;
+
+/// Where the service can be reached.
+#[derive(Clone, Debug)]
+pub enum Bind {
+    /// All interfaces, this port (0: the kernel picks one).
+    Everywhere(u16),
+    /// The loopback interface, this port (0: the kernel picks one).
+    Loopback(u16),
+    /// This address.
+    Address(SocketAddr),
+    /// A unix socket in this directory, which is made private to the user. Whoever connects is the same user
+    /// and is handed the secret.
+    Private(PathBuf),
+}
+
+/// How to serve.
+#[derive(Clone)]
+pub struct ServerOptions {
+    /// Where.
+    pub bind: Bind,
+    /// What everybody must prove.
+    pub secret: Secret,
+    /// How many ranks there are.
+    pub size: u32,
+    /// The first epoch that may be registered for.
+    pub epoch: Epoch,
+    /// End after the first table has been sent (rank 0's own service), or go on with later epochs.
+    pub once: bool,
+    /// An epoch whose ranks have not all registered this long after the first of them is refused.
+    pub start_timeout_ms: u64,
+    /// The addresses are written to this file, which is removed at the end.
+    pub publish: Option<PathBuf>,
+    /// Where warnings go.
+    pub warn: Warn,
+}
+
+/// A running service; its thread ends with it.
+pub struct Server {
+    addresses: Vec<SocketAddr>,
+    stop: Waker,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The name of the socket in a private directory.
+pub const PRIVATE_SOCKET: &str = "rendezvous";
+/// What an unauthenticated connection has to greet, when others want its place.
+pub(super) const GREETING_MS: u64 = 250;
+/// The first line of a rendezvous file.
+pub const FILE_TITLE: &str = "carole rendezvous 1";
+
+enum Door {
+    Tcp(TcpListener),
+    Private(UnixListener),
+}
+
+impl Server {
+    /// Opens the doors and starts to serve.
+    pub fn start(options: ServerOptions) -> Result<Server> {
+        let mut litter = Litter(Vec::new());
+        let (doors, addresses) = open(&options.bind, &mut litter)?;
+        if let Some(path) = &options.publish {
+            publish(path, &options, &addresses)?;
+            litter.0.push(path.clone());
+        }
+        let system = |e| Error::usage(format!("cannot start the rendezvous service: {e}"));
+        let stop = Waker::new().map_err(system)?;
+        let mut service = service::Service::new(options, doors, litter, stop.clone()).map_err(system)?;
+        let thread = std::thread::Builder::new()
+            .name("carole-rendezvous".into())
+            .spawn(move || service.serve())
+            .map_err(system)?;
+        Ok(Server { addresses, stop, thread: Some(thread) })
+    }
+
+    /// Where it can be reached, best first; empty for a private socket.
+    #[must_use]
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Ends it: what is waiting to be sent gets a moment to leave. Bounded by `SHUTDOWN_MS`.
+    pub fn shutdown(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.stop.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Files and directories that go when the service ends.
+struct Litter(Vec<PathBuf>);
+
+impl Drop for Litter {
+    fn drop(&mut self) {
+        for path in self.0.drain(..).rev() {
+            // Somebody else may have removed it; a directory with somebody's files in it stays.
+            let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir(&path));
+        }
+    }
+}
+
+fn open(bind: &Bind, litter: &mut Litter) -> Result<(Vec<Door>, Vec<SocketAddr>)> {
+    let (listeners, port) = match bind {
+        Bind::Private(directory) => return Ok((vec![open_private(directory, litter)?], Vec::new())),
+        Bind::Everywhere(port) => (listen::listen_everywhere(*port), *port),
+        Bind::Loopback(port) => (listen::listen_loopback(*port), *port),
+        Bind::Address(address) => (listen::listen(*address).map(|l| vec![l]), address.port()),
+    };
+    let listeners = listeners.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AddrInUse => Error::usage(format!(
+            "port {port} is in use on this host, so the rendezvous cannot be served there: end the program that uses \
+             it (ss -tlnp), or choose another port in CAROLE_RENDEZVOUS (under torchrun: CAROLE_RENDEZVOUS_PORT)"
+        )),
+        _ => Error::usage(format!("the rendezvous cannot be served at {bind:?}: {e}")),
+    })?;
+    let mut addresses = Vec::new();
+    for listener in &listeners {
+        let reachable = listener.local_addr().and_then(|local| listen::reachable(local, &[]));
+        addresses
+            .extend(reachable.map_err(|e| Error::usage(format!("cannot list this host's addresses: {e}")))?);
+    }
+    addresses.sort_by_key(|address| address.ip().is_loopback());
+    Ok((listeners.into_iter().map(Door::Tcp).collect(), addresses))
+}
+
+fn open_private(directory: &Path, litter: &mut Litter) -> Result<Door> {
+    let refuse =
+        |why: String| Error::usage(format!("the rendezvous directory {}: {why}", directory.display()));
+    match std::fs::DirBuilder::new().mode(0o700).create(directory) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(refuse(format!("cannot be made: {e}")));
+        }
+        _ => check_private(directory).map_err(refuse)?,
+    }
+    let path = directory.join(PRIVATE_SOCKET);
+    let bound = match UnixListener::bind(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
+            if UnixStream::connect(&path).is_ok() {
+                return Err(refuse(
+                    "another job is meeting there; give each job its own name in CAROLE_JOB".to_owned(),
+                ));
+            }
+            // Left behind by a process that was killed: nobody listens.
+            let _ = std::fs::remove_file(&path);
+            UnixListener::bind(&path)
+        }
+        bound => bound,
+    };
+    let listener = bound.and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
+    let listener = listener.map_err(|e| refuse(format!("no socket can be made in it: {e}")))?;
+    litter.0.extend([directory.to_owned(), path]);
+    Ok(Door::Private(listener))
+}
+
+/// A directory is private when it is a real one, ours, and closed to all others.
+pub fn check_private(directory: &Path) -> std::result::Result<(), String> {
+    let facts = std::fs::symlink_metadata(directory).map_err(|e| format!("cannot be examined: {e}"))?;
+    let me = rustix::process::geteuid().as_raw();
+    if !facts.is_dir() || facts.uid() != me || facts.mode() & 0o077 != 0 {
+        return Err(format!(
+            "is not a directory of mode 0700 that belongs to user {me} (mode {:o}, user {}); remove it or set CAROLE_JOB",
+            facts.mode() & 0o7777,
+            facts.uid()
+        ));
+    }
+    Ok(())
+}
+
+/// Writes the file beside its place and moves it there, so that no reader sees half of it.
+fn publish(path: &Path, options: &ServerOptions, addresses: &[SocketAddr]) -> Result<()> {
+    let mut text = format!("{FILE_TITLE}\njob {}\nepoch {}\n", options.secret.job(), options.epoch.0);
+    for address in addresses {
+        text.push_str(&format!("address {address}\n"));
+    }
+    let beside = path.with_extension(format!("{}.new", std::process::id()));
+    let _ = std::fs::remove_file(&beside);
+    let write = || {
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+        std::io::Write::write_all(&mut file, text.as_bytes())?;
+        std::fs::rename(&beside, path)
+    };
+    write().map_err(|e| {
+        let _ = std::fs::remove_file(&beside);
+        Error::usage(format!("CAROLE_RENDEZVOUS=file://{}: the file cannot be written: {e}", path.display()))
+    })
+}
+
+/// What differs between the ranks' knobs, in words that are the same for everybody: the first knob by name,
+/// and for each value the ranks that have it.
+fn disagreement(registered: &[(u32, &[Knob])]) -> Option<String> {
+    use std::collections::BTreeMap;
+    let mut values: BTreeMap<&str, BTreeMap<&str, Vec<u32>>> = BTreeMap::new();
+    for (rank, knobs) in registered {
+        for (name, value) in *knobs {
+            values.entry(name).or_default().entry(value).or_default().push(*rank);
+        }
+    }
+    for (name, by_value) in values {
+        let said: usize = by_value.values().map(Vec::len).sum();
+        if by_value.len() == 1 && said == registered.len() {
+            continue;
+        }
+        let mut parts: Vec<String> = by_value
+            .iter()
+            .map(|(value, ranks)| format!("{} on {}", quote(value), name_ranks(ranks)))
+            .collect();
+        if said < registered.len() {
+            let silent: Vec<u32> = registered
+                .iter()
+                .filter(|(rank, _)| !by_value.values().any(|ranks| ranks.contains(rank)))
+                .map(|(rank, _)| *rank)
+                .collect();
+            parts.push(format!("unknown on {}", name_ranks(&silent)));
+        }
+        return Some(format!(
+            "{name} must be the same on all ranks, but it is {}; set it alike",
+            parts.join(", ")
+        ));
+    }
+    None
+}
+
+fn quote(value: &str) -> String {
+    format!("'{value}'")
+}
+
+/// "rank 3" or "ranks 3, 4, 7 and 20 more".
+fn name_ranks(ranks: &[u32]) -> String {
+    const NAMED: usize = 16;
+    let mut text = String::from(if ranks.len() == 1 { "rank " } else { "ranks " });
+    let named: Vec<String> = ranks.iter().take(NAMED).map(u32::to_string).collect();
+    text.push_str(&named.join(", "));
+    if ranks.len() > NAMED {
+        text.push_str(&format!(" and {} more", ranks.len() - NAMED));
+    }
+    text
+}

@@ -1,0 +1,343 @@
+//! The service's thread: doors, connections, and the rounds behind them.
+#![forbid(unsafe_code)]
+
+use super::rounds::{Number, Rounds, Verdict};
+use super::{Door, Litter, ServerOptions};
+use crate::limits::{HANDSHAKE_MS, SHUTDOWN_MS, UNAUTHENTICATED_MAX};
+use crate::rendezvous::card::{Answer, LENGTH_BYTES, REGISTRATION_BYTES_MAX, Registration, frame};
+use crate::rendezvous::channel::{Channel, Stream};
+use crate::rendezvous::proof::{Accept, Handshake, Purpose, SERVICE};
+use crate::rendezvous::reactor::Reactor;
+use crate::transport::wake::Waker;
+use crate::types::{Epoch, Rank};
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// The number of the stop signal in the reactor; doors follow, then connections.
+const STOP: u64 = 0;
+const FIRST_CONNECTION: u64 = 1 << 16;
+/// A door that could not be opened for want of descriptors is left alone this long.
+const RELIEF_MS: u64 = 100;
+
+pub struct Service {
+    options: ServerOptions,
+    reactor: Reactor,
+    stop: Waker,
+    doors: Vec<Door>,
+    /// Doors are not watched until then.
+    relief: Option<Instant>,
+    connections: HashMap<Number, Connection>,
+    /// Connections that have a deadline: not proven, not registered, or being closed.
+    timed: BTreeSet<Number>,
+    next_number: Number,
+    rounds: Rounds,
+    _litter: Litter,
+}
+
+struct Connection {
+    channel: Channel,
+    from: String,
+    stage: Stage,
+    deadline: Instant,
+    watching_write: bool,
+}
+
+enum Stage {
+    Proving(Handshake),
+    Length { rank: Rank, epoch: Epoch },
+    Body { rank: Rank, epoch: Epoch, len: usize },
+    Registered,
+    Closing,
+}
+
+impl Service {
+    pub fn new(options: ServerOptions, doors: Vec<Door>, litter: Litter, stop: Waker) -> io::Result<Service> {
+        let reactor = Reactor::new()?;
+        reactor.add(&stop, STOP, false)?;
+        let timeout = Duration::from_millis(options.start_timeout_ms);
+        let rounds = Rounds::new(options.size, options.secret.job(), options.epoch, timeout);
+        let service = Service {
+            options,
+            reactor,
+            stop,
+            doors,
+            relief: None,
+            connections: HashMap::new(),
+            timed: BTreeSet::new(),
+            next_number: FIRST_CONNECTION,
+            rounds,
+            _litter: litter,
+        };
+        service.watch_doors(true)?;
+        Ok(service)
+    }
+
+    /// Serves until told to stop, or until the only table has been sent.
+    pub fn serve(&mut self) {
+        let mut ready = Vec::new();
+        let mut stopping: Option<Instant> = None;
+        loop {
+            if let Some(deadline) = stopping {
+                let unsent = self.connections.values().any(|c| c.channel.wants_write());
+                if !unsent || Instant::now() >= deadline {
+                    return;
+                }
+            }
+            if self.options.once && self.rounds.has_begun(self.options.epoch) && self.connections.is_empty() {
+                return;
+            }
+            let deadline = [stopping, self.next_deadline()].into_iter().flatten().min();
+            if let Err(e) = self.reactor.wait(deadline, &mut ready) {
+                (self.options.warn)(&format!("the rendezvous service ends: epoll failed: {e}"));
+                return;
+            }
+            for &number in &ready {
+                match number {
+                    STOP => {
+                        self.stop.clear();
+                        let _ = self.watch_doors(false);
+                        stopping.get_or_insert(Instant::now() + Duration::from_millis(SHUTDOWN_MS));
+                    }
+                    door if door < FIRST_CONNECTION => self.accept(door as usize - 1),
+                    number => self.advance(number),
+                }
+            }
+            self.expire();
+        }
+    }
+
+    fn watch_doors(&self, on: bool) -> io::Result<()> {
+        for (i, door) in self.doors.iter().enumerate() {
+            let number = 1 + i as u64;
+            match (door, on) {
+                (Door::Tcp(listener), true) => self.reactor.add(listener, number, false)?,
+                (Door::Private(listener), true) => self.reactor.add(listener, number, false)?,
+                (Door::Tcp(listener), false) => self.reactor.remove(listener)?,
+                (Door::Private(listener), false) => self.reactor.remove(listener)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self, door: usize) {
+        // A bounded number at a time, so that a flood at the door does not keep those inside waiting.
+        for _ in 0..UNAUTHENTICATED_MAX {
+            let accepted = match &self.doors[door] {
+                Door::Tcp(listener) => listener.accept().map(|(s, from)| (Stream::Tcp(s), from.to_string())),
+                Door::Private(listener) => {
+                    listener.accept().map(|(s, _)| (Stream::Unix(s), "a process of this host".to_owned()))
+                }
+            };
+            match accepted {
+                Ok((stream, from)) => self.admit(stream, from),
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock) => return,
+                Err(e)
+                    if matches!(
+                        e.raw_os_error(),
+                        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+                    ) =>
+                {
+                    (self.options.warn)(&format!("the rendezvous service cannot accept connections: {e}"));
+                    if self.watch_doors(false).is_ok() {
+                        self.relief = Some(Instant::now() + Duration::from_millis(RELIEF_MS));
+                    }
+                    return;
+                }
+                // The connection was gone before it was accepted.
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn admit(&mut self, stream: Stream, from: String) {
+        let proving = self.timed.iter().filter(|n| matches!(self.connections[n].stage, Stage::Proving(_)));
+        if proving.count() >= UNAUTHENTICATED_MAX && !self.make_room() {
+            return;
+        }
+        let private = match &stream {
+            Stream::Unix(stream) => match rustix::net::sockopt::socket_peercred(stream) {
+                Ok(peer) if peer.uid == rustix::process::geteuid() => true,
+                _ => return,
+            },
+            Stream::Tcp(_) => false,
+        };
+        let Ok(mut channel) = Channel::new(stream) else { return };
+        if private {
+            channel.queue(self.options.secret.expose());
+        }
+        let accept = Accept {
+            me: SERVICE,
+            size: self.options.size,
+            epoch: None,
+            serves: |purpose| purpose == Purpose::Register,
+        };
+        let handshake = Handshake::acceptor(&self.options.secret, accept);
+        let number = self.next_number;
+        self.next_number += 1;
+        if self.reactor.add(&channel, number, false).is_err() {
+            return;
+        }
+        let deadline = Instant::now() + Duration::from_millis(HANDSHAKE_MS);
+        let stage = Stage::Proving(handshake);
+        self.connections.insert(number, Connection { channel, from, stage, deadline, watching_write: false });
+        self.timed.insert(number);
+        self.advance(number);
+    }
+
+    /// Closes the oldest connection that has not even greeted, if it had the time to.
+    fn make_room(&mut self) -> bool {
+        let grace = Duration::from_millis(HANDSHAKE_MS.saturating_sub(super::GREETING_MS));
+        let silent = self.timed.iter().copied().find(|number| {
+            let connection = &self.connections[number];
+            matches!(&connection.stage, Stage::Proving(h) if !h.greeted())
+                && connection.deadline <= Instant::now() + grace
+        });
+        silent.map(|number| self.close(number)).is_some()
+    }
+
+    fn advance(&mut self, number: Number) {
+        let Some(connection) = self.connections.get_mut(&number) else { return };
+        match connection.advance() {
+            Ok(None) => self.watch_write(number),
+            Ok(Some((epoch, registration))) => {
+                self.timed.remove(&number);
+                let connections = &self.connections;
+                let alive = |n: Number| connections.get(&n).is_some_and(|c| !c.channel.is_closed());
+                let verdict = self.rounds.register(number, epoch, registration, Instant::now(), alive);
+                if let Some(verdict) = verdict {
+                    self.tell(verdict);
+                }
+            }
+            Err(why) => {
+                if let Some(why) = why {
+                    let what = format!("{}: {why}", connection.from);
+                    self.rounds.note_failure(what);
+                }
+                self.close(number);
+            }
+        }
+    }
+
+    fn tell(&mut self, verdict: Verdict) {
+        let message = frame(&verdict.answer.encode());
+        if let Answer::Table(_) = &verdict.answer
+            && self.options.once
+        {
+            // The only epoch has begun: whoever comes now is late, and nothing is left lying about.
+            self.doors.clear();
+            self._litter = Litter(Vec::new());
+        }
+        for number in verdict.to {
+            let Some(connection) = self.connections.get_mut(&number) else { continue };
+            connection.channel.queue(&message);
+            connection.stage = Stage::Closing;
+            connection.deadline = Instant::now() + Duration::from_millis(self.options.start_timeout_ms);
+            self.timed.insert(number);
+            self.advance(number);
+        }
+    }
+
+    fn watch_write(&mut self, number: Number) {
+        let Some(connection) = self.connections.get_mut(&number) else { return };
+        let wants = connection.channel.wants_write();
+        if wants != connection.watching_write
+            && self.reactor.change(&connection.channel, number, wants).is_ok()
+        {
+            connection.watching_write = wants;
+        }
+    }
+
+    fn close(&mut self, number: Number) {
+        self.timed.remove(&number);
+        if self.connections.remove(&number).is_some() {
+            self.rounds.forget(number);
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let connections = self.timed.iter().map(|number| self.connections[number].deadline).min();
+        [connections, self.rounds.deadline(), self.relief].into_iter().flatten().min()
+    }
+
+    fn expire(&mut self) {
+        let now = Instant::now();
+        let late: Vec<Number> =
+            self.timed.iter().copied().filter(|number| self.connections[number].deadline <= now).collect();
+        for number in late {
+            self.close(number);
+        }
+        for verdict in self.rounds.expire(now) {
+            self.tell(verdict);
+        }
+        if self.relief.is_some_and(|relief| relief <= now) && self.watch_doors(true).is_ok() {
+            self.relief = None;
+        }
+    }
+}
+
+impl Connection {
+    /// Goes as far as the bytes allow. A whole registration is given once; `Err` means that the connection is
+    /// to be closed, with what the missing ranks' error should mention.
+    fn advance(&mut self) -> Result<Option<(Epoch, Registration)>, Option<String>> {
+        self.channel.flush().map_err(|_| None)?;
+        loop {
+            match &mut self.stage {
+                Stage::Proving(handshake) => {
+                    if !self
+                        .channel
+                        .prove(handshake)
+                        .map_err(|e| handshake_note(handshake, &e.to_string()))?
+                    {
+                        return Ok(None);
+                    }
+                    let peer = handshake.proven().expect("just proven");
+                    self.stage = Stage::Length { rank: peer.rank, epoch: peer.epoch };
+                }
+                Stage::Length { rank, epoch } => {
+                    let Some(bytes) = self.channel.fill(LENGTH_BYTES).map_err(|_| None)? else {
+                        return Ok(None);
+                    };
+                    let len = u32::from_le_bytes(bytes.try_into().expect("four bytes")) as usize;
+                    if len > REGISTRATION_BYTES_MAX {
+                        return Err(Some(format!("{rank} sent a registration of {len} bytes")));
+                    }
+                    let (rank, epoch) = (*rank, *epoch);
+                    self.channel.taken();
+                    self.stage = Stage::Body { rank, epoch, len };
+                }
+                Stage::Body { rank, epoch, len } => {
+                    let Some(bytes) = self.channel.fill(*len).map_err(|_| None)? else { return Ok(None) };
+                    let registration = Registration::decode(bytes)
+                        .map_err(|e| Some(format!("{rank} sent a malformed registration: {}", e.0)))?;
+                    if registration.card.rank != *rank {
+                        return Err(Some(format!("{rank} sent the card of {}", registration.card.rank)));
+                    }
+                    let epoch = *epoch;
+                    self.channel.taken();
+                    self.stage = Stage::Registered;
+                    return Ok(Some((epoch, registration)));
+                }
+                // Nothing more is expected of it: bytes or the end of the stream mean that it goes.
+                Stage::Registered => {
+                    return match self.channel.fill(1) {
+                        Ok(None) => Ok(None),
+                        _ => Err(None),
+                    };
+                }
+                // The rank closes when it has the answer, so that no byte of it is lost to a reset.
+                Stage::Closing => {
+                    return match self.channel.fill(1) {
+                        Ok(None) => Ok(None),
+                        _ => Err(None),
+                    };
+                }
+            }
+        }
+    }
+}
+
+fn handshake_note(handshake: &Handshake, why: &str) -> Option<String> {
+    // Port scans, which say nothing or nonsense, are not worth a word.
+    handshake.heard_prefix().then(|| why.to_owned())
+}

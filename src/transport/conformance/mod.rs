@@ -1,0 +1,117 @@
+//! One suite for all transports: what a link must do, whatever carries it.
+
+mod bench;
+mod cases;
+mod faults;
+mod rig;
+mod sleep;
+
+use crate::transport::Pipe;
+use crate::transport::flow::{FlowLink, FlowOptions};
+use crate::transport::shm::{self, Side};
+use crate::transport::sim::{Network, SimOptions};
+use crate::transport::tcp::{TcpOptions, TcpPipe};
+use crate::transport::wake::Waker;
+use crate::types::Rank;
+use rig::Rig;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+/// The pipes of a link at its two ends, control first.
+pub(super) struct Ends {
+    pub a: Vec<Box<dyn Pipe>>,
+    pub b: Vec<Box<dyn Pipe>>,
+    /// What ends the sleep of each side, where a transport has it.
+    pub wakers: Option<(Waker, Waker)>,
+    pub network: Option<Network>,
+}
+
+impl Ends {
+    fn rig(self) -> Rig {
+        let link = |peer, mut pipes: Vec<Box<dyn Pipe>>| {
+            let control = pipes.remove(0);
+            FlowLink::new(Rank(peer), control, pipes, FlowOptions::default())
+        };
+        Rig::new(link(1, self.a), link(0, self.b), self.network)
+    }
+}
+
+pub(super) fn shm_ends() -> Ends {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let wakers = (Waker::new().unwrap(), Waker::new().unwrap());
+    let segment = shm::create_segment().unwrap();
+    let copy = segment.try_clone().unwrap();
+    let eventfd = |w: &Waker| w.as_fd().try_clone_to_owned().unwrap();
+    let a = shm::open(segment, Side::Creator, ours.into(), wakers.0.clone(), eventfd(&wakers.1)).unwrap();
+    let b = shm::open(copy, Side::Joiner, theirs.into(), wakers.1.clone(), eventfd(&wakers.0)).unwrap();
+    let both = |(control, data): (shm::ShmPipe, shm::ShmPipe)| -> Vec<Box<dyn Pipe>> {
+        vec![Box::new(control), Box::new(data)]
+    };
+    Ends { a: both(a), b: both(b), wakers: Some(wakers), network: None }
+}
+
+fn tcp_ends(address: &str, lanes: usize) -> Ends {
+    let listener = TcpListener::bind(address).unwrap();
+    let options = TcpOptions::default();
+    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: None };
+    for _ in 0..=lanes {
+        let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (b, _) = listener.accept().unwrap();
+        ends.a.push(Box::new(TcpPipe::new(a, &options).unwrap()));
+        ends.b.push(Box::new(TcpPipe::new(b, &options).unwrap()));
+    }
+    ends
+}
+
+fn unix_ends() -> Ends {
+    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: None };
+    for _ in 0..3 {
+        let (a, b) = UnixStream::pair().unwrap();
+        ends.a.push(Box::new(TcpPipe::from_socket(a.into()).unwrap()));
+        ends.b.push(Box::new(TcpPipe::from_socket(b.into()).unwrap()));
+    }
+    ends
+}
+
+fn sim_ends(seed: u64) -> Ends {
+    let capacity_bytes = [480, 4096, 64 << 10, 1 << 20][(seed % 4) as usize];
+    let network = Network::new(SimOptions { seed, capacity_bytes, ..SimOptions::default() });
+    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: Some(network.clone()) };
+    for _ in 0..2 + seed % 3 {
+        let (a, b) = network.pipe(Rank(0), Rank(1));
+        ends.a.push(Box::new(a));
+        ends.b.push(Box::new(b));
+    }
+    ends
+}
+
+macro_rules! suite {
+    ($($file:ident :: $name:ident;)*) => {
+        mod shm_suite { $(#[test] fn $name() { super::$file::$name(&mut super::shm_ends); })* }
+        mod tcp_v4_one_lane { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("127.0.0.1:0", 1)); })* }
+        mod tcp_v4_four_lanes { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("127.0.0.1:0", 4)); })* }
+        mod tcp_v6 { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("[::1]:0", 2)); })* }
+        mod unix_suite { $(#[test] fn $name() { super::$file::$name(&mut super::unix_ends); })* }
+        mod sim_suite { $(#[test] fn $name() {
+            for seed in 0..8 { super::$file::$name(&mut || super::sim_ends(seed)); }
+        })* }
+    };
+}
+
+suite! {
+    cases::sizes;
+    cases::many_pieces;
+    cases::reduces;
+    cases::posting_orders;
+    cases::eager_without_receives;
+    cases::opposite_streams;
+    cases::control_overtakes;
+    cases::large_control;
+    cases::streams_are_retired;
+    cases::random_traffic;
+    faults::lengths_differ;
+    faults::peer_dies;
+    faults::withdrawn;
+    faults::garbage;
+}
