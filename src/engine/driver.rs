@@ -124,8 +124,7 @@ impl Driver {
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
-        let thread =
-            std::thread::Builder::new().name("carole".into()).spawn(move || background.background())?;
+        let thread = std::thread::Builder::new().name("carole".into()).spawn(move || background.background())?;
         Ok(Driver { shared, thread: Some(thread) })
     }
 
@@ -275,8 +274,7 @@ impl Shared {
 
     fn fail(&self, engine: &mut Engine, panic: &(dyn Any + Send)) {
         let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-        let text =
-            text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic".into());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic".into());
         let cause = Cause::Aborted(text);
         let broken = Broken { epoch: engine.epoch, culprit: Some(engine.me), cause: cause.clone() };
         let error = Error::Broken(Arc::new(broken));
@@ -333,8 +331,7 @@ impl Shared {
             }
             None => {
                 let mut tensors = engine.spare_tensors();
-                tensors
-                    .extend(submitted.tensors.iter().map(|&(input, output)| TensorMemory { input, output }));
+                tensors.extend(submitted.tensors.iter().map(|&(input, output)| TensorMemory { input, output }));
                 let outcome = engine.submit(
                     &Submission {
                         op,
@@ -382,11 +379,7 @@ impl Shared {
             let now = self.now();
             let since = *idle_since.get_or_insert(now);
             if now.since(since) < self.patience.spin_ns {
-                if self.patience.yields {
-                    std::thread::yield_now()
-                } else {
-                    std::hint::spin_loop()
-                }
+                if self.patience.yields { std::thread::yield_now() } else { std::hint::spin_loop() }
                 continue;
             }
             self.sleep_as_caller(&mut engine, until);

@@ -157,9 +157,7 @@ impl Links {
         changes: &mut Vec<LinkChange>,
     ) -> bool {
         let peer = self.up[place];
-        let Slot::Up(link) = &mut self.slots[peer.0 as usize] else {
-            unreachable!("up lists links that are up")
-        };
+        let Slot::Up(link) = &mut self.slots[peer.0 as usize] else { unreachable!("up lists links that are up") };
         match link.progress(memory, now, events) {
             Ok(moved) => moved,
             Err(cause) => {
@@ -195,9 +193,7 @@ impl Links {
         let mut place = 0;
         while place < self.up.len() {
             let peer = self.up[place];
-            let Slot::Up(link) = &mut self.slots[peer.0 as usize] else {
-                unreachable!("up lists links that are up")
-            };
+            let Slot::Up(link) = &mut self.slots[peer.0 as usize] else { unreachable!("up lists links that are up") };
             match link.arm() {
                 Ok(there) => busy |= there,
                 Err(cause) => {

@@ -123,10 +123,7 @@ impl Live {
         let elements = tensor.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
         let bytes = elements.and_then(|n| n.checked_mul(tensor.dtype.size() as u64));
         let Some(bytes) = bytes.filter(|&b| b <= limits::TENSOR_BYTES_MAX) else {
-            return Err(Error::usage(format!(
-                "a tensor of shape {:?} is larger than any memory",
-                tensor.shape
-            )));
+            return Err(Error::usage(format!("a tensor of shape {:?} is larger than any memory", tensor.shape)));
         };
         let address = if message.sends { tensor.input.cast_mut() } else { tensor.output };
         if address.is_null() && bytes > 0 {

@@ -4,10 +4,10 @@ mod live;
 mod request;
 
 use crate::engine::handles::{Handles, Message, Waited};
-pub use crate::engine::{Outcome, OutputTensor};
 use crate::error::{Error, Result};
-pub use crate::memory::OwnedBytes;
 use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
+pub use crate::engine::{Outcome, OutputTensor};
+pub use crate::memory::OwnedBytes;
 use live::Live;
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -159,9 +159,7 @@ pub fn init(options: &Options) -> Result<()> {
     if let Ok(live) = live() {
         return match live.options == *options {
             true => Ok(()),
-            false => {
-                Err(Error::usage("init() was called with other arguments before; call shutdown() first"))
-            }
+            false => Err(Error::usage("init() was called with other arguments before; call shutdown() first")),
         };
     }
     live::watch_forks(&FORKED);
@@ -261,9 +259,7 @@ fn timed_out(handle: Handle, timeout: Option<Duration>) -> Error {
     let explained = live().ok().and_then(|live| live.driver.explain(handle.0));
     let seconds = timeout.unwrap_or_default().as_secs_f64();
     let reason = explained.map_or(String::new(), |e| format!(": {e}"));
-    Error::Timeout(format!(
-        "the operation has no outcome after {seconds} s{reason}; it stays in flight and can be waited for again"
-    ))
+    Error::Timeout(format!("the operation has no outcome after {seconds} s{reason}; it stays in flight and can be waited for again"))
 }
 
 /// Gives up a handle: the operation finishes by itself, and what it kept alive comes back from [`released`].
