@@ -164,9 +164,13 @@ knobs! {
     /// Allows connections off the loopback interface without a secret. Anyone who reaches the port can then
     /// read and change the job's data.
     insecure: Switch = "0", "CAROLE_INSECURE", Agreed;
-    /// Where ranks find each other: `host:port` of the rendezvous server, or `file:/path` in a directory that
-    /// all ranks see.
+    /// Where ranks find each other: `HOST:PORT` of the launcher's rendezvous server or of rank 0, or
+    /// `file:///PATH` on a file system that all ranks see.
     rendezvous: Maybe<Text> = "auto", "CAROLE_RENDEZVOUS", Local;
+    /// The port of rank 0's rendezvous when only its host is known (torchrun's MASTER_ADDR).
+    rendezvous_port: Maybe<Small<1, 65535>> = "auto", "CAROLE_RENDEZVOUS_PORT", Local;
+    /// Tells jobs of one user on one host apart when nothing else does (no launcher, no rendezvous).
+    job: Maybe<Text> = "auto", "CAROLE_JOB", Local;
     /// A file with the job's secret, readable by its owner only.
     secret_file: Maybe<FilePath> = "auto", "CAROLE_SECRET_FILE", Local;
     /// The number of an inherited descriptor from which the job's secret is read; the launcher sets it.

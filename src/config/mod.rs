@@ -207,6 +207,14 @@ impl Config {
         agreed.map(|knob| (knob.name, self.show(knob.field))).collect()
     }
 
+    /// The variables, with their values as text, that this kind of source has set: what the launcher's flags
+    /// say to the ranks.
+    #[must_use]
+    pub fn set_by(&self, layer: Layer) -> Vec<(&'static str, String)> {
+        let rows = KNOBS.iter().zip(&self.origins).filter(|(_, origin)| origin.layer == layer);
+        rows.map(|(knob, _)| (knob.name, self.show(knob.field))).collect()
+    }
+
     /// A table of every knob, its value, and where the value came from.
     #[must_use]
     pub fn print_config(&self) -> String {
