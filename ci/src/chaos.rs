@@ -195,6 +195,7 @@ pub fn rank(settings: &RankSettings) -> Result<(), String> {
         }
     }
     println!("finished");
+    call::barrier().map_err(|error| error.to_string())?;
     runtime::shutdown().map_err(|error| error.to_string())
 }
 

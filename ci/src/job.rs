@@ -1,7 +1,8 @@
 //! Jobs: this program started once per rank, with plain variables and no launcher.
 #![forbid(unsafe_code)]
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -51,9 +52,14 @@ impl Plan {
             ("CAROLE_SIZE".to_owned(), self.size.to_string()),
             ("CAROLE_LOCAL_RANK".to_owned(), local.to_string()),
             ("CAROLE_LOCAL_SIZE".to_owned(), on_host.to_string()),
-            ("CAROLE_RENDEZVOUS".to_owned(), format!("file:{meeting}")),
         ];
-        if hosts > 1 {
+        if hosts == 1 {
+            // The directory's name is nobody else's, so it names the job.
+            variables.push(("CAROLE_JOB".to_owned(), meeting.replace('/', "-")));
+        } else {
+            // Pretended hosts meet as real ones do, which takes a secret.
+            variables.push(("CAROLE_RENDEZVOUS".to_owned(), format!("file://{meeting}/address")));
+            variables.push(("CAROLE_SECRET_FILE".to_owned(), format!("{meeting}/secret")));
             variables.push(("CAROLE_HOST_ID".to_owned(), format!("host-{}", host(rank))));
         }
         variables.extend(self.knobs.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
@@ -63,6 +69,7 @@ impl Plan {
     /// Starts all ranks.
     pub fn start(&self) -> Result<Job, String> {
         let meeting = tempfile::tempdir().map_err(|e| format!("no temporary directory: {e}"))?;
+        write_secret(&meeting.path().join("secret")).map_err(|e| format!("no secret can be written: {e}"))?;
         let program = std::env::current_exe().map_err(|e| format!("this program cannot find itself: {e}"))?;
         let (sender, lines) = channel();
         let mut job = Job {
@@ -105,6 +112,13 @@ impl Plan {
         }
         Ok(ended.lines)
     }
+}
+
+/// A secret that protects nothing but a test, in a file as a user would make it.
+fn write_secret(path: &std::path::Path) -> std::io::Result<()> {
+    let mut file = std::fs::OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
+    let mut random = crate::random::Random::new(&[u64::from(std::process::id())]);
+    (0..4).try_for_each(|_| write!(file, "{:016x}", random.next()))
 }
 
 fn is_knob(name: &std::ffi::OsStr) -> bool {

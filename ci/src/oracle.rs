@@ -53,7 +53,7 @@ impl Recipe {
             }
             DType::Bool => Element::Bool((word % 2) as u8),
             dtype if dtype.is_integer() => Element::Int(self.integer(word)),
-            dtype if dtype.is_complex() => self.complex(word),
+            dtype if dtype.is_complex() => self.complex(word, position, members, i),
             _ => Element::Real(self.real(word, position, members, i)),
         }
     }
@@ -68,11 +68,15 @@ impl Recipe {
         4 * quarter + i128::from(self.op == Some(ReduceOp::Average) && self.pre == 1.0 && word & 64 != 0)
     }
 
-    fn complex(&self, word: u64) -> Element {
+    fn complex(&self, word: u64, position: u32, members: u32, i: u64) -> Element {
         if self.op == Some(ReduceOp::Product) {
             // Units, whose products are units again.
             let (re, im) = [(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0)][(word % 4) as usize];
             return Element::Complex(re, im);
+        }
+        if self.op == Some(ReduceOp::Average) {
+            let part = |i: u64| self.real(word, position, members, i);
+            return Element::Complex(part(2 * i), part(2 * i + 1));
         }
         Element::Complex((word % 17) as f64 - 8.0, (word >> 8 & 15) as f64 - 7.0)
     }

@@ -1,7 +1,7 @@
 //! Many tensors, submitted in another random order on each rank and in each step: no mismatch, no hang.
 #![forbid(unsafe_code)]
 
-use crate::call::{Operation, Target, Tensor};
+use crate::call::{self, Operation, Target, Tensor};
 use crate::job::Plan;
 use crate::random::{Random, mix};
 use crate::{Count, Verdict};
@@ -103,6 +103,7 @@ pub fn rank(settings: &RankSettings) -> Result<(), String> {
         }
     }
     println!("done {}", settings.tensors * settings.steps);
+    call::barrier().map_err(fail)?;
     runtime::shutdown().map_err(fail)
 }
 

@@ -2,7 +2,7 @@
 //! submission, the transport and the algorithm; and they are the bits of the canonical tree.
 #![forbid(unsafe_code)]
 
-use crate::call::{Operation, Target, Tensor};
+use crate::call::{self, Operation, Target, Tensor};
 use crate::job::Plan;
 use crate::matrix::{ALGORITHMS, hosts};
 use crate::oracle::{Element, encode, rough, strict_sum};
@@ -141,6 +141,7 @@ pub fn rank(settings: &RankSettings) -> Result<(), String> {
         let verdict = if got.outputs[0] == bytes(dtype, &expected) { "ok" } else { "differs-from-the-tree" };
         println!("sum {name} {:016x} {verdict}", hash(&got.outputs[0]));
     }
+    call::barrier().map_err(fail)?;
     runtime::shutdown().map_err(fail)
 }
 

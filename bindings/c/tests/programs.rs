@@ -59,7 +59,8 @@ fn compile(source: &str, compiler: &str, flags: &[&str], link: Link, out: &Path)
 
 /// Runs a program on `size` ranks of this host, with plain variables and no launcher.
 fn run(program: &Path, size: usize) {
-    let meeting = tempfile::tempdir().expect("a scratch directory");
+    // Named after the program's folder, which is nobody else's.
+    let job = format!("{}-{size}", program.display()).replace('/', "-");
     let ranks: Vec<Child> = (0..size)
         .map(|rank| {
             Command::new(program)
@@ -67,7 +68,7 @@ fn run(program: &Path, size: usize) {
                 .env("CAROLE_SIZE", size.to_string())
                 .env("CAROLE_LOCAL_RANK", rank.to_string())
                 .env("CAROLE_LOCAL_SIZE", size.to_string())
-                .env("CAROLE_RENDEZVOUS", format!("file:{}", meeting.path().display()))
+                .env("CAROLE_JOB", &job)
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()

@@ -162,5 +162,7 @@ pub fn rank(settings: &RankSettings) -> Result<(), String> {
         let hash = found.hash.map_or_else(|| "-".to_owned(), |hash| format!("{hash:016x}"));
         println!("case {index} {} {hash}", found.wrong);
     }
+    // A rank that leaves early ends what the others still run with it.
+    crate::call::barrier().map_err(fail)?;
     carole::runtime::shutdown().map_err(fail)
 }
