@@ -84,7 +84,7 @@ impl Recipe {
     fn real(&self, word: u64, position: u32, members: u32, i: u64) -> f64 {
         match self.op {
             Some(ReduceOp::Sum) => (word % 17) as f64 - 8.0,
-            // The mean is a whole number, which any correct rounding hits.
+            // Neighbours differ by as much upwards as downwards.
             Some(ReduceOp::Average) => {
                 let common = (mix(self.seed ^ mix(i)) % 33) as f64 - 16.0;
                 let unpaired = members % 2 == 1 && position == members - 1;
@@ -125,17 +125,26 @@ impl Recipe {
         let op = self.op.expect("values that are moved are not reduced");
         let folded = given.map(|e| self.scaled(e, self.pre)).reduce(|a, b| combine(op, self.dtype, a, b));
         let folded = folded.expect("a set has members");
-        let mean = match (op, folded) {
+        match (op, folded) {
             (ReduceOp::Average, Element::Int(sum)) => Element::Int(sum.div_euclid(i128::from(members))),
-            (ReduceOp::Average, Element::Real(sum)) => Element::Real(sum / f64::from(members)),
+            (ReduceOp::Average, Element::Real(sum)) => Element::Real(self.average(sum, members)),
             (ReduceOp::Average, Element::Complex(re, im)) => {
-                Element::Complex(re / f64::from(members), im / f64::from(members))
+                Element::Complex(self.average(re, members), self.average(im, members))
             }
             // Whatever was read, 0 or 1 is written.
             (_, Element::Bool(byte)) => Element::Bool(u8::from(byte != 0)),
-            (_, other) => other,
-        };
-        self.scaled(mean, self.post)
+            (_, other) => self.scaled(other, self.post),
+        }
+    }
+
+    /// Average multiplies by postscale / size, in the accumulator of the type.
+    fn average(&self, sum: f64, members: u32) -> f64 {
+        let factor = self.post / f64::from(members);
+        if matches!(self.dtype, DType::F64 | DType::C128) {
+            sum * factor
+        } else {
+            f64::from(sum as f32 * factor as f32)
+        }
     }
 
     fn scaled(&self, element: Element, factor: f64) -> Element {

@@ -74,19 +74,31 @@ impl Pattern {
 
     /// One period of what `rank` gives, as bytes.
     pub(super) fn given(self, rank: u32) -> Vec<u8> {
-        self.table(|i| (self.value(rank, i), self.imaginary(rank, i)))
+        self.table(|i| (self.value(rank, i), self.imaginary(rank, i)), false)
     }
 
     /// One period of the reduction of all ranks, as bytes.
     pub(super) fn reduced(self) -> Vec<u8> {
-        self.table(|i| (self.combine(Pattern::value, i), self.combine(Pattern::imaginary, i)))
+        let rounded = self.op == Some(ReduceOp::Average) && !self.dtype.is_integer();
+        self.table(|i| (self.combine(Pattern::value, i), self.combine(Pattern::imaginary, i)), rounded)
     }
 
-    fn table(self, value: impl Fn(u64) -> (i64, i64)) -> Vec<u8> {
+    /// What the product of a sum and 1 / size is in the accumulator of the type, for Average of floats: not always
+    /// the whole number that it would be without rounding.
+    fn rounded(self, value: i64) -> f64 {
+        let (sum, factor) = (value as f64 * f64::from(self.size), 1.0 / f64::from(self.size));
+        match self.dtype {
+            DType::F64 | DType::C128 => sum * factor,
+            _ => f64::from(sum as f32 * factor as f32),
+        }
+    }
+
+    fn table(self, value: impl Fn(u64) -> (i64, i64), rounded: bool) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(PERIOD as usize * self.dtype.size());
+        let number = |value: i64| if rounded { self.rounded(value) } else { value as f64 };
         for i in 0..PERIOD {
             let (real, imaginary) = value(i);
-            encode(self.dtype, real, imaginary, &mut bytes);
+            encode(self.dtype, number(real), number(imaginary), &mut bytes);
         }
         bytes
     }
@@ -104,23 +116,23 @@ fn deviation(rank: u32, size: u32) -> i64 {
     }
 }
 
-fn encode(dtype: DType, real: i64, imaginary: i64, out: &mut Vec<u8>) {
+fn encode(dtype: DType, real: f64, imaginary: f64, out: &mut Vec<u8>) {
     match dtype {
         DType::U8 | DType::I8 | DType::Bool => out.push(real as u8),
         DType::U16 | DType::I16 => out.extend((real as u16).to_le_bytes()),
         DType::U32 | DType::I32 => out.extend((real as u32).to_le_bytes()),
-        DType::U64 | DType::I64 => out.extend(real.to_le_bytes()),
-        DType::F16 => out.extend(half::f16::from_f64(real as f64).to_le_bytes()),
-        DType::BF16 => out.extend(half::bf16::from_f64(real as f64).to_le_bytes()),
+        DType::U64 | DType::I64 => out.extend((real as i64).to_le_bytes()),
+        DType::F16 => out.extend(half::f16::from_f64(real).to_le_bytes()),
+        DType::BF16 => out.extend(half::bf16::from_f64(real).to_le_bytes()),
         DType::F32 => out.extend((real as f32).to_le_bytes()),
-        DType::F64 => out.extend((real as f64).to_le_bytes()),
+        DType::F64 => out.extend(real.to_le_bytes()),
         DType::C64 => {
             out.extend((real as f32).to_le_bytes());
             out.extend((imaginary as f32).to_le_bytes());
         }
         DType::C128 => {
-            out.extend((real as f64).to_le_bytes());
-            out.extend((imaginary as f64).to_le_bytes());
+            out.extend(real.to_le_bytes());
+            out.extend(imaginary.to_le_bytes());
         }
     }
 }
