@@ -77,7 +77,12 @@ impl Layout {
     /// One chunk per member, given as lists of extents; a chunk that does not exist on this side is empty.
     /// `lengths` holds the length of every chunk, also of those that exist only elsewhere.
     #[must_use]
-    pub fn blocks(input: Vec<Vec<Extent>>, output: Vec<Vec<Extent>>, lengths: Vec<u64>, tensors: usize) -> Layout {
+    pub fn blocks(
+        input: Vec<Vec<Extent>>,
+        output: Vec<Vec<Extent>>,
+        lengths: Vec<u64>,
+        tensors: usize,
+    ) -> Layout {
         assert_eq!(input.len(), lengths.len(), "one input list per chunk");
         assert_eq!(output.len(), lengths.len(), "one output list per chunk");
         Layout { input, output, lengths, tensors, cut_scratch: false }
@@ -170,7 +175,10 @@ fn window_of(extents: &[Extent], cut: Cut, into: &mut Vec<Extent>) {
         let start = range.start.max(position);
         let end = range.end.min(position + extent.len);
         if start < end {
-            push(into, Extent { region: extent.region, offset: extent.offset + start - position, len: end - start });
+            push(
+                into,
+                Extent { region: extent.region, offset: extent.offset + start - position, len: end - start },
+            );
         }
         position += extent.len;
     }

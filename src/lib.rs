@@ -15,6 +15,7 @@ pub mod coordinator;
 pub mod fusion;
 pub mod membership;
 pub mod run;
+pub mod fork;
 pub mod memory;
 pub mod device;
 pub mod transport;

@@ -70,7 +70,7 @@ impl Program {
 fn ordinals(schedule: &Schedule) -> Vec<u32> {
     let mut sent = vec![0u32; schedule.size as usize];
     let mut received = vec![0u32; schedule.size as usize];
-    let mut number = |counts: &mut Vec<u32>, peer: u32| {
+    let number = |counts: &mut Vec<u32>, peer: u32| {
         let n = counts[peer as usize];
         counts[peer as usize] += 1;
         n
@@ -138,7 +138,11 @@ impl Run {
         let steps = program.steps() as usize;
         self.left[slot] = program.steps();
         self.waiting[slot * steps..(slot + 1) * steps].copy_from_slice(&program.waits);
-        orders.extend((0..program.steps()).filter(|&s| program.waits[s as usize] == 0).map(|step| Order { window, step }));
+        orders.extend(
+            (0..program.steps())
+                .filter(|&s| program.waits[s as usize] == 0)
+                .map(|step| Order { window, step }),
+        );
     }
 
     /// A step is complete; appends what may start now.
@@ -159,7 +163,9 @@ impl Run {
             self.finished += 1;
             // Windows may finish out of order; a new one takes the slot of its own number, so it starts only
             // when that very slot is free.
-            while self.started < program.windows && self.left[(self.started % program.in_flight) as usize] == 0 {
+            while self.started < program.windows
+                && self.left[(self.started % program.in_flight) as usize] == 0
+            {
                 self.start_window(orders);
             }
         }

@@ -305,14 +305,12 @@ named! {
 named! {
     /// The widest vector instructions that reductions may use. All levels give the same bits.
     SimdLevel {
-        /// No explicit vector instructions.
-        Scalar = "scalar" | "off";
-        /// 256-bit vectors on x86-64, with F16C and FMA.
+        /// What every processor of this architecture has.
+        Baseline = "baseline";
+        /// AVX2 and F16C (x86-64-v3).
         Avx2 = "avx2";
-        /// 512-bit vectors on x86-64.
+        /// AVX-512 (x86-64-v4).
         Avx512 = "avx512";
-        /// 128-bit vectors on AArch64.
-        Neon = "neon";
     }
 }
 

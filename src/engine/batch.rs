@@ -61,7 +61,11 @@ impl Engine {
         let (me, size) = (process_set.me(), process_set.size());
         let first = &cut[batch.operation as usize];
         let signature = Arc::clone(&first.signature);
-        let root = if signature.collective.has_root() { process_set.member_of(signature.root).unwrap_or(0) } else { 0 };
+        let root = if signature.collective.has_root() {
+            process_set.member_of(signature.root).unwrap_or(0)
+        } else {
+            0
+        };
         let hosts = Arc::clone(&process_set.hosts);
         let dtype = signature.tensors[batch.parts[0].tensor as usize].dtype;
         let reduction = Reduction { dtype, op: signature.op };
@@ -109,7 +113,11 @@ impl Engine {
     fn launch(&mut self, mut flight: Box<BatchFlight>, plan: Arc<Plan>) {
         flight.scratch = self.take_scratch(plan.scratch_bytes);
         if let Some(scratch) = &flight.scratch {
-            assert_eq!(flight.regions.len(), scratch_region(flight.ops.len()) as usize, "two regions per tensor");
+            assert_eq!(
+                flight.regions.len(),
+                scratch_region(flight.ops.len()) as usize,
+                "two regions per tensor"
+            );
             // SAFETY: the flight owns the scratch until the run is forgotten.
             flight.regions.push(unsafe { Region::new(scratch.as_ptr(), plan.scratch_bytes) });
         }
@@ -156,7 +164,9 @@ impl Engine {
         let Some(Flight::Batch(flight)) = &mut self.flights[id.slot as usize] else { return };
         let plan = Arc::clone(flight.plan.as_ref().expect("a flight has a plan"));
         let set = &self.sets[&flight.set];
-        let stream = |window: u32, step: u32| batch_stream(flight.set, flight.sequence, window, plan.program.ordinal(step));
+        let stream = |window: u32, step: u32| {
+            batch_stream(flight.set, flight.sequence, window, plan.program.ordinal(step))
+        };
         let mut failure = None;
         while let Some(order) = orders.pop() {
             let token = Token { run: id, window: order.window, step: order.step };
@@ -185,7 +195,10 @@ impl Engine {
                     },
                 ),
             };
-            self.links.post(set.ranks[peer as usize], LinkOrder { token, stream: stream(order.window, order.step), kind });
+            self.links.post(
+                set.ranks[peer as usize],
+                LinkOrder { token, stream: stream(order.window, order.step), kind },
+            );
         }
         if flight.run.is_finished() {
             self.finish_batch(id);
@@ -236,7 +249,14 @@ impl Engine {
     }
 
     /// Puts a tensor's two regions into a batch's table, and allocates its output where the caller gave none.
-    fn take_tensor(&mut self, op: OpId, t: usize, dtype: crate::types::DType, sizes: Sizes, regions: &mut Vec<Region>) {
+    fn take_tensor(
+        &mut self,
+        op: OpId,
+        t: usize,
+        dtype: crate::types::DType,
+        sizes: Sizes,
+        regions: &mut Vec<Region>,
+    ) {
         let output_bytes = sizes.output_bytes(dtype);
         let operation = self.ops.get_mut(&op).expect("an agreed operation is in flight here");
         let memory = operation.tensors[t];
@@ -355,7 +375,9 @@ fn push_bytes(agreed: &Agreed, t: usize, me: u32, size: u32, into: &mut Vec<u64>
         Collective::Alltoall => {
             into.extend((0..size).map(|to| operation::split(&agreed.call, me, to, t, size) * row_bytes));
             into.extend((0..size).map(|from| operation::split(&agreed.call, from, me, t, size) * row_bytes));
-            let all = |from| (0..size).map(move |to| operation::split(&agreed.call, from, to, t, size)).sum::<u64>();
+            let all = |from| {
+                (0..size).map(move |to| operation::split(&agreed.call, from, to, t, size)).sum::<u64>()
+            };
             (0..size).map(all).sum::<u64>() * row_bytes
         }
         _ => {
@@ -368,7 +390,11 @@ fn push_bytes(agreed: &Agreed, t: usize, me: u32, size: u32, into: &mut Vec<u64>
 /// Memory in the place of a tensor that a joined member does not have.
 fn stand_in(sizes: &Sizes, reduction: Reduction, collective: Collective, flight: &mut BatchFlight) {
     flight.identity = collective.reduces().then_some(reduction);
-    let output = sizes.output_bytes(reduction.dtype).max(if collective == Collective::Reduce { sizes.input } else { 0 });
+    let output = sizes.output_bytes(reduction.dtype).max(if collective == Collective::Reduce {
+        sizes.input
+    } else {
+        0
+    });
     for bytes in [sizes.input, output] {
         let owned = OwnedBytes::zeroed(bytes as usize);
         // SAFETY: the flight owns the stand-ins until the run is forgotten.
@@ -379,5 +405,10 @@ fn stand_in(sizes: &Sizes, reduction: Reduction, collective: Collective, flight:
 
 /// The name of one message of a batch, which both sides compute alike.
 fn batch_stream(set: SetId, sequence: u64, window: u32, ordinal: u32) -> Stream {
-    Stream(u128::from(set.0) << 96 | u128::from(sequence & 0xFFFF_FFFF_FFFF) << 48 | u128::from(window) << 32 | u128::from(ordinal))
+    Stream(
+        u128::from(set.0) << 96
+            | u128::from(sequence & 0xFFFF_FFFF_FFFF) << 48
+            | u128::from(window) << 32
+            | u128::from(ordinal),
+    )
 }

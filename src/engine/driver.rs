@@ -88,8 +88,11 @@ struct Shared {
 /// The engine of this process, and the thread that drives it while nobody waits.
 pub struct Driver {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
+
+/// How long a waiting caller keeps the processor for itself.
+const SPIN_ALONE_NS: u64 = 20_000;
 
 /// The longest sleep: a bound on what a lost wake could cost, never relied upon.
 const NAP: Duration = Duration::from_millis(100);
@@ -124,8 +127,9 @@ impl Driver {
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("carole".into()).spawn(move || background.background())?;
-        Ok(Driver { shared, thread: Some(thread) })
+        let thread =
+            std::thread::Builder::new().name("carole".into()).spawn(move || background.background())?;
+        Ok(Driver { shared, thread: Mutex::new(Some(thread)) })
     }
 
     /// Submits what `fill` writes. With `quiet` nobody is woken: the caller waits at once and drives itself.
@@ -191,12 +195,13 @@ impl Driver {
     }
 
     /// Says goodbye, lets it leave for a bounded time, and stops.
-    pub fn stop(mut self) {
+    pub fn stop(&self) {
         self.stop_background();
         let mut engine = lock(&self.shared.engine);
         let now = self.shared.now();
         engine.leave();
         let limit = now.after_ns(limits::SHUTDOWN_MS * 1_000_000);
+        *lock(&self.shared.failure) = Some(Error::Shutdown(None));
         loop {
             let moved = self.shared.turn(&mut engine);
             let now = self.shared.now();
@@ -211,11 +216,11 @@ impl Driver {
         }
     }
 
-    fn stop_background(&mut self) {
+    fn stop_background(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.nudge.wake();
         self.shared.waker.wake();
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = lock(&self.thread).take() {
             // The thread catches its own panics; there is nothing to learn from its result.
             let _ = thread.join();
         }
@@ -274,7 +279,8 @@ impl Shared {
 
     fn fail(&self, engine: &mut Engine, panic: &(dyn Any + Send)) {
         let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic".into());
+        let text =
+            text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic".into());
         let cause = Cause::Aborted(text);
         let broken = Broken { epoch: engine.epoch, culprit: Some(engine.me), cause: cause.clone() };
         let error = Error::Broken(Arc::new(broken));
@@ -331,7 +337,8 @@ impl Shared {
             }
             None => {
                 let mut tensors = engine.spare_tensors();
-                tensors.extend(submitted.tensors.iter().map(|&(input, output)| TensorMemory { input, output }));
+                tensors
+                    .extend(submitted.tensors.iter().map(|&(input, output)| TensorMemory { input, output }));
                 let outcome = engine.submit(
                     &Submission {
                         op,
@@ -379,7 +386,11 @@ impl Shared {
             let now = self.now();
             let since = *idle_since.get_or_insert(now);
             if now.since(since) < self.patience.spin_ns {
-                if self.patience.yields { std::thread::yield_now() } else { std::hint::spin_loop() }
+                if self.patience.yields {
+                    std::thread::yield_now()
+                } else {
+                    std::hint::spin_loop()
+                }
                 continue;
             }
             self.sleep_as_caller(&mut engine, until);

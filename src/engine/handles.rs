@@ -108,7 +108,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn used_up() -> Error {
-    Error::usage("this handle is not in flight: it was waited for already, or it belongs to an earlier init()")
+    Error::usage(
+        "this handle is not in flight: it was waited for already, or it belongs to an earlier init()",
+    )
 }
 
 impl Handles {
@@ -122,11 +124,19 @@ impl Handles {
         let page = self.pages.get(index as usize / PAGE).and_then(OnceLock::get).ok_or_else(used_up)?;
         let slot = &page[index as usize % PAGE];
         let state = slot.state.load(Ordering::Acquire);
-        if state & 3 != 0 && (state >> 2) & 0xFF_FFFF_FFFF == handle >> 24 { Ok((slot, state)) } else { Err(used_up()) }
+        if state & 3 != 0 && (state >> 2) & 0xFF_FFFF_FFFF == handle >> 24 {
+            Ok((slot, state))
+        } else {
+            Err(used_up())
+        }
     }
 
     /// Takes a slot and lets `fill` write the submission into recycled memory. Returns the handle and the slot.
-    pub fn open(&self, keep: Option<Box<dyn Any + Send>>, fill: impl FnOnce(&mut Submitted)) -> Result<(u64, u32)> {
+    pub fn open(
+        &self,
+        keep: Option<Box<dyn Any + Send>>,
+        fill: impl FnOnce(&mut Submitted),
+    ) -> Result<(u64, u32)> {
         let (index, spare) = {
             let mut free = lock(&self.free);
             let index = match free.slots.pop() {
@@ -182,7 +192,12 @@ impl Handles {
         }
     }
 
-    fn close(&self, index: u32, slot: &Slot, inner: &mut Inner) -> (Result<Outcome>, Option<Box<dyn Any + Send>>) {
+    fn close(
+        &self,
+        index: u32,
+        slot: &Slot,
+        inner: &mut Inner,
+    ) -> (Result<Outcome>, Option<Box<dyn Any + Send>>) {
         let state = slot.state.load(Ordering::Relaxed);
         slot.state.store(state & !3, Ordering::Release);
         let result = inner.result.take().expect("only what has ended is closed");

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::error::Cause;
+use crate::fork;
 use crate::memory::{Memory, RunId};
 use crate::transport::{Events, Fabric, FabricEvent, Link, LinkOrder};
 use crate::types::{Rank, Time};
@@ -131,6 +132,7 @@ impl Links {
             }
             Slot::None => {}
         }
+        link.descriptors(&mut |fd, _| fork::own(fd));
         *slot = Slot::Up(link);
         self.up.push(peer);
         changes.push(LinkChange::Up(peer));
@@ -138,6 +140,7 @@ impl Links {
 
     fn fall(&mut self, peer: Rank, cause: Cause, changes: &mut Vec<LinkChange>) {
         let slot = &mut self.slots[peer.0 as usize];
+        disown(slot);
         let was = std::mem::replace(slot, Slot::Dead);
         self.up.retain(|&p| p != peer);
         match was {
@@ -157,7 +160,9 @@ impl Links {
         changes: &mut Vec<LinkChange>,
     ) -> bool {
         let peer = self.up[place];
-        let Slot::Up(link) = &mut self.slots[peer.0 as usize] else { unreachable!("up lists links that are up") };
+        let Slot::Up(link) = &mut self.slots[peer.0 as usize] else {
+            unreachable!("up lists links that are up")
+        };
         match link.progress(memory, now, events) {
             Ok(moved) => moved,
             Err(cause) => {
@@ -193,7 +198,9 @@ impl Links {
         let mut place = 0;
         while place < self.up.len() {
             let peer = self.up[place];
-            let Slot::Up(link) = &mut self.slots[peer.0 as usize] else { unreachable!("up lists links that are up") };
+            let Slot::Up(link) = &mut self.slots[peer.0 as usize] else {
+                unreachable!("up lists links that are up")
+            };
             match link.arm() {
                 Ok(there) => busy |= there,
                 Err(cause) => {
@@ -236,7 +243,22 @@ impl Links {
 
     /// Forgets a peer that has said goodbye: the end of its connection is no failure.
     pub fn close(&mut self, peer: Rank) {
-        self.slots[peer.0 as usize] = Slot::Dead;
+        let slot = &mut self.slots[peer.0 as usize];
+        disown(slot);
+        *slot = Slot::Dead;
         self.up.retain(|&p| p != peer);
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        self.slots.iter().for_each(disown);
+    }
+}
+
+/// Before the descriptors of a link are closed, forked children must forget their numbers.
+fn disown(slot: &Slot) {
+    if let Slot::Up(link) = slot {
+        link.descriptors(&mut |fd, _| fork::disown(fd));
     }
 }

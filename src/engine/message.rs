@@ -49,7 +49,11 @@ impl Engine {
         operation.tensors.clear();
         operation.outcome.tensors.clear();
         if !m.sends {
-            operation.outcome.tensors.push(OutputTensor { dtype: m.dtype, shape: shape.to_vec(), memory: None });
+            operation.outcome.tensors.push(OutputTensor {
+                dtype: m.dtype,
+                shape: shape.to_vec(),
+                memory: None,
+            });
         }
         self.ops.insert(m.op, operation);
         let counter = self.messages.entry((m.set, m.peer, m.tag, m.sends)).or_insert(0);

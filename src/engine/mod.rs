@@ -263,21 +263,32 @@ impl Engine {
         }
     }
 
-    fn coordinate(&mut self, peer: Rank, id: SetId, body: &[u8], now: Time) -> std::result::Result<(), Cause> {
+    fn coordinate(
+        &mut self,
+        peer: Rank,
+        id: SetId,
+        body: &[u8],
+        now: Time,
+    ) -> std::result::Result<(), Cause> {
         if self.broken.is_some() {
             return Ok(());
         }
         let Some(set) = self.sets.get_mut(&id) else {
             if id.0 >= self.next_set {
                 if self.early.len() == limits::EARLY_MESSAGES_MAX {
-                    return Err(Cause::Misbehaved(format!("agreement of process set {}, which nobody made", id.0)));
+                    return Err(Cause::Misbehaved(format!(
+                        "agreement of process set {}, which nobody made",
+                        id.0
+                    )));
                 }
                 self.early.push((peer, id, body.to_vec()));
             }
             // Otherwise this rank has removed the set already, and what is under way in it has failed.
             return Ok(());
         };
-        let from = set.member_of(peer).ok_or_else(|| Cause::Misbehaved(format!("agreement of process set {} from outside", id.0)))?;
+        let from = set
+            .member_of(peer)
+            .ok_or_else(|| Cause::Misbehaved(format!("agreement of process set {} from outside", id.0)))?;
         match &mut set.coordinator {
             Some(coordinator) => coordinator.receive(crate::types::Member(from), body, now),
             // A member has left; the sender does not know yet.
@@ -374,7 +385,8 @@ impl Engine {
     /// When [`Engine::turn`] is to be called at the latest.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        let coordinators = self.sets.values().filter_map(|s| s.coordinator.as_ref()).filter_map(|c| c.poll_timeout());
+        let coordinators =
+            self.sets.values().filter_map(|s| s.coordinator.as_ref()).filter_map(|c| c.poll_timeout());
         coordinators.chain(self.membership.poll_timeout()).min()
     }
 

@@ -88,7 +88,9 @@ pub fn sizes(agreed: &Agreed, t: usize, me: u32, size: u32, root: u32) -> Sizes 
     };
     match signature.collective {
         Collective::Allreduce => Sizes { input: all, output: Some(tensor.shape.clone()) },
-        Collective::Broadcast => Sizes { input: if me == root { all } else { 0 }, output: Some(tensor.shape.clone()) },
+        Collective::Broadcast => {
+            Sizes { input: if me == root { all } else { 0 }, output: Some(tensor.shape.clone()) }
+        }
         Collective::Reduce => Sizes { input: all, output: (me == root).then(|| tensor.shape.clone()) },
         Collective::Allgather | Collective::Gather => {
             let rows: u64 = (0..size).map(|m| gathered_rows(&agreed.call, m, t)).sum();

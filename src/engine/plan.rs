@@ -117,7 +117,9 @@ impl Plans {
         self.key.clear();
         self.key.extend([
             u64::from(set),
-            u64::from(shape.collective.code()) << 16 | u64::from(shape.op.code()) << 8 | u64::from(shape.dtype.code()),
+            u64::from(shape.collective.code()) << 16
+                | u64::from(shape.op.code()) << 8
+                | u64::from(shape.dtype.code()),
             u64::from(shape.root) << 32 | u64::from(shape.divisor),
             shape.scale.pre.to_bits(),
             shape.scale.post.to_bits(),
@@ -172,13 +174,15 @@ fn layout(shape: &BatchShape<'_>, chunks: u32) -> Layout {
             // The output holds every block in member order; the input is the own block.
             let (output, lengths) = blocks(shape, size, output_region);
             let mut input = vec![Vec::new(); size];
-            input[me] = (0..shape.tensors).map(|t| whole(input_region(t), shape.bytes[t * size + me])).collect();
+            input[me] =
+                (0..shape.tensors).map(|t| whole(input_region(t), shape.bytes[t * size + me])).collect();
             Layout::blocks(input, output, lengths, shape.tensors)
         }
         Collective::Reducescatter | Collective::Scatter => {
             let (input, lengths) = blocks(shape, size, input_region);
             let mut output = vec![Vec::new(); size];
-            output[me] = (0..shape.tensors).map(|t| whole(output_region(t), shape.bytes[t * size + me])).collect();
+            output[me] =
+                (0..shape.tensors).map(|t| whole(output_region(t), shape.bytes[t * size + me])).collect();
             Layout::blocks(input, output, lengths, shape.tensors)
         }
         Collective::Alltoall => alltoall_layout(shape, size),
@@ -278,7 +282,9 @@ impl Resolver<'_> {
                 reduction,
                 incoming_first: *from < self.shape.me,
             },
-            Verb::Copy { dst, src } => Action::Device(DeviceOrder::Copy { dst: self.pieces(dst), src: self.pieces(src) }),
+            Verb::Copy { dst, src } => {
+                Action::Device(DeviceOrder::Copy { dst: self.pieces(dst), src: self.pieces(src) })
+            }
             Verb::Prepare { dst, src } => Action::Device(DeviceOrder::Scale {
                 dst: self.pieces(dst),
                 src: self.pieces(src),
@@ -305,7 +311,9 @@ impl Resolver<'_> {
                 dtype,
             }),
             Verb::Finish { .. } if finish.is_identity() => Action::Nothing,
-            Verb::Finish { span } => Action::Device(DeviceOrder::Finish { dst: self.pieces(span), dtype, finish }),
+            Verb::Finish { span } => {
+                Action::Device(DeviceOrder::Finish { dst: self.pieces(span), dtype, finish })
+            }
         };
         if is_empty(&action) { Action::Nothing } else { action }
     }

@@ -69,7 +69,9 @@ impl Engine {
         let mut place = 0;
         while let Some((&id, _)) = self.sets.iter().nth(place) {
             place += 1;
-            let Some(coordinator) = self.sets.get_mut(&id).and_then(|s| s.coordinator.as_mut()) else { continue };
+            let Some(coordinator) = self.sets.get_mut(&id).and_then(|s| s.coordinator.as_mut()) else {
+                continue;
+            };
             if coordinator.poll_timeout().is_some_and(|at| at <= now) {
                 coordinator.handle_timeout(now);
             }
@@ -157,7 +159,10 @@ impl Engine {
         let result = match known {
             Some(id) => Err(Error::Mismatch(Arc::new(Mismatch {
                 tensor: agreed.name.to_string(),
-                message: format!("a process set of these ranks exists already (number {}); use that one", id.0),
+                message: format!(
+                    "a process set of these ranks exists already (number {}); use that one",
+                    id.0
+                ),
             }))),
             None => {
                 let id = self.make_set(&ranks);
@@ -186,9 +191,11 @@ impl Engine {
     }
 
     fn remove_agreed_set(&mut self, agreed: &Agreed) {
-        let known = self.sets.iter().find(|(_, set)| set.ranks[..] == agreed.signature.ranks[..]).map(|(&id, _)| id);
+        let known =
+            self.sets.iter().find(|(_, set)| set.ranks[..] == agreed.signature.ranks[..]).map(|(&id, _)| id);
         if let Some(id) = known {
-            let error = Error::usage(format!("process set {} was removed while this operation was in flight", id.0));
+            let error =
+                Error::usage(format!("process set {} was removed while this operation was in flight", id.0));
             self.fail_set(id, &error);
             self.sets.remove(&id);
         }
@@ -234,10 +241,16 @@ impl Engine {
             return Err(Error::usage("this operation's number is in use"));
         }
         match self.sets.get(&set) {
-            None => Err(Error::usage(format!("process set {} does not exist; add_process_set() makes one", set.0))),
-            Some(s) if s.member.is_none() => {
-                Err(Error::usage(format!("{} is not a member of process set {} ({})", self.me, set.0, list(&s.ranks))))
-            }
+            None => Err(Error::usage(format!(
+                "process set {} does not exist; add_process_set() makes one",
+                set.0
+            ))),
+            Some(s) if s.member.is_none() => Err(Error::usage(format!(
+                "{} is not a member of process set {} ({})",
+                self.me,
+                set.0,
+                list(&s.ranks)
+            ))),
             Some(ProcessSet { departed: Some(rank), .. }) => Err(Error::Shutdown(Some(*rank))),
             Some(_) => Ok(()),
         }

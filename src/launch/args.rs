@@ -20,7 +20,7 @@ pub struct Arguments {
     #[arg(long = "num-proc", alias = "np", value_name = "N", help_heading = "Job")]
     pub num_proc: Option<u32>,
     /// The command that each rank runs
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
     /// A file of settings: `name = value` lines, or horovodrun's YAML
     #[arg(long, value_name = "FILE", help_heading = "Job")]
@@ -271,7 +271,8 @@ impl Arguments {
     }
 }
 
-/// horovodrun spells some long flags with one dash. Only what stands before the command is touched.
+/// horovodrun spells some long flags with one dash. Only what stands before the command is touched, and a
+/// `--` is put between the two, so that a flag of ours that does not exist is not taken for the command.
 fn with_two_dashes(argv: Vec<OsString>) -> Vec<OsString> {
     let command = Arguments::command();
     let mut out = Vec::with_capacity(argv.len());
@@ -279,6 +280,9 @@ fn with_two_dashes(argv: Vec<OsString>) -> Vec<OsString> {
     out.extend(argv.next());
     while let Some(argument) = argv.next() {
         let Some(text) = argument.to_str().filter(|text| text.starts_with('-') && *text != "--") else {
+            if argument != "--" {
+                out.push(OsString::from("--"));
+            }
             out.push(argument);
             break;
         };
@@ -427,6 +431,11 @@ mod tests {
                 read(&format!("carolerun {line} -np 1 x")).unwrap_or_else(|e| panic!("{line}: {e}"));
             assert_eq!((arguments.num_proc, arguments.command.len()), (Some(1), 1), "{line}");
         }
-        assert!(read("carolerun --no-such-flag -np 1 x").is_err());
+        for line in
+            ["carolerun --no-such-flag -np 1 x", "carolerun -np 1 --no-such-flag x", "carolerun -np 1 -z"]
+        {
+            assert!(read(line).is_err(), "{line}");
+        }
+        assert_eq!(read("carolerun -np 1 -- -z").unwrap().command, ["-z"]);
     }
 }

@@ -4,6 +4,7 @@
 //! Two processes look after the ranks. The *launcher* (this module and [`supervise`]) talks to the user and
 //! serves the rendezvous. Its child, the *guard*, is the parent of all ranks. Whichever of the two is killed,
 //! the other one ends the job, so nothing is left behind.
+#![deny(unsafe_code)]
 
 mod args;
 mod build;
@@ -12,6 +13,7 @@ mod hosts;
 mod output;
 mod processes;
 mod supervise;
+#[allow(unsafe_code)]
 mod sys;
 
 use crate::config::{Config, Layer, environment, manual};
@@ -83,7 +85,7 @@ fn run(arguments: &Arguments) -> Result<i32> {
     }
     let unused = arguments.unused.given();
     if !unused.is_empty() {
-        complain(&format!("{} has no effect in this version of Carole", unused.join(", ")));
+        complain(&format!("no effect in this version of Carole: {}", unused.join(", ")));
     }
     launch(arguments, &config, size)
 }

@@ -109,7 +109,7 @@ pub fn join(config: &Join) -> Result<Joined> {
     };
     let interfaces: Vec<String> = config
         .environment
-        .get("CAROLE_INTERFACE")
+        .get("CAROLE_INTERFACES")
         .map(|list| {
             list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
         })
@@ -372,12 +372,12 @@ impl Seeker<'_> {
                 where_.display()
             ))
         };
-        if let Err(why) = server::check_private(directory) {
-            return Err(if directory.exists() {
-                Failure::Final(format!("{} {why}", directory.display()))
-            } else {
-                again(why)
-            });
+        // Looked at once only: rank 0 may be making it right now, and then the next attempt finds it.
+        match std::fs::symlink_metadata(directory) {
+            Err(e) => return Err(again(e.to_string())),
+            Ok(facts) => server::is_private(&facts).map_err(|why| {
+                Failure::Final(format!("the rendezvous directory {} {why}", directory.display()))
+            })?,
         }
         let stream = UnixStream::connect(&where_).map_err(|e| again(e.to_string()))?;
         let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|e| again(e.to_string()))?;
@@ -493,9 +493,11 @@ fn pause(watch: &Option<OwnedFd>, deadline: Instant) {
     let left = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(PAUSE_MS));
     let timeout = timespec(left);
     match watch {
-        None => drop(poll(&mut [], Some(&timeout))),
+        None => {
+            let _ = poll(&mut [], Some(&timeout));
+        }
         Some(watch) => {
-            drop(poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&timeout)));
+            let _ = poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&timeout));
             // What changed does not matter: the next attempt looks for itself.
             let mut names = [0u8; 4096];
             while rustix::io::read(watch, &mut names).is_ok_and(|n| n > 0) {}

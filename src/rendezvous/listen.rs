@@ -47,7 +47,7 @@ impl Doors {
         }
         if addresses.is_empty() {
             return Err(Error::usage(format!(
-                "no usable address on interfaces {interfaces:?}; CAROLE_INTERFACE names interfaces that are up on this host"
+                "no usable address on interfaces {interfaces:?}; CAROLE_INTERFACES names interfaces that are up on this host"
             )));
         }
         addresses.sort_by_key(|address| address.ip().is_loopback());
@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn an_interface_that_does_not_exist_is_named() {
         let error = Doors::open(false, &["nosuch7".into()]).unwrap_err().to_string();
-        assert!(error.contains("nosuch7") && error.contains("CAROLE_INTERFACE"), "{error}");
+        assert!(error.contains("nosuch7") && error.contains("CAROLE_INTERFACES"), "{error}");
     }
 
     #[test]

@@ -183,6 +183,11 @@ fn open_private(directory: &Path, litter: &mut Litter) -> Result<Door> {
 /// A directory is private when it is a real one, ours, and closed to all others.
 pub fn check_private(directory: &Path) -> std::result::Result<(), String> {
     let facts = std::fs::symlink_metadata(directory).map_err(|e| format!("cannot be examined: {e}"))?;
+    is_private(&facts)
+}
+
+/// Whether what was found at a path is a private directory; the reason when it is not.
+pub fn is_private(facts: &std::fs::Metadata) -> std::result::Result<(), String> {
     let me = rustix::process::geteuid().as_raw();
     if !facts.is_dir() || facts.uid() != me || facts.mode() & 0o077 != 0 {
         return Err(format!(

@@ -1,34 +1,109 @@
 //! A job that this process takes part in, from init to shutdown.
 
 use super::{Handle, Options, Request, SetInfo, TensorArg, World, request};
-use crate::config::Config;
+use crate::config::{self, Config, SimdLevel, TransportChoice};
+use crate::coordinator;
+use crate::cost::Prices;
+use crate::device::host::{self, Level};
 use crate::engine::driver::{Driver, Patience};
 use crate::engine::handles::{Handles, Message, Submitted, Waited};
+use crate::engine::plan::PlanRules;
+use crate::engine::{Engine, EngineSetup};
 use crate::error::{Error, Result};
+use crate::fusion;
 use crate::limits;
+use crate::log;
+use crate::membership;
 use crate::memory::Region;
-use crate::types::{Collective, GLOBAL_SET, Rank, SetId, TensorSignature};
+use crate::rendezvous::client::{Join, Joined, join};
+use crate::rendezvous::place;
+use crate::rendezvous::porter::{self, Porter, PorterOptions};
+use crate::rendezvous::secret::Secret;
+use crate::transport::tcp::TcpOptions;
+use crate::transport::wake::Waker;
+use crate::types::{Collective, Epoch, GLOBAL_SET, Rank, SetId, TensorSignature};
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLock};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// A job in progress.
 pub(super) struct Live {
     pub(super) options: Options,
     pub(super) world: World,
     pub(super) driver: Driver,
+    porter: Mutex<Option<Porter>>,
     sets: RwLock<BTreeMap<SetId, Arc<SetInfo>>>,
     /// How many unnamed operations of each kind were submitted to each set.
     unnamed: Mutex<HashMap<(SetId, Collective), u32>>,
 }
+
+/// How often this process has joined a job: the number of the next epoch.
+static EPOCH: AtomicU32 = AtomicU32::new(0);
+/// The secret that came through a descriptor, which can be read only once.
+static SECRET: Mutex<Option<Secret>> = Mutex::new(None);
+
+const MS: u64 = 1_000_000;
+/// Shapes whose plans are kept.
+const PLANS_MAX: usize = 4096;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Live {
+    /// Finds the others, agrees with them on the knobs, and starts the engine.
+    pub(super) fn start(options: &Options, handles: Arc<Handles>) -> Result<Live> {
+        let (config, warnings) = Config::load(&options.knobs, config::environment())?;
+        log::configure(&config);
+        for warning in warnings {
+            log::warn(format_args!("{}", warning.message));
+        }
+        let epoch = Epoch(EPOCH.load(Ordering::SeqCst));
+        let mut joined = find_the_others(options, &config, epoch)?;
+        EPOCH.store(epoch.0 + 1, Ordering::SeqCst);
+        let world = world(&joined);
+        log::set_rank(world.rank);
+        if world.rank == 0 {
+            for words in &joined.topology.contradictions {
+                log::warn(format_args!("{words}"));
+            }
+        }
+        let level = Level::from_code(joined.table.simd).unwrap_or(Level::Baseline);
+        host::set_level(level)?;
+        let setup = setup(&config, &joined, epoch);
+        let system = |e: std::io::Error| Error::usage(format!("cannot start: {e}"));
+        let waker = Waker::new().map_err(system)?;
+        joined.warn = Arc::new(|words| log::warn(format_args!("{words}")));
+        let options_of_porter = porter_options(&config);
+        let (porter, fabric) = Porter::start(joined, options_of_porter, waker.clone()).map_err(system)?;
+        let driver = Driver::start(waker, handles, patience(&config, &world), move || {
+            Engine::new(setup, Box::new(fabric))
+        })
+        .map_err(system)?;
+        let everyone: Vec<Rank> = (0..world.size).map(Rank).collect();
+        let live = Live {
+            options: options.clone(),
+            world,
+            driver,
+            porter: Mutex::new(Some(porter)),
+            sets: RwLock::default(),
+            unnamed: Mutex::default(),
+        };
+        live.know_set(GLOBAL_SET, everyone);
+        Ok(live)
+    }
+
+    /// Says goodbye, lets it leave, ends the threads. Other threads may still hold this job; their calls end
+    /// with errors.
+    pub(super) fn stop(&self) {
+        self.driver.stop();
+        if let Some(porter) = lock(&self.porter).take() {
+            porter.shutdown();
+        }
+    }
+
     pub(super) fn all_sets(&self) -> Vec<SetInfo> {
         let sets = self.sets.read().unwrap_or_else(PoisonError::into_inner);
         sets.values().map(|info| (**info).clone()).collect()
@@ -123,7 +198,10 @@ impl Live {
         let elements = tensor.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
         let bytes = elements.and_then(|n| n.checked_mul(tensor.dtype.size() as u64));
         let Some(bytes) = bytes.filter(|&b| b <= limits::TENSOR_BYTES_MAX) else {
-            return Err(Error::usage(format!("a tensor of shape {:?} is larger than any memory", tensor.shape)));
+            return Err(Error::usage(format!(
+                "a tensor of shape {:?} is larger than any memory",
+                tensor.shape
+            )));
         };
         let address = if message.sends { tensor.input.cast_mut() } else { tensor.output };
         if address.is_null() && bytes > 0 {
@@ -215,4 +293,96 @@ impl Live {
         self.sets.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
         Ok(true)
     }
+}
+
+fn find_the_others(options: &Options, config: &Config, epoch: Epoch) -> Result<Joined> {
+    let mut environment = place::environment();
+    environment.extend(options.knobs.iter().cloned());
+    let warn = Arc::new(|words: &str| log::warn(format_args!("{words}")));
+    let inherits = environment.contains_key("CAROLE_SECRET_FD");
+    let mut how = Join::new(environment, epoch, warn);
+    how.knobs = config.agreed().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    how.simd = widest(config).code();
+    how.start_timeout_ms = config.start_timeout_s * 1000;
+    how.secret = lock(&SECRET).clone();
+    let joined = join(&how)?;
+    if inherits {
+        *lock(&SECRET) = Some(joined.secret.clone());
+    }
+    Ok(joined)
+}
+
+/// The widest instructions that this processor has and the knob allows.
+fn widest(config: &Config) -> Level {
+    let allowed = match config.simd {
+        Some(SimdLevel::Baseline) => Level::Baseline,
+        Some(SimdLevel::Avx2) => Level::Avx2,
+        Some(SimdLevel::Avx512) | None => Level::Avx512,
+    };
+    host::available().min(allowed)
+}
+
+fn world(joined: &Joined) -> World {
+    let topology = &joined.topology;
+    let place = topology.ranks[joined.rank.0 as usize];
+    World {
+        rank: joined.rank.0,
+        size: topology.ranks.len() as u32,
+        local_rank: place.local_rank,
+        local_size: topology.local_size(joined.rank),
+        cross_rank: place.cross_rank,
+        cross_size: place.cross_size,
+        homogeneous: topology.homogeneous,
+    }
+}
+
+fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
+    EngineSetup {
+        me: joined.rank,
+        epoch,
+        hosts: joined.topology.ranks.iter().map(|place| place.host).collect(),
+        agreement: coordinator::Rules {
+            fusion_bytes: config.fusion_bytes,
+            window_ns: config.batch_window_us * 1000,
+            cache_keys: config.cache_keys as usize,
+            stall_warn_ns: config.stall_warn_s * 1000 * MS,
+            stall_fail_ns: config.stall_fail_s * 1000 * MS,
+            strict_join: config.strict_compat,
+        },
+        fusion: fusion::Rules { fusion_bytes: config.fusion_bytes },
+        plans: PlanRules {
+            prices: Prices::default(),
+            forced: config.algorithm.map(|name| name.to_string()),
+            strict: config.deterministic,
+            window_bytes: config.window_bytes,
+            plans_max: PLANS_MAX,
+        },
+        membership: membership::Rules {
+            silence_ns: config.timeout_ms * MS,
+            heartbeat_ns: config.timeout_ms * MS / 6,
+        },
+    }
+}
+
+fn porter_options(config: &Config) -> PorterOptions {
+    PorterOptions {
+        choice: match config.transport {
+            TransportChoice::Auto => porter::Choice::Auto,
+            TransportChoice::Shm => porter::Choice::Shm,
+            TransportChoice::Tcp => porter::Choice::Tcp,
+        },
+        tcp_lanes: config.tcp_lanes as usize,
+        tcp: TcpOptions {
+            congestion: config.tcp_congestion.clone(),
+            user_timeout_ms: 2 * config.timeout_ms,
+            ..TcpOptions::default()
+        },
+    }
+}
+
+/// Spinning pays only where every rank of the host has a processor of its own.
+fn patience(config: &Config, world: &World) -> Patience {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let crowded = world.local_size as usize > processors;
+    Patience { spin_ns: config.spin_us * 1000, yields: crowded }
 }

@@ -4,10 +4,11 @@ mod live;
 mod request;
 
 use crate::engine::handles::{Handles, Message, Waited};
-use crate::error::{Error, Result};
-use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
 pub use crate::engine::{Outcome, OutputTensor};
+use crate::error::{Error, Result};
+use crate::fork;
 pub use crate::memory::OwnedBytes;
+use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
 use live::Live;
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -159,10 +160,12 @@ pub fn init(options: &Options) -> Result<()> {
     if let Ok(live) = live() {
         return match live.options == *options {
             true => Ok(()),
-            false => Err(Error::usage("init() was called with other arguments before; call shutdown() first")),
+            false => {
+                Err(Error::usage("init() was called with other arguments before; call shutdown() first"))
+            }
         };
     }
-    live::watch_forks(&FORKED);
+    fork::watch(&FORKED);
     let live = Arc::new(Live::start(options, Arc::clone(handles()))?);
     *LIVE.write().unwrap_or_else(PoisonError::into_inner) = Some(live);
     for ranks in &options.process_sets {
@@ -259,7 +262,9 @@ fn timed_out(handle: Handle, timeout: Option<Duration>) -> Error {
     let explained = live().ok().and_then(|live| live.driver.explain(handle.0));
     let seconds = timeout.unwrap_or_default().as_secs_f64();
     let reason = explained.map_or(String::new(), |e| format!(": {e}"));
-    Error::Timeout(format!("the operation has no outcome after {seconds} s{reason}; it stays in flight and can be waited for again"))
+    Error::Timeout(format!(
+        "the operation has no outcome after {seconds} s{reason}; it stays in flight and can be waited for again"
+    ))
 }
 
 /// Gives up a handle: the operation finishes by itself, and what it kept alive comes back from [`released`].

@@ -84,17 +84,26 @@ fn ranks_in_words(set: &SetInfo) -> String {
 fn check_tensor(request: &Request<'_>, tensor: &TensorArg<'_>, t: usize) -> Result<(), String> {
     if request.collective.reduces() {
         request.op.accepts(tensor.dtype).map_err(|why| {
-            format!("{} of a {} tensor (number {t}) with {}: {why}", request.collective, tensor.dtype, request.op)
+            format!(
+                "{} of a {} tensor (number {t}) with {}: {why}",
+                request.collective, tensor.dtype, request.op
+            )
         })?;
         if request.op == ReduceOp::Adasum && request.collective != Collective::Allreduce {
             return Err(format!("Adasum is an operation of allreduce, not of {}", request.collective));
         }
-        if tensor.dtype == crate::types::DType::Bool && (request.scale.pre != 1.0 || request.scale.post != 1.0) {
+        if tensor.dtype == crate::types::DType::Bool
+            && (request.scale.pre != 1.0 || request.scale.post != 1.0)
+        {
             return Err("bool tensors have no scale; leave prescale_factor and postscale_factor at 1".into());
         }
     }
     if tensor.shape.len() > limits::DIMENSIONS_MAX {
-        return Err(format!("tensor {t} has {} dimensions; at most {} are possible", tensor.shape.len(), limits::DIMENSIONS_MAX));
+        return Err(format!(
+            "tensor {t} has {} dimensions; at most {} are possible",
+            tensor.shape.len(),
+            limits::DIMENSIONS_MAX
+        ));
     }
     let bytes = bytes_of(tensor).filter(|&b| b <= limits::TENSOR_BYTES_MAX);
     if bytes.is_none() {
@@ -146,7 +155,8 @@ fn push_memory(
     let output_bytes = match request.collective {
         Collective::Reducescatter | Collective::Scatter => {
             let rows = tensor.shape.first().copied().unwrap_or(1);
-            let mine = crate::layout::dealt_rows(rows, u64::from(set.me.unwrap_or(0)), set.ranks.len() as u64);
+            let mine =
+                crate::layout::dealt_rows(rows, u64::from(set.me.unwrap_or(0)), set.ranks.len() as u64);
             if rows == 0 { 0 } else { bytes / rows * (mine.end - mine.start) }
         }
         _ => bytes,

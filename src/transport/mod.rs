@@ -46,6 +46,11 @@ pub trait Pipe: Send {
     /// What to watch besides the process's own eventfd: a descriptor that becomes readable (and writable, if
     /// armed with `blocked`). Shared-memory pipes show the socket whose end of file tells that the peer died.
     fn descriptor(&self) -> Option<RawFd>;
+    /// Whether the descriptor becomes writable when there is room. (The socket beside shared memory always is;
+    /// there the eventfd tells.)
+    fn descriptor_tells_room(&self) -> bool {
+        true
+    }
     /// The transport's name: shm, tcp, sim.
     fn kind(&self) -> &'static str;
 }

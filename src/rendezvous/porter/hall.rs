@@ -71,6 +71,9 @@ pub struct Hall {
     warned_shm: bool,
 }
 
+/// The control pipe and the data pipe of a link by shared memory.
+type Pipes = (Box<dyn Pipe>, Box<dyn Pipe>);
+
 struct Connection {
     channel: Channel,
     deadline: Instant,
@@ -90,7 +93,7 @@ enum Stage {
     /// It is proven and will offer a segment.
     Joining { peer: Rank },
     /// The segment is open; the last word is awaited.
-    Joined { peer: Rank, pipes: Option<(Box<dyn Pipe>, Box<dyn Pipe>)> },
+    Joined { peer: Rank, pipes: Option<Pipes> },
     /// The control connection of a link by TCP; the last word is awaited.
     Control { peer: Rank, attempt: u64 },
 }

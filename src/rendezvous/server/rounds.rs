@@ -149,7 +149,7 @@ impl Rounds {
                 let missing: Vec<u32> = (0..self.size).filter(|rank| !round.ranks.contains_key(rank)).collect();
                 let mut reason = format!(
                     "{} of {} did not arrive at the rendezvous within {} s (epoch {epoch}): see whether they were started \
-                     and can reach it; CAROLE_START_TIMEOUT allows more seconds",
+                     and can reach it; CAROLE_START_TIMEOUT_S allows more seconds",
                     name_ranks(&missing),
                     self.size,
                     self.start_timeout.as_secs_f64()

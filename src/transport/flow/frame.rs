@@ -130,7 +130,7 @@ impl Header {
             }
             FrameKind::Data => {
                 self.total <= TENSOR_BYTES_MAX
-                    && self.offset % FRAME_BYTES_MAX as u64 == 0
+                    && self.offset.is_multiple_of(FRAME_BYTES_MAX as u64)
                     && self.offset < self.total
                     && u64::from(self.len) == (self.total - self.offset).min(FRAME_BYTES_MAX as u64)
             }

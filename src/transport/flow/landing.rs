@@ -77,7 +77,7 @@ impl Landing {
     /// `n` bytes have landed.
     pub fn landed(&self, chain: &mut Chain, n: usize) {
         chain.landed += n;
-        if chain.landed % BLOCK_BYTES == 0 && n > 0 && chain.landed < chain.len {
+        if chain.landed.is_multiple_of(BLOCK_BYTES) && n > 0 && chain.landed < chain.len {
             chain.at = self.next[chain.at as usize];
         }
     }

@@ -327,11 +327,12 @@ impl Link for FlowLink {
 
     fn descriptors(&self, visit: &mut dyn FnMut(RawFd, bool)) {
         if let Some(descriptor) = self.control.descriptor() {
-            visit(descriptor, !self.outbox.is_empty());
+            visit(descriptor, !self.outbox.is_empty() && self.control.descriptor_tells_room());
         }
         for lane in &self.lanes {
             if let Some(descriptor) = lane.pipe.descriptor() {
-                visit(descriptor, lane.outgoing.is_some() || self.sends.has_frames());
+                let blocked = lane.outgoing.is_some() || self.sends.has_frames();
+                visit(descriptor, blocked && lane.pipe.descriptor_tells_room());
             }
         }
     }

@@ -234,6 +234,10 @@ impl Pipe for ShmPipe {
         Some(self.shared.socket.as_raw_fd())
     }
 
+    fn descriptor_tells_room(&self) -> bool {
+        false
+    }
+
     fn kind(&self) -> &'static str {
         "shm"
     }

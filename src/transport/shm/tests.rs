@@ -44,7 +44,7 @@ fn only_segments_are_opened() {
     ftruncate(&open, SEGMENT_BYTES as u64).unwrap();
     assert!(matches!(refusal(open), Cause::Misbehaved(why) if why.contains("not sealed")));
     let other = create_segment().unwrap();
-    rustix::io::pwrite(&other, &[1], 7).unwrap();
+    rustix::io::pwrite(&other, &[9], 7).unwrap();
     assert!(matches!(refusal(other), Cause::Misbehaved(why) if why.contains("another version")));
     let segment = create_segment().unwrap();
     assert!(ftruncate(&segment, 4096).is_err(), "nobody takes the memory away");

@@ -81,7 +81,10 @@ impl Network {
     /// A network at time 0.
     #[must_use]
     pub fn new(options: SimOptions) -> Network {
-        assert!(options.capacity_bytes >= 64 && options.capacity_bytes % 32 == 0, "elements are never split");
+        assert!(
+            options.capacity_bytes >= 64 && options.capacity_bytes.is_multiple_of(32),
+            "elements are never split"
+        );
         assert!(options.delay_min_ns <= options.delay_max_ns, "the shortest delay is not above the longest");
         Network(Arc::new(Mutex::new(State {
             options,

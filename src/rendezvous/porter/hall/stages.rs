@@ -295,7 +295,7 @@ impl Hall {
         segment: OwnedFd,
         side: shm::Side,
         theirs: OwnedFd,
-    ) -> Result<(Box<dyn Pipe>, Box<dyn Pipe>), Cause> {
+    ) -> Result<Pipes, Cause> {
         // The pipes watch the socket for the peer's death; until the last word the porter needs it as well.
         let socket = self.connections[&number].channel.as_fd().try_clone_to_owned();
         let socket = socket.map_err(|e| Cause::System(format!("a descriptor could not be copied: {e}")))?;
