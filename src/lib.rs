@@ -23,3 +23,4 @@ pub mod rendezvous;
 pub mod engine;
 pub mod runtime;
 pub mod launch;
+pub mod perf;

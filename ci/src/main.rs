@@ -1,24 +1,117 @@
-//! The tasks behind ci/test, ci/long and ci/demo.
+//! The tasks behind `ci/test`, `ci/long` and `ci/demo`: `cargo run --release -p ci -- TASK`.
+//!
+//! Tasks that need several processes start this program again, once per rank, with plain variables
+//! (`CAROLE_RANK`, `CAROLE_SIZE`) and no launcher. Each task prints what it counted, ends with a line
+//! `passed=N skipped=M`, and fails with a reason and the command that shows it again.
 
+mod agreement_sim;
+mod call;
+mod chaos;
+mod install_c;
+mod intrude;
+mod job;
+mod matrix;
+mod oracle;
+mod order;
+mod random;
 mod sim;
+mod strict;
+mod suite;
 
 use clap::{Parser, Subcommand};
+use std::path::PathBuf;
 
 #[derive(Parser)]
-struct Cli {
+#[command(name = "ci", about = "The tasks behind ci/test, ci/long and ci/demo")]
+struct Command {
     #[command(subcommand)]
     task: Task,
 }
 
 #[derive(Subcommand)]
 enum Task {
-    /// Simulates clusters of whole engines, with faults, from seeds.
+    /// Every kind of test, with a table at the end (ci/test; with --long: ci/long).
+    Suite(suite::Settings),
+    /// Whole engines in one thread and virtual time, with faults, from a seed.
     Sim(sim::SimArgs),
+    /// Latency and messages of an agreed step, from 2 to 4096 ranks.
+    Agreement(agreement_sim::Args),
+    /// Results of every collective, operation, type, algorithm, transport and number of ranks.
+    Matrix(matrix::Settings),
+    /// Strict mode: the same bits whatever the order, the transport and the algorithm.
+    Strict(strict::Settings),
+    /// Many tensors, submitted in another random order on each rank and in each step.
+    Order(order::Settings),
+    /// Ranks killed and stopped at random moments.
+    Chaos(chaos::Settings),
+    /// Garbage, scans and half-open connections on the ports of a running job.
+    Intrude(intrude::Settings),
+    /// Installs libcarole, carole.h and carole.pc.
+    InstallC {
+        /// Where to.
+        #[arg(long)]
+        prefix: PathBuf,
+    },
+    /// One rank of a job of the tasks above.
+    #[command(hide = true, subcommand)]
+    Rank(Rank),
+}
+
+#[derive(Subcommand)]
+enum Rank {
+    Matrix(matrix::RankSettings),
+    Strict(strict::RankSettings),
+    Order(order::RankSettings),
+    Chaos(chaos::RankSettings),
+}
+
+/// What a task found: how many checks passed and how many were not made; or why it failed.
+type Verdict = Result<Count, String>;
+
+/// Checks that passed, and those that were skipped.
+#[derive(Clone, Copy, Default, Debug)]
+struct Count {
+    passed: u64,
+    skipped: u64,
 }
 
 fn main() {
-    let code = match Cli::parse().task {
-        Task::Sim(args) => sim::run(&args),
+    let verdict = match Command::parse().task {
+        Task::Suite(settings) => std::process::exit(suite::run(&settings)),
+        Task::Sim(settings) => match sim::run(&settings) {
+            0 => Ok(Count { passed: settings.seeds, skipped: 0 }),
+            code => std::process::exit(code),
+        },
+        Task::Agreement(settings) => agreement_sim::run(&settings).map(|()| Count { passed: 1, skipped: 0 }),
+        Task::Matrix(settings) => matrix::run(&settings),
+        Task::Strict(settings) => strict::run(&settings),
+        Task::Order(settings) => order::run(&settings),
+        Task::Chaos(settings) => chaos::run(&settings),
+        Task::Intrude(settings) => intrude::run(&settings),
+        Task::InstallC { prefix } => install_c::run(&prefix),
+        Task::Rank(rank) => std::process::exit(run_rank(rank)),
     };
-    std::process::exit(code);
+    match verdict {
+        Ok(count) => println!("passed={} skipped={}", count.passed, count.skipped),
+        Err(words) => {
+            eprintln!("failed: {words}");
+            std::process::exit(1);
+        }
+    }
+}
+
+fn run_rank(rank: Rank) -> i32 {
+    let result = match rank {
+        Rank::Matrix(settings) => matrix::rank(&settings),
+        Rank::Strict(settings) => strict::rank(&settings),
+        Rank::Order(settings) => order::rank(&settings),
+        Rank::Chaos(settings) => chaos::rank(&settings),
+    };
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            println!("error {error}");
+            1
+        }
+    }
 }

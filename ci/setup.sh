@@ -1,0 +1,45 @@
+# Sourced by ci/test and ci/demo from the root of the repository: what a fresh machine may lack.
+# shellcheck shell=bash
+
+say() { printf '%s\n' "$*" >&2; }
+
+# Installs a package of Debian or Ubuntu, as root or through sudo.
+install_package() {
+    local as_root=()
+    [ "$(id -u)" = 0 ] || as_root=(sudo)
+    command -v apt-get >/dev/null || { say "$* is missing, and there is no apt-get here; please install it"; return 1; }
+    say "installing $*"
+    "${as_root[@]}" apt-get update -qq && "${as_root[@]}" apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+need_compiler() {
+    command -v cc >/dev/null && command -v c++ >/dev/null || install_package build-essential
+    command -v cargo >/dev/null || { say "cargo is missing; see https://rustup.rs"; return 1; }
+}
+
+# Sets PYTHON to one that is new enough.
+need_python() {
+    local name
+    for name in python3.11 python3 python3.12 python3.13 python3.10; do
+        if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 9))' 2>/dev/null; then
+            PYTHON=$name
+            return 0
+        fi
+    done
+    install_package python3 python3-venv python3-pip
+    PYTHON=python3
+}
+
+# make_venv FOLDER PACKAGE...: a virtual environment with these packages; done once for each list of them.
+make_venv() {
+    local folder=$1
+    shift
+    local stamp="$folder/.packages"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$*" ]; then
+        return 0
+    fi
+    say "setting up $folder: $*"
+    "$PYTHON" -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip "$@"
+    printf '%s' "$*" >"$stamp"
+}

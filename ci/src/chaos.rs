@@ -1,0 +1,222 @@
+//! Ranks killed and stopped at random moments: every survivor ends its calls with the same `Broken` error that
+//! names the culprit, and a stopped rank that resumes finds itself fenced. Also the job that the intruders
+//! knock at: the same loop, but nobody dies.
+#![forbid(unsafe_code)]
+
+use crate::call::{self, Target, Tensor};
+use crate::job::{Job, Plan};
+use crate::random::Random;
+use crate::{Count, Verdict};
+use carole::error::Error;
+use carole::runtime::{self, Request};
+use carole::types::{Collective, DType, ReduceOp};
+use clap::Args;
+use rustix::process::Signal;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// What to run.
+#[derive(Args, Clone)]
+pub struct Settings {
+    /// Ranks killed, one a job.
+    #[arg(long, default_value_t = 6)]
+    kills: u64,
+    /// Ranks stopped, one a job.
+    #[arg(long, default_value_t = 3)]
+    stops: u64,
+    #[arg(long, default_value_t = 4)]
+    ranks: u32,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Fail when a verdict takes longer than 0.5 s (killed) or 4 s (stopped); else it is only counted, since
+    /// a busy machine makes everything late.
+    #[arg(long)]
+    punctual: bool,
+}
+
+/// What one rank runs.
+#[derive(Args, Clone)]
+pub struct RankSettings {
+    #[arg(long)]
+    seed: u64,
+    /// Ends in an orderly way after this long.
+    #[arg(long, default_value_t = 60_000)]
+    for_ms: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Blow {
+    Kill,
+    Stop,
+}
+
+impl Blow {
+    fn limit_ms(self) -> f64 {
+        if self == Blow::Kill { 500.0 } else { 4000.0 }
+    }
+}
+
+pub fn run(settings: &Settings) -> Verdict {
+    let mut count = Count::default();
+    for (blow, times) in [(Blow::Kill, settings.kills), (Blow::Stop, settings.stops)] {
+        let mut delays = Vec::new();
+        for turn in 0..times {
+            let transport = ["shm", "tcp"][(turn % 2) as usize];
+            let seed = settings.seed.wrapping_mul(1000) + turn;
+            let found = strike(settings.ranks, transport, blow, seed);
+            delays.extend(found.map_err(|words| {
+                format!("{words}\n  ({} ranks, {transport}, seed {seed})", settings.ranks)
+            })?);
+            count.passed += 1;
+        }
+        let late = delays.iter().filter(|&&ms| ms > blow.limit_ms()).count();
+        println!(
+            "chaos: {times} ranks {}; {} survivors, all with the same error; the last knew after {:.0} ms; {late} \
+             later than {:.0} ms",
+            if blow == Blow::Kill { "killed" } else { "stopped" },
+            delays.len(),
+            delays.iter().copied().fold(0.0, f64::max),
+            blow.limit_ms()
+        );
+        if settings.punctual && late > 0 {
+            return Err(format!("{late} verdicts came late"));
+        }
+    }
+    Ok(count)
+}
+
+/// One job, one blow: how many milliseconds each survivor took to know.
+fn strike(ranks: u32, transport: &str, blow: Blow, seed: u64) -> Result<Vec<f64>, String> {
+    let mut random = Random::new(&[seed, 0xC4A05]);
+    let victim = random.below(u64::from(ranks)) as u32;
+    let plan = Plan {
+        args: ["chaos", "--seed"].map(str::to_owned).into_iter().chain([seed.to_string()]).collect(),
+        size: ranks,
+        hosts: 1,
+        knobs: vec![("CAROLE_TRANSPORT", transport.to_owned())],
+        limit: Duration::from_secs(40),
+    };
+    let job = plan.start()?;
+    wait_until_running(&job, ranks)?;
+    std::thread::sleep(Duration::from_millis(random.below(500)));
+    let struck_at = now_ms();
+    job.signal(victim, if blow == Blow::Kill { Signal::KILL } else { Signal::STOP })?;
+    let verdicts = collect(&job, ranks, victim)?;
+    let mut delays = Vec::new();
+    for (rank, at_ms, words) in &verdicts {
+        if *words != verdicts[0].2 {
+            return Err(format!(
+                "rank {rank} says '{words}', but rank {} '{}'",
+                verdicts[0].0, verdicts[0].2
+            ));
+        }
+        if !words.contains(&format!("rank {victim}")) {
+            return Err(format!("rank {victim} was struck, but rank {rank} says '{words}'"));
+        }
+        delays.push(at_ms - struck_at);
+    }
+    if blow == Blow::Stop {
+        revive(&job, victim)?;
+    }
+    Ok(delays)
+}
+
+fn wait_until_running(job: &Job, ranks: u32) -> Result<(), String> {
+    let until = Instant::now() + Duration::from_secs(30);
+    let mut running = 0;
+    while running < ranks {
+        match job.line(until) {
+            Some((_, line)) if line == "running" => running += 1,
+            Some((rank, line)) => return Err(format!("rank {rank} before the blow: {line}")),
+            None => return Err(format!("only {running} of {ranks} ranks came up")),
+        }
+    }
+    Ok(())
+}
+
+/// What each survivor reports: rank, when, words.
+fn collect(job: &Job, ranks: u32, victim: u32) -> Result<Vec<(u32, f64, String)>, String> {
+    let until = Instant::now() + Duration::from_secs(20);
+    let mut verdicts: Vec<(u32, f64, String)> = Vec::new();
+    while verdicts.len() < ranks as usize - 1 {
+        let Some((rank, line)) = job.line(until) else {
+            let told: Vec<u32> = verdicts.iter().map(|verdict| verdict.0).collect();
+            return Err(format!("after 20 s only ranks {told:?} know that rank {victim} was struck"));
+        };
+        match line.strip_prefix("broken ").and_then(|rest| rest.split_once(' ')) {
+            Some((at, words)) if rank != victim => {
+                let at = at.parse().map_err(|_| format!("rank {rank}: {line}"))?;
+                verdicts.push((rank, at, words.to_owned()));
+            }
+            _ => return Err(format!("rank {rank} after the blow to rank {victim}: {line}")),
+        }
+    }
+    Ok(verdicts)
+}
+
+/// The stopped rank goes on, and must learn that the others went on without it.
+fn revive(job: &Job, victim: u32) -> Result<(), String> {
+    job.signal(victim, Signal::CONT)?;
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        match job.line(until) {
+            Some((rank, line)) if rank == victim => {
+                let fenced = line.starts_with("broken ");
+                return if fenced { Ok(()) } else { Err(format!("rank {victim}, resumed: {line}")) };
+            }
+            Some(_) => {}
+            None => return Err(format!("rank {victim} was resumed and does not find itself fenced")),
+        }
+    }
+}
+
+fn now_ms() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_secs_f64() * 1e3
+}
+
+/// One rank: sums of all sizes until something breaks or the time is over.
+pub fn rank(settings: &RankSettings) -> Result<(), String> {
+    runtime::init(&runtime::Options::default()).map_err(|error| error.to_string())?;
+    let begin = Instant::now();
+    // All ranks must run equally many, so the seed decides sizes and one of them decides the end.
+    let mut random = Random::new(&[settings.seed]);
+    call::barrier().map_err(|error| error.to_string())?;
+    println!("running");
+    for step in 0u64.. {
+        let elements = 1 << random.below(18);
+        match one_sum(elements, begin.elapsed() >= Duration::from_millis(settings.for_ms), step) {
+            Ok(false) => {}
+            Ok(true) => break,
+            Err(error @ Error::Broken(_)) => {
+                println!("broken {:.3} {error}", now_ms());
+                // The group is gone; so that the parent sees all survivors' words, none is waited for.
+                return runtime::shutdown().map_err(|error| error.to_string());
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    println!("finished");
+    call::barrier().map_err(|error| error.to_string())?;
+    runtime::shutdown().map_err(|error| error.to_string())
+}
+
+/// One sum; whether some rank wants to end.
+fn one_sum(elements: u64, end: bool, step: u64) -> Result<bool, Error> {
+    let mut values = vec![1.0f32; elements as usize];
+    values[0] = f32::from(u8::from(end));
+    let name = format!("chaos.{elements}");
+    let request = Request {
+        name: Some(&name),
+        collective: Collective::Allreduce,
+        op: ReduceOp::Sum,
+        ..Request::default()
+    };
+    let input = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let tensor = Tensor { dtype: DType::F32, shape: vec![elements], input, place: Target::InPlace };
+    let got = call::run(&request, vec![tensor])?;
+    let sum = |i: usize| f32::from_le_bytes(got.outputs[0][4 * i..4 * i + 4].try_into().expect("4 bytes"));
+    let ranks = runtime::world()?.size as f32;
+    if (1..elements as usize).any(|i| sum(i) != ranks) {
+        return Err(Error::usage(format!("step {step} is wrong")));
+    }
+    Ok(sum(0) > 0.0)
+}

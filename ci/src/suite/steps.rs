@@ -1,0 +1,159 @@
+//! The kinds of test, in the order in which they run: the cheap ones first.
+#![forbid(unsafe_code)]
+
+use crate::install_c::repository;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// One kind of test.
+pub struct Step {
+    pub name: &'static str,
+    /// Run one after another from the root of the repository.
+    pub commands: Vec<Vec<String>>,
+    pub env: Vec<(String, String)>,
+    /// What must be there, and the reason that the table gives when it is not.
+    needs: Vec<(Need, &'static str)>,
+    /// Longer than this, and it hangs.
+    pub limit: Duration,
+}
+
+enum Need {
+    /// A file or folder of the repository.
+    File(&'static str),
+    /// A program that can be started.
+    Program(&'static str),
+    /// A device of this machine.
+    Device(&'static str),
+}
+
+impl Need {
+    fn is_met(&self) -> bool {
+        match self {
+            Need::File(path) => repository().join(path).exists(),
+            Need::Program(program) => {
+                let mut tried = Command::new(program);
+                tried.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
+                tried.status().is_ok_and(|status| status.success())
+            }
+            Need::Device(path) => Path::new(path).exists(),
+        }
+    }
+}
+
+impl Step {
+    fn new(name: &'static str, line: &str) -> Step {
+        Step {
+            name,
+            commands: Vec::new(),
+            env: Vec::new(),
+            needs: Vec::new(),
+            limit: Duration::from_secs(1800),
+        }
+        .then(line)
+    }
+    /// A task of this program.
+    fn task(name: &'static str, line: &str) -> Step {
+        let own = std::env::current_exe().expect("a program knows where it lies");
+        let mut step = Step::new(name, line);
+        step.commands[0].insert(0, own.display().to_string());
+        step
+    }
+    fn then(mut self, line: &str) -> Step {
+        self.commands.push(line.split_whitespace().map(str::to_owned).collect());
+        self
+    }
+    fn with(mut self, name: &str, value: &str) -> Step {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+    fn needs(mut self, need: Need, reason: &'static str) -> Step {
+        self.needs.push((need, reason));
+        self
+    }
+    fn within(mut self, limit: Duration) -> Step {
+        self.limit = limit;
+        self
+    }
+    /// Why the step cannot be run here.
+    pub fn missing(&self) -> Option<String> {
+        self.needs.iter().find(|(need, _)| !need.is_met()).map(|(_, reason)| (*reason).to_owned())
+    }
+}
+
+/// All steps. The long suite does the same with full counts.
+pub fn all(long: bool) -> Vec<Step> {
+    let pick = |short: &'static str, full: &'static str| if long { full } else { short };
+    let mut steps = vec![
+        Step::new("rustfmt", "cargo fmt --all -- --check"),
+        Step::new("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
+        Step::new("tidy", "cargo test --quiet -p carole --test tidy"),
+    ];
+    steps.extend(rust_tests());
+    steps.push(Step::new("doc tests", "cargo test --doc -p carole"));
+    steps.push(
+        Step::new("loom models", "cargo test --release -p carole --lib loom")
+            .with("RUSTFLAGS", "--cfg loom")
+            .with("CARGO_TARGET_DIR", "target/loom"),
+    );
+    steps.push(
+        Step::task("simulator", pick("sim --seeds 2000", "sim --seeds 200000"))
+            .within(Duration::from_secs(if long { 8 * 3600 } else { 900 })),
+    );
+    steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));
+    steps.extend(processes(long));
+    steps.extend(bindings());
+    steps.push(
+        Step::new("cuda", "cargo nextest run -p carole --features cuda")
+            .needs(Need::Device("/dev/nvidia0"), "no device")
+            .needs(Need::File("src/device/cuda"), "no CUDA device is implemented yet"),
+    );
+    steps
+}
+
+fn rust_tests() -> Vec<Step> {
+    let nextest = Need::Program("cargo-nextest").is_met();
+    let runner = |what: &str| {
+        if nextest {
+            format!("cargo nextest run --no-fail-fast {what}")
+        } else {
+            format!("cargo test --no-fail-fast {what} --lib --bins --tests")
+        }
+    };
+    vec![
+        Step::new("unit and launcher tests", &runner("--workspace --exclude carole-c")),
+        Step::new("C interface, C99 and C++", &runner("-p carole-c"))
+            .needs(Need::Program("cc"), "no C compiler")
+            .needs(Need::Program("c++"), "no C++ compiler"),
+    ]
+}
+
+/// Real processes on this host.
+fn processes(long: bool) -> Vec<Step> {
+    let pick = |short: &'static str, full: &'static str| if long { full } else { short };
+    let hours = |n: u64| Duration::from_secs(n * 3600);
+    vec![
+        Step::task("result matrix", pick("matrix", "matrix --full")).within(hours(if long { 12 } else { 1 })),
+        Step::task("strict mode", pick("strict --runs 12 --ranks 3,4", "strict --runs 20 --full"))
+            .within(hours(6)),
+        Step::task("random orders", pick("order --steps 20", "order --steps 1000")).within(hours(6)),
+        Step::task(
+            "killed and stopped ranks",
+            pick("chaos --kills 6 --stops 2", "chaos --kills 200 --stops 50"),
+        )
+        .within(hours(4)),
+        Step::task("intruders", pick("intrude", "intrude --connections 300")),
+    ]
+}
+
+fn bindings() -> Vec<Step> {
+    let python = "target/ci/venv/bin/python";
+    vec![
+        Step::new("Python", &format!("{python} -m pip install --quiet ./bindings/python"))
+            .then(&format!("{python} -m pytest -q bindings/python/tests"))
+            .needs(Need::File("bindings/python/pyproject.toml"), "not in this tree")
+            .needs(Need::File(python), "no virtual environment; ci/test makes it"),
+        Step::new("demo, short", "ci/demo --epochs 2")
+            .needs(Need::File("bindings/python/examples/digits_numpy.py"), "not in this tree"),
+    ]
+}
