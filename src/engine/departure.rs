@@ -15,7 +15,7 @@ use super::batch::Flight;
 use super::links::LinkChange;
 use crate::coordinator::OpId;
 use crate::error::Error;
-use crate::types::{Rank, SetId};
+use crate::types::{Rank, SetId, Time};
 use crate::wire;
 
 impl Engine {
@@ -50,7 +50,7 @@ impl Engine {
     }
 
     /// A neighbour has sent the goodbye of a rank, perhaps its own.
-    pub(super) fn hear_goodbye(&mut self, peer: Rank, who: Rank, clean: bool) {
+    pub(super) fn hear_goodbye(&mut self, peer: Rank, who: Rank, clean: bool, now: Time) {
         if self.left.is_some() {
             if peer == who {
                 // Both have left: neither needs the link.
@@ -66,22 +66,22 @@ impl Engine {
             let Some(set) = self.sets.get(&id) else { continue };
             let parent = set.coordinator.as_ref().and_then(|c| c.parent()).map(|m| set.ranks[m.0 as usize]);
             if parent == Some(who) {
-                self.close_set(id, who);
+                self.close_set(id, who, now);
             }
         }
     }
 
     /// The coordinator of a set has closed it.
-    pub(super) fn hear_closed(&mut self, peer: Rank, id: SetId, who: Rank) {
+    pub(super) fn hear_closed(&mut self, peer: Rank, id: SetId, who: Rank, now: Time) {
         let Some(set) = self.sets.get(&id) else { return };
         let parent = set.coordinator.as_ref().and_then(|c| c.parent()).map(|m| set.ranks[m.0 as usize]);
         if parent == Some(peer) && set.member_of(who).is_some() {
-            self.close_set(id, who);
+            self.close_set(id, who, now);
         }
     }
 
     /// A rank has left; heard of for the first time.
-    pub(super) fn depart(&mut self, who: Rank, clean: bool) {
+    pub(super) fn depart(&mut self, who: Rank, clean: bool, now: Time) {
         self.departing.push(who);
         let concerned: Vec<SetId> =
             self.sets.iter().filter(|(_, set)| set.member_of(who).is_some()).map(|(&id, _)| id).collect();
@@ -90,16 +90,18 @@ impl Engine {
             set.departed.get_or_insert(who);
             if !clean {
                 // It takes no further part in what had been agreed.
-                self.close_set(id, who);
+                self.close_set(id, who, now);
                 self.fail_set(id, &Error::Shutdown(Some(who)));
             } else if set.coordinator.as_ref().is_some_and(|c| c.parent().is_none()) {
-                self.close_set(id, who);
+                self.close_set(id, who, now);
             }
         }
     }
 
     /// No agreement follows in this set: ends what was not agreed, and passes the news down the tree.
-    fn close_set(&mut self, id: SetId, who: Rank) {
+    fn close_set(&mut self, id: SetId, who: Rank, now: Time) {
+        // What came before the news is run and passed on first.
+        self.turn_coordinator(id, now);
         let Some(set) = self.sets.get_mut(&id) else { return };
         set.departed.get_or_insert(who);
         let Some(coordinator) = set.coordinator.take() else { return };
@@ -126,7 +128,12 @@ impl Engine {
             }
             // Its sets may not be closed yet: what was agreed may still be on its way down the tree.
             let open = self.sets.values().any(|s| s.coordinator.is_some() && s.member_of(who).is_some());
-            if open && self.ops.values().any(|o| self.sets.get(&o.set).is_some_and(|s| s.member_of(who).is_some())) {
+            if open
+                && self
+                    .ops
+                    .values()
+                    .any(|o| self.sets.get(&o.set).is_some_and(|s| s.member_of(who).is_some()))
+            {
                 place += 1;
                 continue;
             }
@@ -145,7 +152,8 @@ impl Engine {
     /// The link to a rank that had left has ended, and with it what was still hoped for.
     pub(super) fn fail_with(&mut self, who: Rank) {
         let error = Error::Shutdown(Some(who));
-        let sets: Vec<SetId> = self.sets.iter().filter(|(_, s)| s.member_of(who).is_some()).map(|(&id, _)| id).collect();
+        let sets: Vec<SetId> =
+            self.sets.iter().filter(|(_, s)| s.member_of(who).is_some()).map(|(&id, _)| id).collect();
         for id in sets {
             let needed = self.flights.iter().flatten().any(|f| match f {
                 Flight::Batch(flight) => flight.set == id,

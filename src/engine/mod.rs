@@ -252,11 +252,11 @@ impl Engine {
                     Ok(wire::Message::Coordination { set, body }) => self.coordinate(peer, set, body, now),
                     Ok(wire::Message::Heartbeat) => Ok(()),
                     Ok(wire::Message::Goodbye { who, clean }) => {
-                        self.hear_goodbye(peer, who, clean);
+                        self.hear_goodbye(peer, who, clean, now);
                         Ok(())
                     }
                     Ok(wire::Message::Closed { set, who }) => {
-                        self.hear_closed(peer, set, who);
+                        self.hear_closed(peer, set, who, now);
                         Ok(())
                     }
                     Ok(wire::Message::Abort(broken)) => {
@@ -332,7 +332,7 @@ impl Engine {
                     self.broken = Some(error.clone());
                     self.fail_all(&error);
                 }
-                membership::Intent::Departed { who, clean } => self.depart(who, clean),
+                membership::Intent::Departed { who, clean } => self.depart(who, clean, now),
             }
         }
         moved

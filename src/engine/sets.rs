@@ -69,18 +69,23 @@ impl Engine {
         let mut place = 0;
         while let Some((&id, _)) = self.sets.iter().nth(place) {
             place += 1;
-            let Some(coordinator) = self.sets.get_mut(&id).and_then(|s| s.coordinator.as_mut()) else {
-                continue;
-            };
-            if coordinator.poll_timeout().is_some_and(|at| at <= now) {
-                coordinator.handle_timeout(now);
-            }
-            while self.broken.is_none()
-                && let Some(intent) = self.coordinator_of(id).and_then(Coordinator::poll)
-            {
-                moved = true;
-                self.carry_out(id, intent, now);
-            }
+            moved |= self.turn_coordinator(id, now);
+        }
+        moved
+    }
+
+    /// Lets one coordinator act on the time, and carries out what it intends.
+    pub(super) fn turn_coordinator(&mut self, id: SetId, now: Time) -> bool {
+        let mut moved = false;
+        let Some(coordinator) = self.coordinator_of(id) else { return false };
+        if coordinator.poll_timeout().is_some_and(|at| at <= now) {
+            coordinator.handle_timeout(now);
+        }
+        while self.broken.is_none()
+            && let Some(intent) = self.coordinator_of(id).and_then(Coordinator::poll)
+        {
+            moved = true;
+            self.carry_out(id, intent, now);
         }
         moved
     }

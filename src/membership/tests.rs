@@ -103,10 +103,13 @@ fn who_said_goodbye_does_not_fail() {
     let mut m = machine(0, &[1, 2]);
     m.goodbye(Rank(1), Rank(1), true);
     m.goodbye(Rank(2), Rank(1), true);
-    assert_eq!(drain(&mut m), [
+    assert_eq!(
+        drain(&mut m),
+        [
             Intent::Departed { who: Rank(1), clean: true },
             Intent::Goodbye { to: Rank(2), who: Rank(1), clean: true }
-        ]);
+        ]
+    );
     m.link_down(Rank(1), Cause::Exited);
     m.heard(Rank(2), Time(9000 * MS));
     m.told(Rank(2), Time(9000 * MS));
