@@ -349,7 +349,7 @@ impl Engine {
             Flight::Batch(flight) => flight.id.expect("a flight has a run"),
             Flight::Message { run, .. } => *run,
         };
-        self.links.withdraw(run);
+        self.links.withdraw(run, &self.memory);
         self.memory.forget(run);
         if let Flight::Batch(flight) = flight {
             self.reclaim(flight);

@@ -286,8 +286,8 @@ impl Link for FlowLink {
         self.recvs.post(token, stream, Target { dst, combine }, &mut self.outbox);
     }
 
-    fn withdraw(&mut self, run: RunId) {
-        self.sends.withdraw(run, self.lanes.iter_mut().filter_map(|lane| lane.outgoing.as_mut()));
+    fn withdraw(&mut self, run: RunId, memory: &Memory) {
+        self.sends.withdraw(run, memory, self.lanes.iter_mut().filter_map(|lane| lane.outgoing.as_mut()));
         self.recvs.withdraw(run, self.lanes.iter_mut().map(|lane| &mut lane.incoming));
     }
 

@@ -43,8 +43,10 @@ enum Entry {
 pub struct Outgoing {
     header: [u8; HEADER_BYTES],
     header_left: usize,
-    /// The message; none when it was withdrawn and the frame is completed with zeros.
+    /// The message; none when it was withdrawn (the frame is completed from `rest`), or all payload is written.
     message: Option<u32>,
+    /// A copy of the payload that was unwritten when the message was withdrawn.
+    rest: Vec<u8>,
     cursor: Cursor,
     payload_left: usize,
     padding_left: usize,
@@ -212,6 +214,7 @@ impl Sends {
             header: header.encode(),
             header_left: HEADER_BYTES,
             message: Some(index),
+            rest: Vec::new(),
             cursor,
             payload_left: len as usize,
             padding_left: header.padding(),
@@ -280,8 +283,8 @@ impl Sends {
                     frame.cursor.gather(memory, message.token.run, &message.src, left, free)
                 }
                 None => {
-                    parts[used] = IoSlice::new(&ZEROS[..left.min(ZEROS.len())]);
-                    (1, left.min(ZEROS.len()))
+                    parts[used] = IoSlice::new(&frame.rest[frame.rest.len() - left..]);
+                    (1, left)
                 }
             };
             used += more;
@@ -296,13 +299,21 @@ impl Sends {
         Ok((wanted, pipe.write(&parts[..used])?))
     }
 
-    /// Forgets the messages of a run. A frame that has begun is completed with zeros: the run's memory is not
-    /// touched any more, and the epoch is broken anyway.
-    pub fn withdraw<'a>(&mut self, run: RunId, frames: impl Iterator<Item = &'a mut Outgoing>) {
+    /// Forgets the messages of a run, and touches its memory no more. A frame that has begun is completed from
+    /// a copy: with anything but the true bytes the peer, which may need no further frame, would take the
+    /// message for whole and give a wrong result before it hears why it was withdrawn.
+    pub fn withdraw<'a>(
+        &mut self,
+        run: RunId,
+        memory: &Memory,
+        frames: impl Iterator<Item = &'a mut Outgoing>,
+    ) {
         let gone: Vec<u32> =
             self.messages.iter().filter(|(_, m)| m.token.run == run).map(|(index, _)| index).collect();
         for frame in frames {
-            if frame.message.is_some_and(|index| gone.contains(&index)) {
+            if let Some(index) = frame.message.filter(|index| gone.contains(index)) {
+                frame.rest.resize(frame.payload_left, 0);
+                frame.cursor.copy(memory, run, &self.messages.get(index).src, &mut frame.rest);
                 frame.message = None;
             }
         }
