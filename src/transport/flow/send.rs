@@ -92,7 +92,6 @@ impl Sends {
             return;
         }
         let len = src.bytes();
-        assert!(len > 0, "a message is never empty");
         let key = Key { stream, ordinal: self.streams.open(stream) };
         let message = Message { token, key, src, len, cut: 0, cursor: Cursor::default(), written: 0 };
         let index = self.messages.insert(message);
@@ -101,7 +100,7 @@ impl Sends {
             self.granted -= 1;
             self.table.remove(&key);
             self.meet(index, theirs, outbox);
-        } else if len <= self.eager_max && landing_cost(len) <= self.credit {
+        } else if len > 0 && len <= self.eager_max && landing_cost(len) <= self.credit {
             self.credit -= landing_cost(len);
             self.eager.push_back(index);
         } else {
@@ -113,6 +112,13 @@ impl Sends {
     /// A send has met its receive.
     fn meet(&mut self, index: u32, theirs: u64, outbox: &mut Outbox) {
         let Message { len, key, .. } = *self.messages.get(index);
+        if len == 0 && theirs == 0 {
+            // Meeting is all there is to an empty message.
+            let message = self.messages.remove(index);
+            self.streams.close(message.key.stream);
+            self.news.push(LinkEvent::Done(message.token));
+            return;
+        }
         if len == theirs {
             self.data.push_back(index);
             return;
