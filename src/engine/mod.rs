@@ -11,6 +11,8 @@ mod departure;
 pub mod driver;
 pub mod handles;
 mod links;
+#[cfg(all(test, loom))]
+mod loom;
 mod message;
 mod operation;
 pub mod plan;
@@ -94,6 +96,7 @@ pub struct Engine {
     membership: Membership,
     ops: HashMap<OpId, Operation>,
     spare_ops: Vec<Operation>,
+    spare_outcomes: Vec<Outcome>,
     flights: Vec<Option<Flight>>,
     /// Flights that are not over.
     flying: usize,
@@ -118,6 +121,9 @@ pub struct Engine {
     early: Vec<(Rank, SetId, Vec<u8>)>,
 }
 
+/// Outcomes kept for later operations.
+const SPARE_OUTCOMES_MAX: usize = 4096;
+
 impl Engine {
     /// An engine whose global set holds all ranks of `setup`.
     #[must_use]
@@ -136,6 +142,7 @@ impl Engine {
             membership: Membership::new(setup.epoch, setup.me, size, setup.membership),
             ops: HashMap::new(),
             spare_ops: Vec::new(),
+            spare_outcomes: Vec::new(),
             flights: Vec::new(),
             flying: 0,
             spare_flights: Vec::new(),
@@ -347,13 +354,22 @@ impl Engine {
     /// Ends an operation.
     fn end(&mut self, op: OpId, result: Result<()>) {
         let Some(mut operation) = self.ops.remove(&op) else { return };
-        let mut outcome = std::mem::take(&mut operation.outcome);
+        let spare = self.spare_outcomes.pop().unwrap_or_default();
+        let mut outcome = std::mem::replace(&mut operation.outcome, spare);
         if result.is_ok() && !operation.stand_ins.is_empty() {
             outcome.tensors.clear();
         }
         operation.stand_ins.clear();
         self.spare_ops.push(operation);
         self.ended.push(Ended { op, result: result.map(|()| outcome) });
+    }
+
+    /// Takes back an outcome that nobody reads any more, for the memory of its lists.
+    pub fn recycle(&mut self, mut outcome: Outcome) {
+        if self.spare_outcomes.len() < SPARE_OUTCOMES_MAX {
+            outcome.reset();
+            self.spare_outcomes.push(outcome);
+        }
     }
 
     /// Operations that have ended since the last call.
