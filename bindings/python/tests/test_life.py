@@ -1,5 +1,6 @@
 """Beginning, end, and the death of a rank."""
 
+import atexit
 import os
 import re
 import signal
@@ -67,7 +68,11 @@ def body_without_a_job():
     left = carole.allreduce_async(np.ones(2), name="left")
     carole.shutdown()
     after = body_uninitialised()
-    catch(carole.Error, left.wait)
+    # It may have been over before the shutdown.
+    try:
+        assert left.wait().tolist() == [1, 1]
+    except carole.Error:
+        pass
     assert all("init()" in text for text in before + after), (before, after)
 
 
@@ -92,8 +97,9 @@ def body_forked():
         except BaseException as error:  # noqa: B902 (the parent reports it)
             words = f"unexpected: {error!r}"
         os.write(writer, words.encode())
-        # Through Python's own exit, so that its hooks run in the child, too.
-        sys.exit(0)
+        # The hooks that Python's own exit would run are run in the child, too.
+        atexit._run_exitfuncs()
+        os._exit(0)
     _, status = os.wait()
     words = os.read(reader, 4096).decode()
     assert words == "good" and status == 0, (words, status)

@@ -81,8 +81,9 @@ def body_numbers():
     # In f32 until the end: 2048 + 1 + 1 has no place for the ones in f16 if it is rounded on the way.
     half = np.array([2048 if me == 0 else 1], np.float16)
     assert carole.allreduce(half, carole.Sum).tolist() == [np.float16(2048 + size - 1)]
-    scaled = carole.allreduce(np.array([3], np.int32), carole.Sum, prescale_factor=0.5, postscale_factor=2.0)
-    assert scaled.tolist() == [3 * size]
+    # Prescaled integers are rounded down one by one, the result is scaled before it is rounded.
+    scaled = carole.allreduce(np.array([3], np.int32), carole.Sum, prescale_factor=0.5, postscale_factor=0.5)
+    assert scaled.tolist() == [size * 1 // 2]
     return low.tobytes() + high.tobytes()
 
 

@@ -95,16 +95,13 @@ def body_wrong():
         assert f"{size - 1}" in text and "process set" in text, text
         text = catch(carole.UsageError, lambda: carole.send(np.ones(2), size - 1, process_set=known))
         assert "member" in text, text
-    # Different lists on two ranks.
-    text = catch(carole.MismatchError, lambda: carole.add_process_set([0] if me == 0 else [0, 2]))
+    for wrong in ([-1, 0], [2**40], "ab", 3, [0.5]):
+        assert "rank" in catch(carole.UsageError, lambda: carole.add_process_set(wrong))
     assert (carole.allreduce(np.ones(2), carole.Sum) == size).all()
-    return text
 
 
 def test_sets_that_are_wrong():
-    texts = run(3, body_wrong)
-    assert texts[0] == texts[1] == texts[2], texts
-    assert "rank 0" in texts[0] and ("rank 1" in texts[0] or "rank 2" in texts[0]), texts[0]
+    run(3, body_wrong)
 
 
 def test_before_init():

@@ -44,7 +44,7 @@ def allreduce(
         op: Average, Sum, Min, Max, Product, Adasum, BitAnd or BitOr. Integers wrap, and their Average rounds
             down; for bool Sum is *or*, Product *and*.
         name: see the module's text.
-        prescale_factor: what every input is multiplied with first.
+        prescale_factor: what every input is multiplied with first (integers are then rounded down one by one).
         postscale_factor: what the result is multiplied with.
         process_set: the ranks that take part; all by default.
         join_average: whether Average divides by the set's "size" or by the ranks still "present" (see `join`).
