@@ -2,6 +2,7 @@
 
 mod live;
 mod request;
+pub mod typed;
 
 use crate::engine::handles::{Handles, Message, Waited};
 pub use crate::engine::{Outcome, OutputTensor};
