@@ -161,6 +161,12 @@ impl Driver {
             if until.is_some_and(|at| Instant::now() >= at) {
                 return Ok(Waited::Pending);
             }
+            if shared.stop.load(Ordering::SeqCst) {
+                // Somebody is saying goodbye: what was in flight ends, and what came too late ends here.
+                shared.refuse_mail();
+                shared.handles.sleep(handle, Instant::now() + NAP)?;
+                continue;
+            }
             if !shared.caller.swap(true, Ordering::SeqCst) {
                 shared.drive_for(handle, until);
                 continue;
@@ -180,9 +186,9 @@ impl Driver {
         self.shared.handles.abandon(handle);
     }
 
-    /// Reads something from the engine.
-    pub fn with<T>(&self, read: impl FnOnce(&mut Engine) -> T) -> T {
-        read(&mut lock(&self.shared.engine))
+    /// Reads something from the engine; `None` while somebody else drives it.
+    pub fn try_with<T>(&self, read: impl FnOnce(&mut Engine) -> T) -> Option<T> {
+        self.shared.engine.try_lock().ok().map(|mut engine| read(&mut engine))
     }
 
     /// What an operation waits for.
@@ -216,6 +222,7 @@ impl Driver {
         }
     }
 
+    /// Ends the thread, and makes a caller that drives give the baton up.
     fn stop_background(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.nudge.wake();
@@ -294,6 +301,19 @@ impl Shared {
         let _ = catch_unwind(AssertUnwindSafe(|| self.report(engine)));
         for op in engine.ops_in_flight() {
             let _ = catch_unwind(AssertUnwindSafe(|| self.handles.complete(op.0, Err(error.clone()))));
+        }
+    }
+
+    /// After the goodbye: whatever was submitted too late ends with `Shutdown`.
+    fn refuse_mail(&self) {
+        if lock(&self.failure).is_none() {
+            return;
+        }
+        for letter in lock(&self.mail).drain(..) {
+            if let Mail::Submitted(index) = letter {
+                self.handles.recycle(self.handles.take_submitted(index));
+                self.handles.complete(index, Err(Error::Shutdown(None)));
+            }
         }
     }
 
@@ -376,7 +396,8 @@ impl Shared {
                 engine.wait_for(OpId(index), self.now());
                 moved |= self.turn(&mut engine);
             }
-            if self.handles.poll(handle).unwrap_or(true) || until.is_some_and(|at| Instant::now() >= at) {
+            let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
+            if over || until.is_some_and(|at| Instant::now() >= at) {
                 break;
             }
             if moved {

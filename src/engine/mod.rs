@@ -317,6 +317,7 @@ impl Engine {
             self.membership.handle_timeout(now);
         }
         let mut moved = false;
+        let was_broken = self.broken.is_some();
         while let Some(intent) = self.membership.poll() {
             moved = true;
             match intent {
@@ -335,7 +336,22 @@ impl Engine {
                 membership::Intent::Departed { who, clean } => self.depart(who, clean, now),
             }
         }
+        if self.broken.is_some() && !was_broken {
+            // The news leaves before anybody here learns of it: a caller may end the process at once, and its
+            // peers must not take it for the culprit.
+            self.push_out(now);
+        }
         moved
+    }
+
+    /// Writes what is queued for all links; what they tell meanwhile is of no use any more.
+    fn push_out(&mut self, now: Time) {
+        let mut events = Events::default();
+        let mut changes = Vec::new();
+        for place in (0..self.links.up().len()).rev() {
+            self.links.progress(place, &self.memory, now, &mut events, &mut changes);
+            events.clear();
+        }
     }
 
     fn say(&mut self, to: Rank, message: &wire::Message<'_>) {
