@@ -2,18 +2,20 @@
 
 import atexit
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 
 import numpy as np
 import pytest
 
 import carole
-from harness import catch, run
+from harness import catch, environment, run
 
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith(("CAROLE_", "HOROVOD_"))}
 
@@ -218,16 +220,50 @@ def test_a_stopped_rank_is_given_up():
     assert none is None and first[0] == third[0] and "rank 1" in first[0], (first, third)
 
 
-def body_raises():
-    carole.barrier()
-    if carole.rank() == 1:
-        raise ZeroDivisionError("of rank 1")
-    return catch(carole.Error, lambda: carole.allreduce(np.ones(3), name="x"))
+SCRIPT = """
+import sys, carole, numpy as np
+carole.init()
+carole.barrier()
+if carole.rank() == 1:
+    {0}
+try:
+    carole.allreduce(np.ones(3), name="x")
+except carole.Error as error:
+    print(type(error).__name__, error, flush=True)
+    raise
+"""
 
 
-def test_a_rank_that_raises_ends_the_others():
-    first, _, third = run(3, body_raises, may_die=[1])
-    assert first == third and "rank 1" in first
+@pytest.mark.parametrize(
+    "ending, kind, code",
+    [("raise ZeroDivisionError('of rank 1')", "BrokenError", 1), ("sys.exit(0)", "ShutdownError", 0)],
+)
+def test_how_a_script_ends_is_told_to_the_others(ending, kind, code):
+    """An exception that nobody caught is a death; an orderly end is a goodbye."""
+    job = uuid.uuid4().hex
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT.format(ending)], env=environment(rank, 3, job), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    outputs = [one.communicate(timeout=60) for one in ranks]
+    assert [one.returncode for one in ranks] == [1, code, 1], outputs
+    assert outputs[0][0] == outputs[2][0], outputs
+    assert outputs[0][0].startswith(kind) and "rank 1" in outputs[0][0], outputs
+    assert f"carole.{kind}: " in outputs[0][1]
+
+
+def test_carolerun_names_the_rank_that_raised():
+    for _ in range(5):
+        launcher = pathlib.Path(sys.executable).with_name("carolerun")
+        result = subprocess.run(
+            [str(launcher), "-np", "3", sys.executable, "-c", SCRIPT.format("raise ValueError('a bad sample')")],
+            env=ALONE, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert result.returncode == 1
+        assert "rank 1 failed first" in result.stderr and "a bad sample" in result.stderr, result.stderr
 
 
 def body_dropped():

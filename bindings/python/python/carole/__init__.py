@@ -105,6 +105,11 @@ from ._submit import (
     wait,
 )
 
+# Tracebacks name the exceptions as users import them.
+for _one in (BrokenError, Error, HorovodInternalError, MismatchError, ShutdownError, TimeoutError, UsageError):
+    _one.__module__ = __name__
+del _one
+
 __all__ = [
     "__version__",
     "Adasum",
