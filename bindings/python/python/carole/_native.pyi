@@ -1,13 +1,32 @@
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, final
 
+__all__ = [
+    "Handle",
+    "Output",
+    "__version__",
+    "add_process_set",
+    "init",
+    "is_initialized",
+    "launch",
+    "perf",
+    "process_sets",
+    "remove_process_set",
+    "shutdown",
+    "submit",
+    "submit_raw",
+    "transfer",
+    "world",
+]
 __version__: str
 
+@final
 class Handle:
     """An operation in flight."""
 
     def poll(self) -> bool: ...
     def wait(self, timeout: Optional[float] = None) -> Any: ...
 
+@final
 class Output:
     """A result in memory that the engine allocated."""
 
