@@ -134,7 +134,8 @@ def body_group():
     kind = carole.UsageError if me == 1 else carole.MismatchError
     reason = catch(kind, lambda: carole.grouped_allreduce(wrong, carole.Sum, name="unit"))
     assert "contiguous" in reason and (me == 1 or "rank 1" in reason), reason
-    # The names are free again, and a group that is right works.
+    # Once all have been told, the name is free again, and a group that is right works.
+    carole.barrier()
     first, second = carole.grouped_allreduce([good, np.ones(3)], carole.Sum, name="unit")
     assert (first == size * (size + 1) / 2).all() and (second == size).all()
     return text

@@ -167,6 +167,9 @@ def send_async(tensor: Any, dest: int, tag: int = 0, *, process_set: Set = None)
 def send(tensor: Any, dest: int, tag: int = 0, *, process_set: Set = None) -> None:
     """Sends an array to one rank, which takes it with `recv` and the same tag, type and size.
 
+    It may return before the other rank receives, so an array of another size there is an error there for sure, and
+    here only at times.
+
     Args:
         tensor: the array.
         dest: the rank, of the whole job.
