@@ -15,6 +15,7 @@ mod message;
 mod operation;
 pub mod plan;
 mod sets;
+mod spin;
 
 pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
