@@ -91,9 +91,6 @@ pub struct Driver {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// How long a waiting caller keeps the processor for itself.
-const SPIN_ALONE_NS: u64 = 20_000;
-
 /// The longest sleep: a bound on what a lost wake could cost, never relied upon.
 const NAP: Duration = Duration::from_millis(100);
 

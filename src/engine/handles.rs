@@ -1,9 +1,9 @@
 //! Handles: where a submitted operation waits for its outcome, shared between the callers' threads and
 //! whoever drives the engine.
 //!
-//! A handle is a slot and a generation. A slot is free, pending or done; the word `state` holds the generation
-//! and the state together, so that a handle used after its wait is an error and never somebody else's
-//! operation. Slots come in pages that are allocated when first needed.
+//! A handle is a slot and a generation. A slot is free, pending, done or abandoned; the word `state` holds the
+//! generation and the state together, so that a handle used after its wait, or after it was given up, is an
+//! error and never somebody else's operation. Slots come in pages that are allocated when first needed.
 #![forbid(unsafe_code)]
 
 use super::operation::Outcome;
@@ -19,6 +19,8 @@ use std::time::Instant;
 const PAGE: usize = 1024;
 const PENDING: u64 = 1;
 const DONE: u64 = 2;
+/// In flight, but nobody's: it closes itself at its end.
+const ABANDONED: u64 = 3;
 
 /// An operation as submitted, on its way to the engine.
 #[derive(Debug)]
@@ -57,7 +59,6 @@ struct Inner {
     submitted: Option<Box<Submitted>>,
     result: Option<Result<Outcome>>,
     keep: Option<Box<dyn Any + Send>>,
-    abandoned: bool,
 }
 
 #[derive(Default)]
@@ -80,6 +81,7 @@ pub struct Handles {
 struct Free {
     slots: Vec<u32>,
     /// Boxes whose vectors have capacity already.
+    #[expect(clippy::vec_box, reason = "the boxes travel to the engine and back; only their address moves")]
     spare: Vec<Box<Submitted>>,
     made: u32,
 }
@@ -109,7 +111,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn used_up() -> Error {
     Error::usage(
-        "this handle is not in flight: it was waited for already, or it belongs to an earlier init()",
+        "this handle is not in flight: it was waited for or given up already, or it belongs to an earlier init()",
     )
 }
 
@@ -124,7 +126,7 @@ impl Handles {
         let page = self.pages.get(index as usize / PAGE).and_then(OnceLock::get).ok_or_else(used_up)?;
         let slot = &page[index as usize % PAGE];
         let state = slot.state.load(Ordering::Acquire);
-        if state & 3 != 0 && (state >> 2) & 0xFF_FFFF_FFFF == handle >> 24 {
+        if matches!(state & 3, PENDING | DONE) && (state >> 2) & 0xFF_FFFF_FFFF == handle >> 24 {
             Ok((slot, state))
         } else {
             Err(used_up())
@@ -180,14 +182,13 @@ impl Handles {
         let slot = self.slot(index);
         let mut inner = lock(&slot.inner);
         inner.result = Some(result);
-        let abandoned = inner.abandoned;
         let state = slot.state.load(Ordering::Relaxed);
-        assert_eq!(state & 3, PENDING, "an operation ends once");
-        slot.state.store((state & !3) | DONE, Ordering::Release);
-        if abandoned {
+        assert!(matches!(state & 3, PENDING | ABANDONED), "an operation ends once");
+        if state & 3 == ABANDONED {
             let keep = self.close(index, slot, &mut inner).1;
             lock(&self.released).extend(keep);
         } else {
+            slot.state.store((state & !3) | DONE, Ordering::Release);
             slot.done.notify_all();
         }
     }
@@ -241,15 +242,18 @@ impl Handles {
         Ok(())
     }
 
-    /// The caller gives up its handle; the operation finishes by itself.
+    /// The caller gives up its handle, which is no handle from now on; the operation finishes by itself.
     pub fn abandon(&self, handle: u64) {
         let Ok((slot, _)) = self.find(handle) else { return };
         let mut inner = lock(&slot.inner);
         let Ok((_, state)) = self.find(handle) else { return };
-        inner.abandoned = true;
         if state & 3 == DONE {
             let keep = self.close((handle & 0xFF_FFFF) as u32, slot, &mut inner).1;
             lock(&self.released).extend(keep);
+        } else {
+            slot.state.store((state & !3) | ABANDONED, Ordering::Release);
+            // Another thread may sleep for this handle; it finds it given up.
+            slot.done.notify_all();
         }
     }
 
@@ -312,9 +316,38 @@ mod tests {
         let (handle, index) = handles.open(Some(Box::new(7u8)), |_| {}).unwrap();
         handles.abandon(handle);
         assert!(handles.released().is_empty(), "kept until the end");
+        assert!(matches!(handles.poll(handle), Err(Error::Usage(_))), "given up, so nobody's");
+        assert!(matches!(handles.try_take(handle), Err(Error::Usage(_))));
+        assert!(matches!(handles.sleep(handle, Instant::now()), Err(Error::Usage(_))));
         handles.take_submitted(index);
         handles.complete(index, Err(Error::Shutdown(None)));
         assert_eq!(handles.released().len(), 1);
+        let (next, same) = handles.open(None, |_| {}).unwrap();
+        assert_eq!(same, index, "the slot is free again");
+        assert!(handles.poll(handle).is_err() && !handles.poll(next).unwrap());
+    }
+
+    #[test]
+    fn a_sleeper_hears_that_its_handle_was_given_up() {
+        let handles = Arc::new(Handles::default());
+        let (handle, _) = handles.open(None, |_| {}).unwrap();
+        let sleeper = {
+            let handles = Arc::clone(&handles);
+            std::thread::spawn(move || {
+                loop {
+                    match handles.try_take(handle) {
+                        Ok(Waited::Pending) => {}
+                        Ok(Waited::Done(..)) => panic!("nothing ended"),
+                        Err(error) => return error,
+                    }
+                    if let Err(error) = handles.sleep(handle, Instant::now() + Duration::from_secs(20)) {
+                        return error;
+                    }
+                }
+            })
+        };
+        handles.abandon(handle);
+        assert!(matches!(sleeper.join().unwrap(), Error::Usage(_)));
     }
 
     #[test]

@@ -96,6 +96,7 @@ pub struct Engine {
     flights: Vec<Option<Flight>>,
     /// Flights that are not over.
     flying: usize,
+    #[expect(clippy::vec_box, reason = "a flight is large and moves between tables by its address")]
     spare_flights: Vec<Box<BatchFlight>>,
     scratch: Vec<OwnedBytes>,
     messages: HashMap<(SetId, Rank, u32, bool), u64>,

@@ -1,4 +1,5 @@
 //! What must be true of every outcome: the oracle's bits, and the same verdict on all live ranks.
+#![forbid(unsafe_code)]
 
 use super::program::Planned;
 use carole::device::host::oracle;

@@ -1,5 +1,6 @@
 //! What the ranks of a simulated cluster do: a list of operations, the same for all, that each submits in an
 //! order of its own, some of them wrong; and what goes wrong besides.
+#![forbid(unsafe_code)]
 
 use carole::types::{Collective, DType, Rank, ReduceOp, Scale};
 
