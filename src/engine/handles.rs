@@ -12,6 +12,8 @@ use crate::limits::IN_FLIGHT_MAX;
 use crate::memory::Region;
 use crate::types::{SetId, Signature};
 use std::any::Any;
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
@@ -59,6 +61,7 @@ struct Inner {
     submitted: Option<Box<Submitted>>,
     result: Option<Result<Outcome>>,
     keep: Option<Box<dyn Any + Send>>,
+    name: Option<u128>,
 }
 
 #[derive(Default)]
@@ -73,8 +76,27 @@ struct Slot {
 pub struct Handles {
     pages: Box<[OnceLock<Box<[Slot]>>]>,
     free: Mutex<Free>,
+    names: Names,
     /// What abandoned operations had kept alive and need no more.
     released: Mutex<Vec<Box<dyn Any + Send>>>,
+}
+
+/// The names in flight, so that the second submit of one is refused at once and not only when the engine
+/// comes to it. Kept as 128 bits of two keyed hashes: no allocation for a name that comes back, and no chance
+/// worth the name that two differ and look alike.
+#[derive(Default)]
+struct Names {
+    keys: [RandomState; 2],
+    taken: Mutex<HashSet<u128>>,
+}
+
+impl Names {
+    /// Names of a ring may be in flight twice, and messages have none.
+    fn hash(&self, submitted: &Submitted) -> Option<u128> {
+        let named = !submitted.hold && submitted.message.is_none() && !submitted.name.is_empty();
+        let half = |key: &RandomState| u128::from(key.hash_one((submitted.set, &submitted.name)));
+        named.then(|| half(&self.keys[0]) << 64 | half(&self.keys[1]))
+    }
 }
 
 #[derive(Default)]
@@ -99,6 +121,7 @@ impl Default for Handles {
         Handles {
             pages: (0..IN_FLIGHT_MAX / PAGE).map(|_| OnceLock::new()).collect(),
             free: Mutex::default(),
+            names: Names::default(),
             released: Mutex::default(),
         }
     }
@@ -159,8 +182,19 @@ impl Handles {
         let slot = self.slot(index);
         let mut submitted = spare.unwrap_or_default();
         fill(&mut submitted);
+        let name = self.names.hash(&submitted);
+        if name.is_some_and(|name| !lock(&self.names.taken).insert(name)) {
+            let words = format!(
+                "an operation named '{}' is in flight already; wait for it first, or give each its own name",
+                submitted.name
+            );
+            let mut free = lock(&self.free);
+            free.slots.push(index);
+            free.spare.push(submitted);
+            return Err(Error::usage(words));
+        }
         let mut inner = lock(&slot.inner);
-        *inner = Inner { submitted: Some(submitted), keep, ..Inner::default() };
+        *inner = Inner { submitted: Some(submitted), keep, name, ..Inner::default() };
         drop(inner);
         let generation = (slot.state.load(Ordering::Relaxed) >> 2) + 1;
         slot.state.store(generation << 2 | PENDING, Ordering::Release);
@@ -182,6 +216,10 @@ impl Handles {
         let slot = self.slot(index);
         let mut inner = lock(&slot.inner);
         inner.result = Some(result);
+        // Before anyone can see the end, so that whoever has seen it may submit the name again.
+        if let Some(name) = inner.name.take() {
+            lock(&self.names.taken).remove(&name);
+        }
         let state = slot.state.load(Ordering::Relaxed);
         assert!(matches!(state & 3, PENDING | ABANDONED), "an operation ends once");
         if state & 3 == ABANDONED {
@@ -308,6 +346,31 @@ mod tests {
         assert_eq!(index, same);
         assert_ne!(handle, again, "the generation differs");
         assert!(handles.poll(handle).is_err());
+    }
+
+    #[test]
+    fn a_name_is_in_flight_once_in_each_set() {
+        let handles = Handles::default();
+        let named = |set: u32, name: &'static str| {
+            handles.open(None, move |s| {
+                (s.set, s.hold) = (SetId(set), name.is_empty());
+                s.name.clear();
+                s.name.push_str(if name.is_empty() { "ring.0" } else { name });
+            })
+        };
+        let (first, index) = named(0, "x").unwrap();
+        let Err(Error::Usage(words)) = named(0, "x") else { panic!("the second is refused") };
+        assert!(words.contains("'x'"), "{words}");
+        for _ in 0..2 {
+            named(0, "").unwrap();
+        }
+        named(0, "y").unwrap();
+        named(1, "x").unwrap();
+        handles.complete(index, Ok(Outcome::default()));
+        assert!(handles.poll(first).unwrap(), "nobody has waited yet");
+        let (_, again) = named(0, "x").unwrap();
+        handles.complete(again, Ok(Outcome::default()));
+        named(0, "x").unwrap();
     }
 
     #[test]

@@ -92,6 +92,8 @@ pub struct Engine {
     next_set: u32,
     membership: Membership,
     ops: HashMap<OpId, Operation>,
+    /// The algorithm of the batch that was started last.
+    last_algorithm: Option<&'static str>,
     spare_ops: Vec<Operation>,
     flights: Vec<Option<Flight>>,
     /// Flights that are not over.
@@ -135,6 +137,7 @@ impl Engine {
             next_set: 0,
             membership: Membership::new(setup.epoch, setup.me, size, setup.membership),
             ops: HashMap::new(),
+            last_algorithm: None,
             spare_ops: Vec::new(),
             flights: Vec::new(),
             flying: 0,
@@ -447,6 +450,12 @@ impl Engine {
     #[must_use]
     pub fn link_kind(&self, peer: Rank) -> Option<&'static str> {
         self.links.kind(peer)
+    }
+
+    /// The algorithm of the batch that this rank started last.
+    #[must_use]
+    pub fn last_algorithm(&self) -> Option<&'static str> {
+        self.last_algorithm
     }
 
     /// The ranks of a set.
