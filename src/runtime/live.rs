@@ -399,5 +399,7 @@ fn porter_options(config: &Config) -> PorterOptions {
 fn patience(config: &Config, world: &World) -> Patience {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let crowded = world.local_size as usize > processors;
-    Patience { spin_ns: config.spin_us * 1000, yields: crowded }
+    let processor =
+        config.thread_affinity.get(world.local_rank as usize).map(|&processor| processor as usize);
+    Patience { spin_ns: config.spin_us * 1000, yields: crowded, processor }
 }
