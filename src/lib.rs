@@ -1,4 +1,84 @@
-//! Carole: collective communication for distributed training. (This page is written at the end of construction.)
+//! Carole: collective communication for distributed training. What Horovod set out to be, made anew in Rust.
+//! (A *carole* is the medieval ring dance: one leader calls, the ring answers.)
+//!
+//! Ranks submit tensors by name, in any order. A *coordinator* agrees which tensors are ready on all ranks;
+//! what is agreed is fused into *batches*; a batch runs a *schedule* (ring, tree, doubling, direct, hierarchical)
+//! over shared memory or TCP; every rank gets the same bits, or the same error that names the rank at fault.
+//! Python, C and the launcher `carolerun` stand on [`runtime`].
+//!
+//! # The idea, in five lines
+//! 1. What the ranks agree to do is decided by a coordinator that has no socket and no clock ([`coordinator`]).
+//! 2. What is agreed is cut into batches by a pure function that every rank computes alike ([`fusion`]).
+//! 3. How a collective runs is a schedule: chunks and peers only; no bytes, no type, no transport ([`schedule`]).
+//! 4. A run (schedule × layout × window) turns completions into orders, and is again a machine ([`run`]).
+//! 5. Transports (bytes between ranks) and devices (bytes within one) alone touch the world.
+//!
+//! # The floors
+//! The modules below stand in one list, and **a module uses only modules earlier in the list** (its own
+//! children excepted). `tests/tidy.rs` enforces it.
+//!
+//! | floor | modules | what they are |
+//! | --- | --- | --- |
+//! | words | [`types`] [`limits`] [`error`] [`config`] [`log`] | the nouns, the bounds, what can go wrong, every knob |
+//! | pure | [`schedule`] [`algorithm`] [`cost`] [`select`] [`layout`] [`wire`] | collectives as data, the table of algorithms, the priced choice, chunks to bytes, messages |
+//! | machines | [`coordinator`] [`fusion`] [`membership`] [`run`] | facts in, intents out; the time is an argument |
+//! | doers | [`fork`] [`memory`] [`device`] [`transport`] [`rendezvous`] | addresses, reductions, bytes between ranks, how ranks find and prove each other |
+//! | engine | [`engine`] | one per process: owns the machines, drives the doers |
+//! | faces | [`runtime`] [`launch`] [`perf`] | init and the collectives; `carolerun`; `carole-perf` |
+//!
+//! # The way of a tensor
+//! 1. [`runtime::submit`] checks the call (`runtime/request.rs`) and leaves it in a slot (`engine/handles.rs`).
+//! 2. Whoever drives (`engine/driver.rs`) hands it to [`engine::Engine::submit`], and so to the coordinator,
+//!    which marks it ready, up a tree of hosts and ranks.
+//! 3. The agreed log comes down the tree; `Engine::run_cut` (`engine/sets.rs`) fuses each cut into batches.
+//! 4. `Engine::start_batch` (`engine/batch.rs`) finds the batch's plan (`engine/plan.rs`: query, choice, schedule,
+//!    layout, made once per shape), registers its memory and starts its run.
+//! 5. `Engine::follow` gives orders to links and device; `Engine::step_done` takes their completions back to
+//!    the run until it is finished.
+//! 6. `Engine::end` reports the outcome; the handle's waiter takes it.
+//!
+//! # To add something
+//! * An algorithm: its own file in `algorithm/` and one row of [`algorithm::TABLE`]; the ladder of tests finds it there.
+//! * A transport: a folder in `transport/` that implements [`transport::Pipe`], a row in the conformance suite,
+//!   and how to connect it in `rendezvous/porter`.
+//! * An operation or a type: one row in `device/host/table.rs`, its bodies, and the oracle.
+//! * A knob: one row in `config/knobs.rs`; the manual, `--print-config` and the errors come from it.
+//! * A device: the trait [`device::Device`], and [`schedule::lower`] for what its links cannot do.
+//!
+//! # Architecture invariants
+//! * Everything above the doers is deterministic and `forbid(unsafe_code)`; the simulator (`ci/src/sim`) runs whole
+//!   engines, many ranks in one thread, from a seed.
+//! * All that `fuse` and `select` read is agreed when the epoch starts; two ranks never choose apart.
+//! * Payload travels only against credit: a receive that is posted, or landing space that is reserved. So
+//!   process sets that overlap cannot deadlock. Control never waits for payload.
+//! * No byte of a connection is believed before it has proven (job, rank, epoch); no length is believed
+//!   before it was held against [`limits`].
+//! * A failure ends the *epoch*: first cause wins, everybody gets the same [`error::Broken`].
+//! * After a shape is first seen nothing is allocated.
+//! * [`memory`] is the one place where a name of memory becomes an address.
+//!
+//! Deliberately absent: callbacks into user code, a cycle time, a full mesh of connections, pickle on any
+//! control path, a class per (collective × backend).
+//!
+//! # Where the code departs from the first design
+//! * *Messages instead of shared counters.* Agreement within a host uses the same tree and messages as between
+//!   hosts; over shared memory a message is a cache line or two. Arrival counters may replace the leaves
+//!   of the tree later, without a change of the log.
+//! * *Links instead of transports match messages.* A transport only supplies byte streams ([`transport::Pipe`]);
+//!   [`transport::flow`] makes of them links that match, grant and reduce on receipt, once for all transports.
+//!   A TCP link reduces out of a small staging buffer that stays in cache, so host memory needs no lowering.
+//! * *No fusion region yet.* A batch of many tensors is a list of extents; a send gathers straight into the ring
+//!   or the socket, a receive scatters from it. Packing *is* sending without a buffer in between.
+//! * *A closing order.* A rank that leaves may not make what was agreed before fail; see `engine/departure.rs`.
+//! * *Not there yet*: uniform completion (held and released marks) and the verdict round that settle what some
+//!   ranks had finished when an epoch broke; step plans (their seam is described in [`coordinator`]).
+//!
+//! # Vocabulary
+//! *rank* a process; *process set* ranks that agree among themselves; *member* a rank's place in a set;
+//! *collective* a kind of operation; *tensor*; *batch* fused tensors; *chunk* of a schedule; *window* of a buffer;
+//! *extent* and *piece* runs of memory; *lane* of a link; *stream* what matches a send with its receive; *cut* a
+//! portion of the agreed log; *epoch* an agreement about who takes part; *handle* an operation in flight;
+//! *rendezvous*; *porter* the thread that connects; *slot* a place for a rank on a host.
 
 pub mod types;
 pub mod limits;

@@ -109,6 +109,7 @@ impl Engine {
             total_bytes,
         };
         let plan = self.plans.get(set.0, &shape);
+        self.last_algorithm = Some(plan.algorithm);
         self.launch(flight, plan);
     }
 

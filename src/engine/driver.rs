@@ -12,6 +12,7 @@
 use super::Engine;
 use super::handles::{Handles, Submitted, Waited};
 use super::message::MessageSubmission;
+use super::spin::Spin;
 use super::{Submission, TensorMemory};
 use crate::coordinator::OpId;
 use crate::error::{Broken, Cause, Error, Result};
@@ -56,10 +57,12 @@ impl Drowsy {
 /// How waiting callers spend their time before they sleep.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// How long to look again and again, in nanoseconds.
+    /// How long to look again and again at most, in nanoseconds.
     pub spin_ns: u64,
     /// Whether to give the processor away between two looks: more ranks than cores.
     pub yields: bool,
+    /// The processor to which the background thread is bound.
+    pub processor: Option<usize>,
 }
 
 /// What submitters leave for the driver.
@@ -86,6 +89,8 @@ struct Shared {
     stop: AtomicBool,
     origin: Instant,
     patience: Patience,
+    /// Used by whoever drives as a caller.
+    spin: Mutex<Spin>,
     failure: Mutex<Option<Error>>,
 }
 
@@ -94,9 +99,6 @@ pub struct Driver {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
-
-/// How long a waiting caller keeps the processor for itself.
-const SPIN_ALONE_NS: u64 = 20_000;
 
 /// The longest sleep: a bound on what a lost wake could cost, never relied upon.
 const NAP: Duration = Duration::from_millis(100);
@@ -128,11 +130,16 @@ impl Driver {
             stop: AtomicBool::new(false),
             origin,
             patience,
+            spin: Mutex::new(Spin::new(patience.spin_ns)),
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
-        let thread =
-            std::thread::Builder::new().name("carole".into()).spawn(move || background.background())?;
+        let thread = std::thread::Builder::new().name("carole".into()).spawn(move || {
+            if let Some(processor) = background.patience.processor {
+                bind_to(processor);
+            }
+            background.background();
+        })?;
         Ok(Driver { shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -165,6 +172,12 @@ impl Driver {
             if until.is_some_and(|at| Instant::now() >= at) {
                 return Ok(Waited::Pending);
             }
+            if shared.stop.load(Ordering::SeqCst) {
+                // Somebody is saying goodbye: what was in flight ends, and what came too late ends here.
+                shared.refuse_mail();
+                shared.handles.sleep(handle, Instant::now() + NAP)?;
+                continue;
+            }
             if !shared.caller.swap(true, Ordering::SeqCst) {
                 shared.drive_for(handle, until);
                 continue;
@@ -184,9 +197,9 @@ impl Driver {
         self.shared.handles.abandon(handle);
     }
 
-    /// Reads something from the engine.
-    pub fn with<T>(&self, read: impl FnOnce(&mut Engine) -> T) -> T {
-        read(&mut lock(&self.shared.engine))
+    /// Reads something from the engine; `None` while somebody else drives it.
+    pub fn try_with<T>(&self, read: impl FnOnce(&mut Engine) -> T) -> Option<T> {
+        self.shared.engine.try_lock().ok().map(|mut engine| read(&mut engine))
     }
 
     /// What an operation waits for.
@@ -220,6 +233,7 @@ impl Driver {
         }
     }
 
+    /// Ends the thread, and makes a caller that drives give the baton up.
     fn stop_background(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.nudge.wake();
@@ -228,6 +242,22 @@ impl Driver {
             // The thread catches its own panics; there is nothing to learn from its result.
             let _ = thread.join();
         }
+    }
+}
+
+/// Binds this thread to one processor. One that does not exist is a loss of speed and not of the job.
+fn bind_to(processor: usize) {
+    use rustix::thread::{CpuSet, sched_setaffinity};
+    let mut set = CpuSet::new();
+    let known = processor < CpuSet::MAX_CPU;
+    if known {
+        set.set(processor);
+    }
+    if !known || sched_setaffinity(None, &set).is_err() {
+        log::warn(format_args!(
+            "the background thread cannot be bound to processor {processor} (CAROLE_THREAD_AFFINITY); it runs \
+             wherever the kernel puts it"
+        ));
     }
 }
 
@@ -301,6 +331,19 @@ impl Shared {
         }
     }
 
+    /// After the goodbye: whatever was submitted too late ends with `Shutdown`.
+    fn refuse_mail(&self) {
+        if lock(&self.failure).is_none() {
+            return;
+        }
+        for letter in lock(&self.mail).drain(..) {
+            if let Mail::Submitted(index) = letter {
+                self.handles.recycle(self.handles.take_submitted(index));
+                self.handles.complete(index, Err(Error::Shutdown(None)));
+            }
+        }
+    }
+
     fn read_mail(&self, engine: &mut Engine, now: Time) -> bool {
         if !self.has_mail.swap(false, Ordering::SeqCst) {
             return false;
@@ -369,6 +412,7 @@ impl Shared {
     /// A caller drives until its operation has ended. It has set `caller`.
     fn drive_for(&self, handle: u64, until: Option<Instant>) {
         let mut engine = lock(&self.engine);
+        let mut spin = lock(&self.spin);
         // The background thread's arming is undone: this thread looks by itself.
         engine.disarm();
         let mut waited = false;
@@ -380,16 +424,19 @@ impl Shared {
                 engine.wait_for(OpId(index), self.now());
                 moved |= self.turn(&mut engine);
             }
-            if self.handles.poll(handle).unwrap_or(true) || until.is_some_and(|at| Instant::now() >= at) {
+            let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
+            if moved && idle_since.take().is_some() {
+                spin.found();
+            }
+            if over || until.is_some_and(|at| Instant::now() >= at) {
                 break;
             }
             if moved {
-                idle_since = None;
                 continue;
             }
             let now = self.now();
             let since = *idle_since.get_or_insert(now);
-            if now.since(since) < self.patience.spin_ns {
+            if now.since(since) < spin.limit_ns() {
                 if self.patience.yields {
                     std::thread::yield_now()
                 } else {
@@ -397,10 +444,12 @@ impl Shared {
                 }
                 continue;
             }
+            spin.failed();
             self.sleep_as_caller(&mut engine, until);
             idle_since = None;
         }
         let busy = engine.is_busy();
+        drop(spin);
         drop(engine);
         self.caller.store(false, Ordering::SeqCst);
         if (busy || self.has_mail.load(Ordering::SeqCst)) && self.background_sleep.must_wake() {

@@ -1,4 +1,5 @@
 //! Tagged point-to-point messages: the n-th send with a tag meets the n-th receive with it.
+#![forbid(unsafe_code)]
 
 use super::Engine;
 use super::batch::Flight;

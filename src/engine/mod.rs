@@ -17,6 +17,7 @@ mod message;
 mod operation;
 pub mod plan;
 mod sets;
+mod spin;
 
 pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
@@ -95,11 +96,14 @@ pub struct Engine {
     next_set: u32,
     membership: Membership,
     ops: HashMap<OpId, Operation>,
+    /// The algorithm of the batch that was started last.
+    last_algorithm: Option<&'static str>,
     spare_ops: Vec<Operation>,
     spare_outcomes: Vec<Outcome>,
     flights: Vec<Option<Flight>>,
     /// Flights that are not over.
     flying: usize,
+    #[expect(clippy::vec_box, reason = "a flight is large and moves between tables by its address")]
     spare_flights: Vec<Box<BatchFlight>>,
     scratch: Vec<OwnedBytes>,
     messages: HashMap<(SetId, Rank, u32, bool), u64>,
@@ -141,6 +145,7 @@ impl Engine {
             next_set: 0,
             membership: Membership::new(setup.epoch, setup.me, size, setup.membership),
             ops: HashMap::new(),
+            last_algorithm: None,
             spare_ops: Vec::new(),
             spare_outcomes: Vec::new(),
             flights: Vec::new(),
@@ -325,6 +330,7 @@ impl Engine {
             self.membership.handle_timeout(now);
         }
         let mut moved = false;
+        let was_broken = self.broken.is_some();
         while let Some(intent) = self.membership.poll() {
             moved = true;
             match intent {
@@ -343,7 +349,22 @@ impl Engine {
                 membership::Intent::Departed { who, clean } => self.depart(who, clean, now),
             }
         }
+        if self.broken.is_some() && !was_broken {
+            // The news leaves before anybody here learns of it: a caller may end the process at once, and its
+            // peers must not take it for the culprit.
+            self.push_out(now);
+        }
         moved
+    }
+
+    /// Writes what is queued for all links; what they tell meanwhile is of no use any more.
+    fn push_out(&mut self, now: Time) {
+        let mut events = Events::default();
+        let mut changes = Vec::new();
+        for place in (0..self.links.up().len()).rev() {
+            self.links.progress(place, &self.memory, now, &mut events, &mut changes);
+            events.clear();
+        }
     }
 
     fn say(&mut self, to: Rank, message: &wire::Message<'_>) {
@@ -465,6 +486,12 @@ impl Engine {
     #[must_use]
     pub fn link_kind(&self, peer: Rank) -> Option<&'static str> {
         self.links.kind(peer)
+    }
+
+    /// The algorithm of the batch that this rank started last.
+    #[must_use]
+    pub fn last_algorithm(&self) -> Option<&'static str> {
+        self.last_algorithm
     }
 
     /// The ranks of a set.

@@ -75,11 +75,26 @@ pub struct LinkOrder {
 #[derive(Clone, Debug)]
 pub enum OrderKind {
     /// Send these bytes. Never empty.
-    Send { src: PieceRange },
+    Send {
+        /// The bytes.
+        src: PieceRange,
+    },
     /// Receive into these bytes. Never empty.
-    Recv { dst: PieceRange },
+    Recv {
+        /// Where the bytes go.
+        dst: PieceRange,
+    },
     /// Receive `x`; write `with ⊕ x`, or `x ⊕ with` when `incoming_first`, to `dst`.
-    RecvReduce { dst: PieceRange, with: PieceRange, reduction: Reduction, incoming_first: bool },
+    RecvReduce {
+        /// Where the bytes go.
+        dst: PieceRange,
+        /// The operand that is here.
+        with: PieceRange,
+        /// Operation and type.
+        reduction: Reduction,
+        /// Whether the incoming operand is the left one.
+        incoming_first: bool,
+    },
 }
 
 /// What a link tells.

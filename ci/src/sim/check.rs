@@ -1,4 +1,5 @@
 //! What each rank must get: the reference on the inputs of those that submitted.
+#![forbid(unsafe_code)]
 
 use super::program::{Planned, Random};
 use carole::device::host::oracle;

@@ -1,5 +1,6 @@
 //! What the ranks of a simulated cluster do: a list of operations, of which each rank submits its own in an
 //! order of its own, some of them wrong; and what goes wrong besides.
+#![forbid(unsafe_code)]
 
 use carole::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale};
 
