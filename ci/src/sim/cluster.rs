@@ -188,7 +188,7 @@ impl Cluster {
                     membership: membership::Rules::default(),
                 };
                 let fabric = Fabric::new(network.clone(), Rank(r), FlowOptions { eager_bytes_max });
-                let engine = match order.sabotage.filter(|_| r == 1) {
+                let engine = match order.sabotage.filter(|bug| r == 1 || bug.is_everywhere()) {
                     Some(bug) => Engine::new(setup, Box::new(Sabotaged { fabric, bug })),
                     None => Engine::new(setup, Box::new(fabric)),
                 };

@@ -7,7 +7,7 @@ use carole::types::{Rank, Time};
 use carole::wire::Message;
 use std::os::fd::RawFd;
 
-/// A planted bug, on rank 1 unless it says otherwise.
+/// A planted bug, on rank 1 or everywhere.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Sabotage {
     /// Batches are started in another order than agreed: neighbours swap their places.
@@ -24,6 +24,13 @@ pub enum Sabotage {
     AgreementLost,
     /// A departure is not passed on.
     GoodbyeLost,
+}
+
+impl Sabotage {
+    /// News that one rank does not pass on mostly come another way.
+    pub fn is_everywhere(self) -> bool {
+        matches!(self, Sabotage::AbortNotFlooded | Sabotage::GoodbyeLost)
+    }
 }
 
 /// A fabric whose links have a bug.
