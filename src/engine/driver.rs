@@ -7,7 +7,8 @@
 //! Everybody sleeps on descriptors: the process's own eventfd (which peers on the host, the porter and
 //! submitters write), the links' sockets, and for the background thread one eventfd more. The handshake is
 //! the same everywhere (`Drowsy`): the sleeper stores *asleep*, then looks at every queue again; the
-//! producer publishes, then looks at *asleep*. Sequential consistency makes one of them see the other.
+//! producer publishes, then looks at *asleep*. The full fence between the two on each side makes one of them
+//! see the other; `loom` checks it.
 
 use super::Engine;
 use super::handles::{Handles, Submitted, Waited};
@@ -21,14 +22,14 @@ use crate::log;
 use crate::transport::wake::Waker;
 use crate::types::Time;
 #[cfg(loom)]
-use loom::sync::atomic::AtomicBool as SleepFlag;
+use loom::sync::atomic::{AtomicBool as SleepFlag, fence};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::any::Any;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-#[cfg(not(loom))]
-use std::sync::atomic::AtomicBool as SleepFlag;
 use std::sync::atomic::{AtomicBool, Ordering};
+#[cfg(not(loom))]
+use std::sync::atomic::{AtomicBool as SleepFlag, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -43,6 +44,7 @@ impl Drowsy {
     /// The sleeper says so, and must look at every queue once more before it sleeps.
     pub(super) fn lie_down(&self) {
         self.asleep.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
     }
     /// The sleeper is awake.
     pub(super) fn rise(&self) {
@@ -50,6 +52,7 @@ impl Drowsy {
     }
     /// The producer has published. True if the sleeper must be woken; then only this producer does so.
     pub(super) fn must_wake(&self) -> bool {
+        fence(Ordering::SeqCst);
         self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst)
     }
 }
