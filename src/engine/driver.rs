@@ -12,6 +12,7 @@
 use super::Engine;
 use super::handles::{Handles, Submitted, Waited};
 use super::message::MessageSubmission;
+use super::spin::Spin;
 use super::{Submission, TensorMemory};
 use crate::coordinator::OpId;
 use crate::error::{Broken, Cause, Error, Result};
@@ -52,7 +53,7 @@ impl Drowsy {
 /// How waiting callers spend their time before they sleep.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// How long to look again and again, in nanoseconds.
+    /// How long to look again and again at most, in nanoseconds.
     pub spin_ns: u64,
     /// Whether to give the processor away between two looks: more ranks than cores.
     pub yields: bool,
@@ -82,6 +83,8 @@ struct Shared {
     stop: AtomicBool,
     origin: Instant,
     patience: Patience,
+    /// Used by whoever drives as a caller.
+    spin: Mutex<Spin>,
     failure: Mutex<Option<Error>>,
 }
 
@@ -90,9 +93,6 @@ pub struct Driver {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
-
-/// How long a waiting caller keeps the processor for itself.
-const SPIN_ALONE_NS: u64 = 20_000;
 
 /// The longest sleep: a bound on what a lost wake could cost, never relied upon.
 const NAP: Duration = Duration::from_millis(100);
@@ -124,6 +124,7 @@ impl Driver {
             stop: AtomicBool::new(false),
             origin,
             patience,
+            spin: Mutex::new(Spin::new(patience.spin_ns)),
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
@@ -385,6 +386,7 @@ impl Shared {
     /// A caller drives until its operation has ended. It has set `caller`.
     fn drive_for(&self, handle: u64, until: Option<Instant>) {
         let mut engine = lock(&self.engine);
+        let mut spin = lock(&self.spin);
         // The background thread's arming is undone: this thread looks by itself.
         engine.disarm();
         let mut waited = false;
@@ -397,16 +399,18 @@ impl Shared {
                 moved |= self.turn(&mut engine);
             }
             let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
+            if moved && idle_since.take().is_some() {
+                spin.found();
+            }
             if over || until.is_some_and(|at| Instant::now() >= at) {
                 break;
             }
             if moved {
-                idle_since = None;
                 continue;
             }
             let now = self.now();
             let since = *idle_since.get_or_insert(now);
-            if now.since(since) < self.patience.spin_ns {
+            if now.since(since) < spin.limit_ns() {
                 if self.patience.yields {
                     std::thread::yield_now()
                 } else {
@@ -414,10 +418,12 @@ impl Shared {
                 }
                 continue;
             }
+            spin.failed();
             self.sleep_as_caller(&mut engine, until);
             idle_since = None;
         }
         let busy = engine.is_busy();
+        drop(spin);
         drop(engine);
         self.caller.store(false, Ordering::SeqCst);
         if (busy || self.has_mail.load(Ordering::SeqCst)) && self.background_sleep.must_wake() {

@@ -58,6 +58,8 @@ struct Inner {
     result: Option<Result<Outcome>>,
     keep: Option<Box<dyn Any + Send>>,
     abandoned: bool,
+    /// Somebody sleeps on `done`: without sleepers there is nobody to wake, which would cost a system call.
+    sleepers: u32,
 }
 
 #[derive(Default)]
@@ -158,7 +160,9 @@ impl Handles {
         let mut submitted = spare.unwrap_or_default();
         fill(&mut submitted);
         let mut inner = lock(&slot.inner);
-        *inner = Inner { submitted: Some(submitted), keep, ..Inner::default() };
+        // Late risers of the slot's last operation still count themselves out.
+        let sleepers = inner.sleepers;
+        *inner = Inner { submitted: Some(submitted), keep, sleepers, ..Inner::default() };
         drop(inner);
         let generation = (slot.state.load(Ordering::Relaxed) >> 2) + 1;
         slot.state.store(generation << 2 | PENDING, Ordering::Release);
@@ -187,7 +191,7 @@ impl Handles {
         if abandoned {
             let keep = self.close(index, slot, &mut inner).1;
             lock(&self.released).extend(keep);
-        } else {
+        } else if inner.sleepers > 0 {
             slot.done.notify_all();
         }
     }
@@ -232,12 +236,15 @@ impl Handles {
     /// Sleeps until the operation has ended or `until` has come; for callers that do not drive themselves.
     pub fn sleep(&self, handle: u64, until: Instant) -> Result<()> {
         let (slot, _) = self.find(handle)?;
-        let inner = lock(&slot.inner);
+        let mut inner = lock(&slot.inner);
         if self.find(handle)?.1 & 3 == DONE {
             return Ok(());
         }
         let left = until.saturating_duration_since(Instant::now());
-        drop(slot.done.wait_timeout(inner, left));
+        inner.sleepers += 1;
+        let (mut inner, _) =
+            slot.done.wait_timeout(inner, left).unwrap_or_else(std::sync::PoisonError::into_inner);
+        inner.sleepers -= 1;
         Ok(())
     }
 

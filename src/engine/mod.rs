@@ -15,7 +15,9 @@ mod message;
 mod operation;
 pub mod plan;
 mod sets;
+mod spin;
 
+pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
 
 use crate::coordinator::{self, OpId, Rules};
@@ -425,10 +427,12 @@ impl Engine {
         self.links.up().is_empty()
     }
 
-    /// Operations in flight.
+    /// Operations in flight, in order of their numbers, so that the simulator repeats.
     #[must_use]
     pub fn ops_in_flight(&self) -> Vec<OpId> {
-        self.ops.keys().copied().collect()
+        let mut ops: Vec<OpId> = self.ops.keys().copied().collect();
+        ops.sort_unstable();
+        ops
     }
 
     /// An empty vector with capacity, for the driver.
