@@ -94,11 +94,7 @@ unsafe fn copy_streaming(src: *const u8, dst: *mut u8, n: usize) {
             (from, to) = (from.add(4), to.add(4));
         }
         std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), n - head - 64 * lines);
-    }
-    // Streaming stores are not ordered by the release store that publishes the bytes.
-    // SAFETY: every x86-64 processor has SSE.
-    #[allow(unused_unsafe)]
-    unsafe {
+        // Streaming stores are not ordered by the release store that publishes the bytes. (Every x86-64 has SSE.)
         _mm_sfence();
     }
 }
