@@ -96,7 +96,8 @@ unsafe fn copy_streaming(src: *const u8, dst: *mut u8, n: usize) {
         std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), n - head - 64 * lines);
     }
     // Streaming stores are not ordered by the release store that publishes the bytes.
-    _mm_sfence();
+    // SAFETY: every x86-64 processor has it.
+    unsafe { _mm_sfence() };
 }
 
 #[cfg(not(target_arch = "x86_64"))]
