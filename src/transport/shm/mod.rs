@@ -1,6 +1,5 @@
 //! Shared memory between two processes of one host: rings that a peer reads where they lie.
 
-mod copy;
 #[cfg(all(test, loom))]
 mod loom;
 mod ring;
@@ -13,7 +12,6 @@ pub use segment::{SEGMENT_BYTES, create_segment};
 use crate::error::Cause;
 use crate::transport::Pipe;
 use crate::transport::wake::{self, Waker};
-use copy::Ways;
 use ring::{Consumer, Producer, WANTS_DATA, WANTS_ROOM, go_to_sleep, must_wake};
 use rustix::net::RecvFlags;
 use segment::{RingId, Segment};
@@ -57,7 +55,6 @@ pub struct ShmPipe {
     rx: RingId,
     producer: Producer,
     consumer: Consumer,
-    ways: Ways,
     /// What happened since the last flush that a sleeping peer may wait for.
     offers: u64,
     looks: u32,
@@ -95,7 +92,6 @@ impl ShmPipe {
             rx,
             producer: Producer::new(tx.size()),
             consumer: Consumer::new(rx.size()),
-            ways: Ways::default(),
             offers: 0,
             looks: 0,
             armed: false,
@@ -118,7 +114,7 @@ impl ShmPipe {
             }
             // SAFETY: position + n <= size, so the destination lies in the ring; the ring's index logic gives
             // these bytes to the producer alone; private memory and the mapping do not overlap.
-            unsafe { self.ways.copy(part[done..].as_ptr(), ring.add(position), n) };
+            unsafe { std::ptr::copy_nonoverlapping(part[done..].as_ptr(), ring.add(position), n) };
             self.producer.publish(segment.tail(self.tx), n);
             done += n;
         }
