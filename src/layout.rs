@@ -260,6 +260,33 @@ mod tests {
     }
 
     #[test]
+    fn lengths_beyond_32_bits_are_cut_without_loss() {
+        let bytes = [(1u64 << 31) + 5, 0, (1 << 33) + 3, 7];
+        let total: u64 = bytes.iter().sum();
+        for (chunks, windows) in [(1, 1), (2, 3), (3, 2051), (8, 5)] {
+            let layout = Layout::even(&bytes, chunks, false);
+            let mut next = vec![0u64; bytes.len()];
+            let mut seen = 0;
+            for chunk in 0..chunks {
+                let mut extents = Vec::new();
+                for window in 0..windows {
+                    let span = Span { space: Space::Input, chunks: chunk..chunk + 1, of: 0 };
+                    layout.resolve(&span, cut(window, windows), &mut extents);
+                }
+                for extent in extents {
+                    let tensor = extent.region as usize / 2;
+                    assert_eq!(extent.offset, next[tensor], "{chunks} chunks, {windows} windows");
+                    next[tensor] += extent.len;
+                    seen += extent.len;
+                }
+            }
+            assert_eq!(seen, total);
+            assert_eq!(next, bytes);
+        }
+        assert_eq!(dealt_rows((1 << 33) + 1, 0, 2), 0..(1 << 32) + 1);
+    }
+
+    #[test]
     fn scratch_of_adasum_is_cut_by_tensors() {
         let layout = Layout::even(&[8, 0, 24], 1, true);
         let mut extents = Vec::new();

@@ -98,6 +98,13 @@ impl Operation {
         Ok(Operation { handle: Some(handle), tensors: vec![tensor], outputs: vec![Vec::new()] })
     }
 
+    /// Waits for the end of an operation in place; gives the tensors back without a copy.
+    pub fn wait_in_place(mut self) -> Result<Vec<Vec<u8>>> {
+        let handle = self.handle.take().expect("an operation is waited for once");
+        runtime::wait(handle, None).result?;
+        Ok(std::mem::take(&mut self.tensors).into_iter().map(|tensor| tensor.input).collect())
+    }
+
     /// Waits for the end.
     pub fn wait(mut self) -> Result<Finished> {
         let handle = self.handle.take().expect("an operation is waited for once");

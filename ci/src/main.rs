@@ -7,6 +7,9 @@
 mod agreement_sim;
 mod call;
 mod chaos;
+mod figures;
+mod fuzz;
+mod huge;
 mod install_c;
 mod intrude;
 mod job;
@@ -46,6 +49,12 @@ enum Task {
     Chaos(chaos::Settings),
     /// Garbage, scans and half-open connections on the ports of a running job.
     Intrude(intrude::Settings),
+    /// Threads and memory of a process, and of simulated engines.
+    Figures(figures::Settings),
+    /// One tensor of more than 2^31 elements.
+    Huge(huge::Settings),
+    /// Coverage-guided fuzzing of the decoders; installs cargo-fuzz if it is missing.
+    Fuzz(fuzz::Settings),
     /// Installs libcarole, carole.h and carole.pc.
     InstallC {
         /// Where to.
@@ -63,6 +72,8 @@ enum Rank {
     Strict(strict::RankSettings),
     Order(order::RankSettings),
     Chaos(chaos::RankSettings),
+    Figures(figures::RankSettings),
+    Huge(huge::RankSettings),
 }
 
 /// What a task found: how many checks passed and how many were not made; or why it failed.
@@ -88,6 +99,9 @@ fn main() {
         Task::Order(settings) => order::run(&settings),
         Task::Chaos(settings) => chaos::run(&settings),
         Task::Intrude(settings) => intrude::run(&settings),
+        Task::Figures(settings) => figures::run(&settings),
+        Task::Huge(settings) => huge::run(&settings),
+        Task::Fuzz(settings) => fuzz::run(&settings),
         Task::InstallC { prefix } => install_c::run(&prefix),
         Task::Rank(rank) => std::process::exit(run_rank(rank)),
     };
@@ -106,6 +120,8 @@ fn run_rank(rank: Rank) -> i32 {
         Rank::Strict(settings) => strict::rank(&settings),
         Rank::Order(settings) => order::rank(&settings),
         Rank::Chaos(settings) => chaos::rank(&settings),
+        Rank::Figures(settings) => figures::rank(&settings),
+        Rank::Huge(settings) => huge::rank(&settings),
     };
     match result {
         Ok(()) => 0,

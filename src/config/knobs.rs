@@ -142,7 +142,8 @@ knobs! {
     spin_us: Count<0, 1_000_000> = "50", "CAROLE_SPIN_US", Local;
     /// The widest vector instructions that reductions may use; `auto` takes the best that the processor has.
     simd: Maybe<Choice<SimdLevel>> = "auto", "CAROLE_SIMD", Local;
-    /// Shared memory that one process may take for links, fusion regions and landing space together.
+    /// Shared memory that one process may take for links, fusion regions and landing space together. It has no
+    /// effect yet: each link between two ranks of a host takes a fixed 2.2 MiB or so, once there is traffic.
     memory: Bytes<{ 1 << 20 }, { 1 << 46 }> = "2G", "CAROLE_MEMORY", Local;
     /// What is logged to standard error: messages of this level and above.
     log_level: Choice<LogLevel> = "warning", "CAROLE_LOG_LEVEL", Local,
@@ -153,7 +154,8 @@ knobs! {
     /// Ranks with the same text here share memory. `auto` finds out by probing; tests that stand for several
     /// hosts set it.
     host_id: Maybe<Text> = "auto", "CAROLE_HOST_ID", Local;
-    /// For each local rank, the processor on which its background thread runs.
+    /// For each local rank, the processor on which its background thread runs. A thread that waits for a
+    /// result drives the engine itself, where it is.
     thread_affinity: List<Small<0, 65535>> = "none", "CAROLE_THREAD_AFFINITY", Local,
         "HOROVOD_THREAD_AFFINITY" => as_is;
     /// Refuses what Horovod refuses, even where Carole can do it.
@@ -165,7 +167,7 @@ knobs! {
     /// read and change the job's data.
     insecure: Switch = "0", "CAROLE_INSECURE", Agreed;
     /// Where ranks find each other: `HOST:PORT` of the launcher's rendezvous server or of rank 0, or
-    /// `file:///PATH` on a file system that all ranks see.
+    /// `file:///PATH` on a file system that all ranks see (`CAROLE_RENDEZVOUS=file:///shared/job7`).
     rendezvous: Maybe<Text> = "auto", "CAROLE_RENDEZVOUS", Local;
     /// The port of rank 0's rendezvous when only its host is known (torchrun's MASTER_ADDR).
     rendezvous_port: Maybe<Small<1, 65535>> = "auto", "CAROLE_RENDEZVOUS_PORT", Local;

@@ -47,19 +47,74 @@ impl Finish {
 #[derive(Clone, Debug)]
 pub enum DeviceOrder {
     /// `dst = src`.
-    Copy { dst: PieceRange, src: PieceRange },
+    Copy {
+        /// Where the result goes.
+        dst: PieceRange,
+        /// What is read.
+        src: PieceRange,
+    },
     /// `dst = src * factor`, rounded once.
-    Scale { dst: PieceRange, src: PieceRange, dtype: DType, factor: f64 },
+    Scale {
+        /// Where the result goes.
+        dst: PieceRange,
+        /// What is read.
+        src: PieceRange,
+        /// The type of the elements.
+        dtype: DType,
+        /// What every element is multiplied with.
+        factor: f64,
+    },
     /// `dst = a ⊕ b`, `a` first.
-    Reduce { dst: PieceRange, a: PieceRange, b: PieceRange, reduction: Reduction },
+    Reduce {
+        /// Where the result goes.
+        dst: PieceRange,
+        /// The left operand.
+        a: PieceRange,
+        /// The right operand.
+        b: PieceRange,
+        /// Operation and type.
+        reduction: Reduction,
+    },
     /// The canonical tree over `srcs` in a wide accumulator, with prescale and finish, rounded once.
-    ReduceMany { dst: PieceRange, srcs: Vec<PieceRange>, reduction: Reduction, pre: f64, finish: Finish },
+    ReduceMany {
+        /// Where the result goes.
+        dst: PieceRange,
+        /// The operands, in the order of their ranks.
+        srcs: Vec<PieceRange>,
+        /// Operation and type.
+        reduction: Reduction,
+        /// What every operand is multiplied with first.
+        pre: f64,
+        /// What the sum is scaled with last.
+        finish: Finish,
+    },
     /// Adasum, piece by piece: each piece of `dst`, `a` and `b` is one whole tensor.
-    Combine { dst: PieceRange, a: PieceRange, b: PieceRange, dtype: DType },
+    Combine {
+        /// Where the result goes.
+        dst: PieceRange,
+        /// The left operand.
+        a: PieceRange,
+        /// The right operand.
+        b: PieceRange,
+        /// The type of the elements.
+        dtype: DType,
+    },
     /// `dst = dst * post / divisor`, rounded once (integers: floor).
-    Finish { dst: PieceRange, dtype: DType, finish: Finish },
+    Finish {
+        /// Where the result goes.
+        dst: PieceRange,
+        /// The type of the elements.
+        dtype: DType,
+        /// What the sum is scaled with last.
+        finish: Finish,
+    },
     /// `dst` = the identity of the operation.
-    Identity { dst: PieceRange, reduction: Reduction },
+    Identity {
+        /// Where the result goes.
+        dst: PieceRange,
+        /// Operation and type.
+        reduction: Reduction,
+    },
 }
 
 /// Copies and reduces bytes in one place.

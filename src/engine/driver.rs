@@ -57,6 +57,8 @@ pub struct Patience {
     pub spin_ns: u64,
     /// Whether to give the processor away between two looks: more ranks than cores.
     pub yields: bool,
+    /// The processor to which the background thread is bound.
+    pub processor: Option<usize>,
 }
 
 /// What submitters leave for the driver.
@@ -132,8 +134,12 @@ impl Driver {
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
-        let thread =
-            std::thread::Builder::new().name("carole".into()).spawn(move || background.background())?;
+        let thread = std::thread::Builder::new().name("carole".into()).spawn(move || {
+            if let Some(processor) = background.patience.processor {
+                bind_to(processor);
+            }
+            background.background();
+        })?;
         Ok(Driver { shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -236,6 +242,22 @@ impl Driver {
             // The thread catches its own panics; there is nothing to learn from its result.
             let _ = thread.join();
         }
+    }
+}
+
+/// Binds this thread to one processor. One that does not exist is a loss of speed and not of the job.
+fn bind_to(processor: usize) {
+    use rustix::thread::{CpuSet, sched_setaffinity};
+    let mut set = CpuSet::new();
+    let known = processor < CpuSet::MAX_CPU;
+    if known {
+        set.set(processor);
+    }
+    if !known || sched_setaffinity(None, &set).is_err() {
+        log::warn(format_args!(
+            "the background thread cannot be bound to processor {processor} (CAROLE_THREAD_AFFINITY); it runs \
+             wherever the kernel puts it"
+        ));
     }
 }
 

@@ -1,9 +1,9 @@
 //! Handles: where a submitted operation waits for its outcome, shared between the callers' threads and
 //! whoever drives the engine.
 //!
-//! A handle is a slot and a generation. A slot is free, pending or done; the word `state` holds the generation
-//! and the state together, so that a handle used after its wait is an error and never somebody else's
-//! operation. Slots come in pages that are allocated when first needed.
+//! A handle is a slot and a generation. A slot is free, pending, done or abandoned; the word `state` holds the
+//! generation and the state together, so that a handle used after its wait, or after it was given up, is an
+//! error and never somebody else's operation. Slots come in pages that are allocated when first needed.
 #![forbid(unsafe_code)]
 
 use super::operation::Outcome;
@@ -12,6 +12,8 @@ use crate::limits::IN_FLIGHT_MAX;
 use crate::memory::Region;
 use crate::types::{SetId, Signature};
 use std::any::Any;
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
@@ -19,6 +21,8 @@ use std::time::Instant;
 const PAGE: usize = 1024;
 const PENDING: u64 = 1;
 const DONE: u64 = 2;
+/// In flight, but nobody's: it closes itself at its end.
+const ABANDONED: u64 = 3;
 
 /// An operation as submitted, on its way to the engine.
 #[derive(Debug)]
@@ -57,9 +61,9 @@ struct Inner {
     submitted: Option<Box<Submitted>>,
     result: Option<Result<Outcome>>,
     keep: Option<Box<dyn Any + Send>>,
-    abandoned: bool,
     /// Somebody sleeps on `done`: without sleepers there is nobody to wake, which would cost a system call.
     sleepers: u32,
+    name: Option<u128>,
 }
 
 #[derive(Default)]
@@ -74,14 +78,34 @@ struct Slot {
 pub struct Handles {
     pages: Box<[OnceLock<Box<[Slot]>>]>,
     free: Mutex<Free>,
+    names: Names,
     /// What abandoned operations had kept alive and need no more.
     released: Mutex<Vec<Box<dyn Any + Send>>>,
+}
+
+/// The names in flight, so that the second submit of one is refused at once and not only when the engine
+/// comes to it. Kept as 128 bits of two keyed hashes: no allocation for a name that comes back, and no chance
+/// worth the name that two differ and look alike.
+#[derive(Default)]
+struct Names {
+    keys: [RandomState; 2],
+    taken: Mutex<HashSet<u128>>,
+}
+
+impl Names {
+    /// Names of a ring may be in flight twice, and messages have none.
+    fn hash(&self, submitted: &Submitted) -> Option<u128> {
+        let named = !submitted.hold && submitted.message.is_none() && !submitted.name.is_empty();
+        let half = |key: &RandomState| u128::from(key.hash_one((submitted.set, &submitted.name)));
+        named.then(|| half(&self.keys[0]) << 64 | half(&self.keys[1]))
+    }
 }
 
 #[derive(Default)]
 struct Free {
     slots: Vec<u32>,
     /// Boxes whose vectors have capacity already.
+    #[expect(clippy::vec_box, reason = "the boxes travel to the engine and back; only their address moves")]
     spare: Vec<Box<Submitted>>,
     made: u32,
 }
@@ -99,6 +123,7 @@ impl Default for Handles {
         Handles {
             pages: (0..IN_FLIGHT_MAX / PAGE).map(|_| OnceLock::new()).collect(),
             free: Mutex::default(),
+            names: Names::default(),
             released: Mutex::default(),
         }
     }
@@ -111,7 +136,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn used_up() -> Error {
     Error::usage(
-        "this handle is not in flight: it was waited for already, or it belongs to an earlier init()",
+        "this handle is not in flight: it was waited for or given up already, or it belongs to an earlier init()",
     )
 }
 
@@ -126,7 +151,7 @@ impl Handles {
         let page = self.pages.get(index as usize / PAGE).and_then(OnceLock::get).ok_or_else(used_up)?;
         let slot = &page[index as usize % PAGE];
         let state = slot.state.load(Ordering::Acquire);
-        if state & 3 != 0 && (state >> 2) & 0xFF_FFFF_FFFF == handle >> 24 {
+        if matches!(state & 3, PENDING | DONE) && (state >> 2) & 0xFF_FFFF_FFFF == handle >> 24 {
             Ok((slot, state))
         } else {
             Err(used_up())
@@ -159,10 +184,21 @@ impl Handles {
         let slot = self.slot(index);
         let mut submitted = spare.unwrap_or_default();
         fill(&mut submitted);
+        let name = self.names.hash(&submitted);
+        if name.is_some_and(|name| !lock(&self.names.taken).insert(name)) {
+            let words = format!(
+                "an operation named '{}' is in flight already; wait for it first, or give each its own name",
+                submitted.name
+            );
+            let mut free = lock(&self.free);
+            free.slots.push(index);
+            free.spare.push(submitted);
+            return Err(Error::usage(words));
+        }
         let mut inner = lock(&slot.inner);
         // Late risers of the slot's last operation still count themselves out.
         let sleepers = inner.sleepers;
-        *inner = Inner { submitted: Some(submitted), keep, sleepers, ..Inner::default() };
+        *inner = Inner { submitted: Some(submitted), keep, name, sleepers, ..Inner::default() };
         drop(inner);
         let generation = (slot.state.load(Ordering::Relaxed) >> 2) + 1;
         slot.state.store(generation << 2 | PENDING, Ordering::Release);
@@ -184,15 +220,20 @@ impl Handles {
         let slot = self.slot(index);
         let mut inner = lock(&slot.inner);
         inner.result = Some(result);
-        let abandoned = inner.abandoned;
+        // Before anyone can see the end, so that whoever has seen it may submit the name again.
+        if let Some(name) = inner.name.take() {
+            lock(&self.names.taken).remove(&name);
+        }
         let state = slot.state.load(Ordering::Relaxed);
-        assert_eq!(state & 3, PENDING, "an operation ends once");
-        slot.state.store((state & !3) | DONE, Ordering::Release);
-        if abandoned {
+        assert!(matches!(state & 3, PENDING | ABANDONED), "an operation ends once");
+        if state & 3 == ABANDONED {
             let keep = self.close(index, slot, &mut inner).1;
             lock(&self.released).extend(keep);
-        } else if inner.sleepers > 0 {
-            slot.done.notify_all();
+        } else {
+            slot.state.store((state & !3) | DONE, Ordering::Release);
+            if inner.sleepers > 0 {
+                slot.done.notify_all();
+            }
         }
     }
 
@@ -248,15 +289,18 @@ impl Handles {
         Ok(())
     }
 
-    /// The caller gives up its handle; the operation finishes by itself.
+    /// The caller gives up its handle, which is no handle from now on; the operation finishes by itself.
     pub fn abandon(&self, handle: u64) {
         let Ok((slot, _)) = self.find(handle) else { return };
         let mut inner = lock(&slot.inner);
         let Ok((_, state)) = self.find(handle) else { return };
-        inner.abandoned = true;
         if state & 3 == DONE {
             let keep = self.close((handle & 0xFF_FFFF) as u32, slot, &mut inner).1;
             lock(&self.released).extend(keep);
+        } else {
+            slot.state.store((state & !3) | ABANDONED, Ordering::Release);
+            // Another thread may sleep for this handle; it finds it given up.
+            slot.done.notify_all();
         }
     }
 
@@ -314,14 +358,68 @@ mod tests {
     }
 
     #[test]
+    fn a_name_is_in_flight_once_in_each_set() {
+        let handles = Handles::default();
+        let named = |set: u32, name: &'static str| {
+            handles.open(None, move |s| {
+                (s.set, s.hold) = (SetId(set), name.is_empty());
+                s.name.clear();
+                s.name.push_str(if name.is_empty() { "ring.0" } else { name });
+            })
+        };
+        let (first, index) = named(0, "x").unwrap();
+        let Err(Error::Usage(words)) = named(0, "x") else { panic!("the second is refused") };
+        assert!(words.contains("'x'"), "{words}");
+        for _ in 0..2 {
+            named(0, "").unwrap();
+        }
+        named(0, "y").unwrap();
+        named(1, "x").unwrap();
+        handles.complete(index, Ok(Outcome::default()));
+        assert!(handles.poll(first).unwrap(), "nobody has waited yet");
+        let (_, again) = named(0, "x").unwrap();
+        handles.complete(again, Ok(Outcome::default()));
+        named(0, "x").unwrap();
+    }
+
+    #[test]
     fn an_abandoned_operation_gives_back_what_it_kept() {
         let handles = Handles::default();
         let (handle, index) = handles.open(Some(Box::new(7u8)), |_| {}).unwrap();
         handles.abandon(handle);
         assert!(handles.released().is_empty(), "kept until the end");
+        assert!(matches!(handles.poll(handle), Err(Error::Usage(_))), "given up, so nobody's");
+        assert!(matches!(handles.try_take(handle), Err(Error::Usage(_))));
+        assert!(matches!(handles.sleep(handle, Instant::now()), Err(Error::Usage(_))));
         handles.take_submitted(index);
         handles.complete(index, Err(Error::Shutdown(None)));
         assert_eq!(handles.released().len(), 1);
+        let (next, same) = handles.open(None, |_| {}).unwrap();
+        assert_eq!(same, index, "the slot is free again");
+        assert!(handles.poll(handle).is_err() && !handles.poll(next).unwrap());
+    }
+
+    #[test]
+    fn a_sleeper_hears_that_its_handle_was_given_up() {
+        let handles = Arc::new(Handles::default());
+        let (handle, _) = handles.open(None, |_| {}).unwrap();
+        let sleeper = {
+            let handles = Arc::clone(&handles);
+            std::thread::spawn(move || {
+                loop {
+                    match handles.try_take(handle) {
+                        Ok(Waited::Pending) => {}
+                        Ok(Waited::Done(..)) => panic!("nothing ended"),
+                        Err(error) => return error,
+                    }
+                    if let Err(error) = handles.sleep(handle, Instant::now() + Duration::from_secs(20)) {
+                        return error;
+                    }
+                }
+            })
+        };
+        handles.abandon(handle);
+        assert!(matches!(sleeper.join().unwrap(), Error::Usage(_)));
     }
 
     #[test]

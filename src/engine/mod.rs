@@ -17,6 +17,7 @@ pub mod plan;
 mod sets;
 mod spin;
 
+pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
 
 use crate::coordinator::{self, OpId, Rules};
@@ -93,10 +94,13 @@ pub struct Engine {
     next_set: u32,
     membership: Membership,
     ops: HashMap<OpId, Operation>,
+    /// The algorithm of the batch that was started last.
+    last_algorithm: Option<&'static str>,
     spare_ops: Vec<Operation>,
     flights: Vec<Option<Flight>>,
     /// Flights that are not over.
     flying: usize,
+    #[expect(clippy::vec_box, reason = "a flight is large and moves between tables by its address")]
     spare_flights: Vec<Box<BatchFlight>>,
     scratch: Vec<OwnedBytes>,
     messages: HashMap<(SetId, Rank, u32, bool), u64>,
@@ -135,6 +139,7 @@ impl Engine {
             next_set: 0,
             membership: Membership::new(setup.epoch, setup.me, size, setup.membership),
             ops: HashMap::new(),
+            last_algorithm: None,
             spare_ops: Vec::new(),
             flights: Vec::new(),
             flying: 0,
@@ -426,10 +431,12 @@ impl Engine {
         self.links.up().is_empty()
     }
 
-    /// Operations in flight.
+    /// Operations in flight, in order of their numbers, so that the simulator repeats.
     #[must_use]
     pub fn ops_in_flight(&self) -> Vec<OpId> {
-        self.ops.keys().copied().collect()
+        let mut ops: Vec<OpId> = self.ops.keys().copied().collect();
+        ops.sort_unstable();
+        ops
     }
 
     /// An empty vector with capacity, for the driver.
@@ -463,6 +470,12 @@ impl Engine {
     #[must_use]
     pub fn link_kind(&self, peer: Rank) -> Option<&'static str> {
         self.links.kind(peer)
+    }
+
+    /// The algorithm of the batch that this rank started last.
+    #[must_use]
+    pub fn last_algorithm(&self) -> Option<&'static str> {
+        self.last_algorithm
     }
 
     /// The ranks of a set.

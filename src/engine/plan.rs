@@ -20,11 +20,32 @@ pub enum Action {
     /// No bytes are concerned: complete at once.
     Nothing,
     /// Send to a member.
-    Send { to: u32, src: PieceRange },
+    Send {
+        /// The member that receives.
+        to: u32,
+        /// What is read.
+        src: PieceRange,
+    },
     /// Receive from a member.
-    Recv { from: u32, dst: PieceRange },
+    Recv {
+        /// The member that sends.
+        from: u32,
+        /// Where the result goes.
+        dst: PieceRange,
+    },
     /// Receive from a member and reduce.
-    RecvReduce { from: u32, dst: PieceRange, with: PieceRange, reduction: Reduction, incoming_first: bool },
+    RecvReduce {
+        /// The member that sends.
+        from: u32,
+        /// Where the result goes.
+        dst: PieceRange,
+        /// The operand that is here.
+        with: PieceRange,
+        /// Operation and type.
+        reduction: Reduction,
+        /// Whether the incoming operand is the left one.
+        incoming_first: bool,
+    },
     /// Work within this process.
     Device(DeviceOrder),
 }

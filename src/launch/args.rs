@@ -34,6 +34,9 @@ pub struct Arguments {
     /// Say what is done
     #[arg(long, help_heading = "Job")]
     pub verbose: bool,
+    /// Pass on what ranks write as it is, without `[rank]<stdout>:` (carole-perf's tables)
+    #[arg(long, hide = true)]
+    pub plain_output: bool,
     #[command(flatten)]
     pub about: About,
     #[command(flatten)]

@@ -240,10 +240,13 @@ fn make_streams(
     for rank in 0..size {
         let (out_reader, stdout) = pipe()?;
         let (err_reader, stderr) = pipe()?;
-        let index = rank as usize;
+        let prefix = |name: &str| match arguments.plain_output {
+            true => String::new(),
+            false => format!("[{rank}]<{name}>:"),
+        };
         let mut pair = [
-            Stream::new(out_reader, index, "stdout", timestamps),
-            Stream::new(err_reader, index, "stderr", timestamps),
+            Stream::new(out_reader, prefix("stdout"), timestamps),
+            Stream::new(err_reader, prefix("stderr"), timestamps),
         ];
         if let Some(directory) = &arguments.output.output_filename {
             copy_to_files(&mut pair, directory, rank, size)?;

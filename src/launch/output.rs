@@ -136,12 +136,12 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Reads from `pipe`, which must not block. `name` is stdout or stderr.
-    pub fn new(pipe: OwnedFd, rank: usize, name: &str, timestamps: bool) -> Stream {
+    /// Reads from `pipe`, which must not block. Each line is passed on after `prefix`.
+    pub fn new(pipe: OwnedFd, prefix: String, timestamps: bool) -> Stream {
         Stream {
             pipe: Some(File::from(pipe)),
             splitter: Splitter::default(),
-            prefix: format!("[{rank}]<{name}>:"),
+            prefix,
             timestamps,
             file: None,
             last_line: Vec::new(),

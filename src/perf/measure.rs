@@ -185,6 +185,7 @@ impl Job<'_> {
             self.call(elements, &mut input, &mut output)?;
             self.restore(&mut input);
         }
+        let mut algorithm = None;
         let mut times = Vec::with_capacity(iterations as usize);
         for iteration in 0..iterations {
             let checked = iteration == 0 || iteration + 1 == iterations;
@@ -196,13 +197,19 @@ impl Job<'_> {
             let begin = Instant::now();
             let outcome = self.call(elements, &mut input, &mut output)?;
             times.push(begin.elapsed().as_secs_f64() * 1e6);
+            // Before anything else runs.
+            algorithm = runtime::last_algorithm()?;
             if checked {
                 wrong +=
                     self.wrong(&outcome, if self.settings.in_place { &input } else { &output }, elements);
             }
             self.restore(&mut input);
         }
-        self.row(elements, bytes, wrong, &times)
+        let moves =
+            self.size > 1 && !matches!(self.kind, Kind::Sendrecv | Kind::Collective(Collective::Barrier));
+        let algorithm = algorithm.filter(|_| moves && bytes > 0).unwrap_or("-");
+        let transport = self.transport()?;
+        self.row(elements, bytes, wrong, &times, algorithm, transport)
     }
 
     /// Whether the caller gives the place of the output: where its size is known beforehand.
@@ -289,8 +296,32 @@ impl Job<'_> {
         wrong
     }
 
+    /// The kinds of the links that traffic has made, over all ranks.
+    fn transport(&self) -> Result<String> {
+        const KINDS: [&str; 2] = ["shm", "tcp"];
+        let mut used = [0.0; KINDS.len()];
+        for peer in (0..self.size).filter(|&peer| peer != self.rank) {
+            let kind = runtime::link_kind(Rank(peer))?;
+            for (used, name) in used.iter_mut().zip(KINDS) {
+                *used += f64::from(u8::from(kind == Some(name)));
+            }
+        }
+        let used = agree(ReduceOp::Max, &used)?;
+        let names: Vec<&str> =
+            KINDS.iter().zip(used).filter(|(_, n)| *n > 0.0).map(|(name, _)| *name).collect();
+        Ok(if names.is_empty() { "-".to_owned() } else { names.join("+") })
+    }
+
     /// What all ranks found together. Of each call the slowest rank counts.
-    fn row(&self, elements: u64, bytes: u64, wrong: u64, times: &[f64]) -> Result<Row> {
+    fn row(
+        &self,
+        elements: u64,
+        bytes: u64,
+        wrong: u64,
+        times: &[f64],
+        algorithm: &'static str,
+        transport: String,
+    ) -> Result<Row> {
         let mut slowest = agree(ReduceOp::Max, times)?;
         let wrong = agree(ReduceOp::Sum, &[wrong as f64])?[0] as u64;
         slowest.sort_by(f64::total_cmp);
@@ -306,6 +337,8 @@ impl Job<'_> {
             algorithm_gbs,
             bus_gbs: algorithm_gbs * self.kind.bus_factor(self.size),
             wrong,
+            algorithm,
+            transport,
         })
     }
 }

@@ -24,6 +24,10 @@ pub(super) struct Row {
     pub bus_gbs: f64,
     /// Elements, over all ranks, that differ from the expectation.
     pub wrong: u64,
+    /// The algorithm that was really used; none where nothing moves.
+    pub algorithm: &'static str,
+    /// The transports of the links that were really used, over all ranks.
+    pub transport: String,
 }
 
 /// What holds for all rows.
@@ -40,7 +44,7 @@ pub(super) struct Heading {
 
 pub(super) fn heading(heading: &Heading) -> String {
     let mut text = format!(
-        "# {} on {} ranks, {}{}{}, transport {}, algorithm {}\n",
+        "# {} on {} ranks, {}{}{}, asked for transport {}, algorithm {}\n",
         heading.collective,
         heading.ranks,
         heading.dtype,
@@ -51,15 +55,25 @@ pub(super) fn heading(heading: &Heading) -> String {
     );
     let _ = write!(
         text,
-        "{:>12} {:>12} {:>6} {:>12} {:>10} {:>10} {:>9} {:>9} {:>8}",
-        "bytes", "elements", "calls", "median us", "p10 us", "p90 us", "alg GB/s", "bus GB/s", "wrong"
+        "{:>12} {:>12} {:>6} {:>12} {:>10} {:>10} {:>9} {:>9} {:>8}  {:<13} {}",
+        "bytes",
+        "elements",
+        "calls",
+        "median us",
+        "p10 us",
+        "p90 us",
+        "alg GB/s",
+        "bus GB/s",
+        "wrong",
+        "algorithm",
+        "transport"
     );
     text
 }
 
 pub(super) fn line(row: &Row) -> String {
     format!(
-        "{:>12} {:>12} {:>6} {:>12.2} {:>10.2} {:>10.2} {:>9.3} {:>9.3} {:>8}",
+        "{:>12} {:>12} {:>6} {:>12.2} {:>10.2} {:>10.2} {:>9.3} {:>9.3} {:>8}  {:<13} {}",
         row.bytes,
         row.elements,
         row.iterations,
@@ -68,7 +82,9 @@ pub(super) fn line(row: &Row) -> String {
         row.p90_us,
         row.algorithm_gbs,
         row.bus_gbs,
-        row.wrong
+        row.wrong,
+        row.algorithm,
+        row.transport
     )
 }
 
@@ -87,7 +103,8 @@ pub(super) fn json(heading: &Heading, rows: &[Row]) -> String {
         let _ = write!(
             text,
             "{}\n    {{\"bytes\": {}, \"elements\": {}, \"iterations\": {}, \"median_us\": {:.3}, \
-             \"p10_us\": {:.3}, \"p90_us\": {:.3}, \"algorithm_gbs\": {:.6}, \"bus_gbs\": {:.6}, \"wrong\": {}}}",
+             \"p10_us\": {:.3}, \"p90_us\": {:.3}, \"algorithm_gbs\": {:.6}, \"bus_gbs\": {:.6}, \"wrong\": {}, \
+             \"algorithm\": {}, \"transport\": {}}}",
             if i == 0 { "" } else { "," },
             row.bytes,
             row.elements,
@@ -97,7 +114,9 @@ pub(super) fn json(heading: &Heading, rows: &[Row]) -> String {
             row.p90_us,
             row.algorithm_gbs,
             row.bus_gbs,
-            row.wrong
+            row.wrong,
+            quoted(row.algorithm),
+            quoted(&row.transport)
         );
     }
     text.push_str("\n  ]\n}\n");

@@ -13,7 +13,8 @@ pub(super) fn inside_a_job() -> bool {
 
 /// Runs the same command as a job of its own.
 pub(super) fn ranks(args: &[OsString], ranks: u32) -> i32 {
-    let mut launch: Vec<OsString> = vec!["carolerun".into(), "-np".into(), ranks.to_string().into()];
+    let mut launch: Vec<OsString> =
+        vec!["carolerun".into(), "--plain-output".into(), "-np".into(), ranks.to_string().into()];
     launch.push(program(args.first()));
     launch.extend(args.iter().skip(1).cloned());
     crate::launch::main(launch)

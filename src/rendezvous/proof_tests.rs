@@ -130,14 +130,14 @@ fn a_changed_byte_anywhere_is_noticed() {
     let sizes = {
         let (mut a, mut b) = pair(hello(&secret), accept(), &secret, &secret);
         let mut sizes = Vec::new();
-        run(&mut a, &mut b, |_, message| sizes.push(message.len()));
+        let _ = run(&mut a, &mut b, |_, message| sizes.push(message.len()));
         sizes
     };
     assert_eq!(sizes.len(), 4);
     for (message, size) in sizes.into_iter().enumerate() {
         for at in 0..size {
             let (mut a, mut b) = pair(hello(&secret), accept(), &secret, &secret);
-            run(&mut a, &mut b, |n, bytes| {
+            let _ = run(&mut a, &mut b, |n, bytes| {
                 if n == message {
                     bytes[at] ^= 0x10;
                 }
@@ -154,7 +154,7 @@ fn a_truncated_message_proves_nothing() {
     let secret = secret(1);
     for message in 0..4 {
         let (mut a, mut b) = pair(hello(&secret), accept(), &secret, &secret);
-        run(&mut a, &mut b, |n, bytes| {
+        let _ = run(&mut a, &mut b, |n, bytes| {
             if n == message {
                 bytes.pop();
             }
@@ -169,7 +169,7 @@ fn a_replay_of_a_good_handshake_proves_nothing() {
     let secret = secret(1);
     let (mut a, mut b) = pair(hello(&secret), accept(), &secret, &secret);
     let mut heard = Vec::new();
-    run(&mut a, &mut b, |_, message| heard.push(message.clone()));
+    let _ = run(&mut a, &mut b, |_, message| heard.push(message.clone()));
     let mut victim = Handshake::acceptor(&secret, accept());
     victim.feed(&heard[0][..16]).unwrap();
     victim.feed(&heard[0][16..]).unwrap();
@@ -191,7 +191,7 @@ fn a_reflection_proves_nothing() {
     // Even where the hello could pass, the connector's proof is not an acceptor's.
     let (mut a, mut b) = pair(hello(&secret), accept(), &secret, &secret);
     let mut proof = Vec::new();
-    run(&mut a, &mut b, |n, message| match n {
+    let _ = run(&mut a, &mut b, |n, message| match n {
         2 => proof = message.clone(),
         3 => *message = proof.clone(),
         _ => {}

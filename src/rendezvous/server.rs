@@ -1,5 +1,6 @@
 //! The rendezvous service: it collects one card per rank and sends everybody the table of all. The launcher
 //! runs it for the whole job; where there is no launcher, rank 0 runs it for one epoch.
+#![forbid(unsafe_code)]
 
 use super::Warn;
 use super::card::Knob;

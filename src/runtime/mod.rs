@@ -216,10 +216,16 @@ pub fn link_kind(peer: Rank) -> Result<Option<&'static str>> {
     }
 }
 
+/// The algorithm of the batch that this rank started last; none before the first that moves data, and for what
+/// is complete by agreement alone (barrier, join). For tools that measure one operation at a time.
+pub fn last_algorithm() -> Result<Option<&'static str>> {
+    Ok(live()?.driver.try_with(|engine| engine.last_algorithm()).flatten())
+}
+
 /// Submits an operation. Never blocks.
 ///
 /// # Errors
-/// [`Error::Usage`] when the call can never work; on an initialised set the other ranks are told, so that
+/// [`Error::Usage`] when the call can never work, or when its name is in flight already on this rank; on an initialised set the other ranks are told, so that
 /// theirs of the same name ends with a mismatch. [`Error::Broken`] and [`Error::Shutdown`] when the group is no more.
 ///
 /// # Safety

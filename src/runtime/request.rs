@@ -89,9 +89,8 @@ fn check_tensor(request: &Request<'_>, tensor: &TensorArg<'_>, t: usize) -> Resu
                 request.collective, tensor.dtype, request.op
             )
         })?;
-        if request.op == ReduceOp::Adasum && request.collective != Collective::Allreduce {
-            return Err(format!("Adasum is an operation of allreduce, not of {}", request.collective));
-        }
+        crate::algorithm::supports(request.collective, request.op)
+            .map_err(|why| format!("{} with {}: {why}", request.collective, request.op))?;
         if tensor.dtype == crate::types::DType::Bool
             && (request.scale.pre != 1.0 || request.scale.post != 1.0)
         {
@@ -157,7 +156,7 @@ fn push_memory(
             let rows = tensor.shape.first().copied().unwrap_or(1);
             let mine =
                 crate::layout::dealt_rows(rows, u64::from(set.me.unwrap_or(0)), set.ranks.len() as u64);
-            if rows == 0 { 0 } else { bytes / rows * (mine.end - mine.start) }
+            bytes.checked_div(rows).unwrap_or(0) * (mine.end - mine.start)
         }
         _ => bytes,
     };

@@ -75,11 +75,26 @@ pub struct LinkOrder {
 #[derive(Clone, Debug)]
 pub enum OrderKind {
     /// Send these bytes. Never empty.
-    Send { src: PieceRange },
+    Send {
+        /// The bytes.
+        src: PieceRange,
+    },
     /// Receive into these bytes. Never empty.
-    Recv { dst: PieceRange },
+    Recv {
+        /// Where the bytes go.
+        dst: PieceRange,
+    },
     /// Receive `x`; write `with ⊕ x`, or `x ⊕ with` when `incoming_first`, to `dst`.
-    RecvReduce { dst: PieceRange, with: PieceRange, reduction: Reduction, incoming_first: bool },
+    RecvReduce {
+        /// Where the bytes go.
+        dst: PieceRange,
+        /// The operand that is here.
+        with: PieceRange,
+        /// Operation and type.
+        reduction: Reduction,
+        /// Whether the incoming operand is the left one.
+        incoming_first: bool,
+    },
 }
 
 /// What a link tells.
@@ -126,8 +141,9 @@ pub trait Link: Send {
     fn kind(&self) -> &'static str;
     /// Takes an order. Never blocks; how many orders are outstanding is bounded by the engine.
     fn post(&mut self, order: LinkOrder);
-    /// Withdraws all orders of a run, and what has landed for it: its memory is not touched any more.
-    fn withdraw(&mut self, run: crate::memory::RunId);
+    /// Withdraws all orders of a run, and what has landed for it: its memory is not touched any more after
+    /// this call. A message of it arrives whole and right, or never.
+    fn withdraw(&mut self, run: crate::memory::RunId, memory: &Memory);
     /// Queues a control message. The queue is bounded by what the engine may have outstanding; control goes
     /// ahead of payload and never waits for credit.
     fn tell(&mut self, message: &[u8]);

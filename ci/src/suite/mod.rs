@@ -170,8 +170,18 @@ fn before(line: &str, word: &str) -> u64 {
 
 /// The lines in which our own tasks say what they found.
 fn remark(output: &str) -> String {
-    const TASKS: [&str; 7] =
-        ["matrix: ", "strict: ", "order: ", "chaos: ", "intrude: ", "sim: ", "agreement: "];
+    const TASKS: [&str; 10] = [
+        "matrix: ",
+        "strict: ",
+        "order: ",
+        "chaos: ",
+        "intrude: ",
+        "sim: ",
+        "agreement: ",
+        "figures: ",
+        "huge: ",
+        "fuzz: ",
+    ];
     let told = output.lines().filter(|line| TASKS.iter().any(|task| line.starts_with(task)));
     told.collect::<Vec<_>>().join("; ")
 }

@@ -132,7 +132,7 @@ fn rust_tests() -> Vec<Step> {
 fn processes(long: bool) -> Vec<Step> {
     let pick = |short: &'static str, full: &'static str| if long { full } else { short };
     let hours = |n: u64| Duration::from_secs(n * 3600);
-    vec![
+    let mut steps = vec![
         Step::task("result matrix", pick("matrix", "matrix --full")).within(hours(if long { 12 } else { 1 })),
         Step::task("strict mode", pick("strict --runs 12 --ranks 3,4", "strict --runs 20 --full"))
             .within(hours(6)),
@@ -143,7 +143,13 @@ fn processes(long: bool) -> Vec<Step> {
         )
         .within(hours(4)),
         Step::task("intruders", pick("intrude", "intrude --connections 300")),
-    ]
+        Step::task("threads and memory", pick("figures", "figures --simulated 64,1024")),
+    ];
+    if long {
+        steps.push(Step::task("more than 2^31 elements", "huge"));
+        steps.push(Step::task("fuzzed decoders", "fuzz --seconds 600").within(hours(2)));
+    }
+    steps
 }
 
 fn bindings() -> Vec<Step> {

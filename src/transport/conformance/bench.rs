@@ -1,4 +1,5 @@
 //! Rough figures, on request: `cargo test --release --lib transport::conformance::bench -- --ignored --nocapture`.
+#![forbid(unsafe_code)]
 
 use super::rig::Side;
 use super::{Ends, shm_ends, tcp_ends};

@@ -1,4 +1,5 @@
 //! What works.
+#![forbid(unsafe_code)]
 
 use super::Ends;
 use super::rig::{Rig, pattern};

@@ -24,7 +24,7 @@ use std::sync::atomic::Ordering;
 const PUBLISH_BYTES: usize = 32 << 10;
 /// Looks at an empty ring between two looks at the socket, which costs a system call.
 const LOOKS_PER_CHECK: u32 = 512;
-/// Sleeps that end between two looks at the socket.
+/// Times that the owner wakes between two looks at the socket.
 const WAKES_PER_CHECK: u32 = 8;
 
 /// Who made the segment, and who was given it.
@@ -231,12 +231,12 @@ impl Pipe for ShmPipe {
     }
 
     fn disarm(&mut self) {
-        if !std::mem::take(&mut self.armed) {
-            return;
+        if std::mem::take(&mut self.armed) {
+            self.shared.segment.asleep(self.shared.side).store(0, Ordering::Relaxed);
         }
-        self.shared.segment.asleep(self.shared.side).store(0, Ordering::Relaxed);
-        // The socket may be what ended the sleep: its end ends every further sleep at once, so it is found after
-        // a few of them, and those that a peer ended do not pay for a system call each.
+        // The socket may be what ended the sleep. Its end ends every further sleep at once, and an owner with
+        // nothing to do looks in now and then, so it is found after a few of these calls; those for another
+        // reason do not pay for a system call each.
         self.looks += LOOKS_PER_CHECK / WAKES_PER_CHECK;
     }
 
