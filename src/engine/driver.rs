@@ -20,10 +20,14 @@ use crate::limits;
 use crate::log;
 use crate::transport::wake::Waker;
 use crate::types::Time;
+#[cfg(loom)]
+use loom::sync::atomic::AtomicBool as SleepFlag;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::any::Any;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+#[cfg(not(loom))]
+use std::sync::atomic::AtomicBool as SleepFlag;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
@@ -32,7 +36,7 @@ use std::time::{Duration, Instant};
 /// A flag that says *I am about to sleep; wake me*.
 #[derive(Default)]
 pub(super) struct Drowsy {
-    asleep: AtomicBool,
+    asleep: SleepFlag,
 }
 
 impl Drowsy {

@@ -90,7 +90,13 @@ impl Cluster {
         Ok(())
     }
 
-    fn check_outcome(&self, planned: &Planned, node: &Node, i: usize, outcome: &Outcome) -> Result<(), String> {
+    fn check_outcome(
+        &self,
+        planned: &Planned,
+        node: &Node,
+        i: usize,
+        outcome: &Outcome,
+    ) -> Result<(), String> {
         if let Kind::Message { from, bytes, room, .. } = planned.kind {
             let received = node.rank.0 != from;
             if bytes != room && (received || !planned.may_be_eager(self.eager_bytes_max)) {
@@ -168,9 +174,10 @@ impl Cluster {
         };
         match fits {
             true => Ok(()),
-            false => {
-                Err(format!("'{}' on {} ended with: {error} (fault {injected:?}): {planned:?}", planned.name, node.rank))
-            }
+            false => Err(format!(
+                "'{}' on {} ended with: {error} (fault {injected:?}): {planned:?}",
+                planned.name, node.rank
+            )),
         }
     }
 }

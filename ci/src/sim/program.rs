@@ -150,7 +150,9 @@ pub fn program(random: &mut Random, size: u32, strict: bool) -> Program {
         if random.once_in(2) {
             let mut op = plain(random, size, Collective::RemoveSet, 0, format!("remove/{set}"));
             op.kind = Kind::RemoveSet(set);
-            op.needs = (0..program.ops.len()).filter(|&o| program.ops[o].set == set || set_up(&program.ops[o])).collect();
+            op.needs = (0..program.ops.len())
+                .filter(|&o| program.ops[o].set == set || set_up(&program.ops[o]))
+                .collect();
             program.ops.push(op);
         }
     }
@@ -257,14 +259,7 @@ const COLLECTIVES: [Collective; 11] = [
     Collective::Barrier,
 ];
 
-fn collective(
-    random: &mut Random,
-    size: u32,
-    set: usize,
-    members: &[u32],
-    i: u64,
-    strict: bool,
-) -> Planned {
+fn collective(random: &mut Random, size: u32, set: usize, members: &[u32], i: u64, strict: bool) -> Planned {
     let collective = random.pick(&COLLECTIVES);
     let mut op = plain(random, size, collective, set, format!("{collective}/{i}"));
     let n = members.len();
@@ -293,8 +288,7 @@ fn collective(
     for _ in 0..count {
         let row = random.pick(&[1, 1, 3, 64, 700]);
         if collective == Collective::Alltoall {
-            let matrix: Vec<Vec<u64>> =
-                (0..n).map(|_| (0..n).map(|_| random.below(4)).collect()).collect();
+            let matrix: Vec<Vec<u64>> = (0..n).map(|_| (0..n).map(|_| random.below(4)).collect()).collect();
             op.tensors.push((row, matrix.iter().map(|s| s.iter().sum()).collect()));
             op.splits.push(matrix);
         } else if collective.has_free_rows() {
@@ -306,8 +300,7 @@ fn collective(
         }
     }
     op.root = Rank(random.pick(members));
-    op.in_place =
-        matches!(collective, Collective::Allreduce | Collective::Broadcast) && random.once_in(2);
+    op.in_place = matches!(collective, Collective::Allreduce | Collective::Broadcast) && random.once_in(2);
     if n > 1 && random.once_in(12) && !op.scalar {
         let kinds = [Wrong::DType, Wrong::Shape, Wrong::Op, Wrong::Collective, Wrong::Refused];
         let wrong = random.pick(&kinds);
@@ -336,9 +329,9 @@ fn join(random: &mut Random, size: u32, strict: bool, program: &mut Program) {
             op.present[rank as usize] &= op.at[rank as usize] < join.at[rank as usize];
         }
         let present = op.present.iter().filter(|p| **p).count();
-        op.wrong = op.wrong.filter(|(rank, wrong)| {
-            op.present[rank.0 as usize] && (present > 1 || *wrong == Wrong::Refused)
-        });
+        op.wrong = op
+            .wrong
+            .filter(|(rank, wrong)| op.present[rank.0 as usize] && (present > 1 || *wrong == Wrong::Refused));
     }
     program.push(join);
     for i in 0..random.below(4) {

@@ -7,9 +7,7 @@ use carole::coordinator::OpId;
 use carole::engine::{MessageSubmission, Submission, TensorMemory};
 use carole::error::Error;
 use carole::memory::Region;
-use carole::types::{
-    Collective, DType, Place, Rank, ReduceOp, SetId, Signature, TensorSignature, Time,
-};
+use carole::types::{Collective, DType, Place, Rank, ReduceOp, SetId, Signature, TensorSignature, Time};
 
 /// Added to an operation's number for a second one of its name, which must be refused.
 const TWICE: u32 = 1 << 20;
@@ -46,11 +44,19 @@ pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: T
     let engine = node.engine.as_mut().expect("live nodes submit");
     match engine.submit(&submission, now) {
         Err(error) => node.results[op] = Some(Err(error)),
-        Ok(()) if twice && planned.kind == Kind::Collective && !planned.hold => {
+        // What completes the agreement at once frees its name at once.
+        Ok(())
+            if twice
+                && planned.kind == Kind::Collective
+                && !planned.hold
+                && engine.explain(submission.op, now).is_some_and(|why| !why.starts_with("it is not")) =>
+        {
             let again = Submission { op: OpId(TWICE + op as u32), ..submission };
             match engine.submit(&again, now) {
                 Err(Error::Usage(words)) if words.to_string().contains("in flight") => {}
-                other => return Err(format!("'{}' twice in flight was not refused: {other:?}", planned.name)),
+                other => {
+                    return Err(format!("'{}' twice in flight was not refused: {other:?}", planned.name));
+                }
             }
         }
         Ok(()) => {}

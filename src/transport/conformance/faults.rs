@@ -112,9 +112,13 @@ fn withdrawn_in_its_last_frame(make: Make) {
             rig.a.withdraw(s);
         }
         // On the same lanes behind it, so that it has arrived if it ever will.
-        let later: Vec<_> = (2..6).map(|i| (rig.a.send(i, &bytes, 0), rig.b.recv(i, bytes.len(), 0))).collect();
+        let later: Vec<_> =
+            (2..6).map(|i| (rig.a.send(i, &bytes, 0), rig.b.recv(i, bytes.len(), 0))).collect();
         rig.until("others", |rig| later.iter().all(|&(s, r)| rig.a.is_done(s) && rig.b.is_done(r)));
-        assert!(!rig.b.is_done(r) || rig.b.result(r) == bytes, "a withdrawn message arrived with other bytes");
+        assert!(
+            !rig.b.is_done(r) || rig.b.result(r) == bytes,
+            "a withdrawn message arrived with other bytes"
+        );
     }
 }
 
