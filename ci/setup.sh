@@ -1,6 +1,8 @@
 # Sourced by ci/test and ci/demo from the root of the repository: what a fresh machine may lack.
 # shellcheck shell=bash
 
+venv_options=()
+
 say() { printf '%s\n' "$*" >&2; }
 
 # Installs a package of Debian or Ubuntu, as root or through sudo.
@@ -30,6 +32,24 @@ need_python() {
     PYTHON=python3
 }
 
+# Sets PYTHON to one that has torch, or adds torch to `packages`, and options of venv to `venv_options`. Debian's
+# torch is much smaller than PyPI's, which brings CUDA; it is older than NumPy 2.
+need_torch() {
+    if command -v apt-get >/dev/null; then
+        local small=/usr/bin/python3
+        "$small" -c 'import torch, venv, ensurepip' 2>/dev/null || install_package python3-torch python3-venv
+        if "$small" -c 'import torch, venv, ensurepip' 2>/dev/null; then
+            PYTHON=$small
+            venv_options=(--system-site-packages)
+            packages+=("numpy<2")
+            return 0
+        fi
+        say "python3-torch cannot be installed here; taking PyPI's torch, which is large"
+    fi
+    need_python
+    packages+=(torch)
+}
+
 # make_venv FOLDER PACKAGE...: a virtual environment with these packages; done once for each list of them.
 make_venv() {
     local folder=$1
@@ -39,7 +59,7 @@ make_venv() {
         return 0
     fi
     say "setting up $folder: $*"
-    "$PYTHON" -m venv "$folder"
+    "$PYTHON" -m venv "${venv_options[@]}" "$folder"
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip "$@"
     printf '%s' "$*" >"$stamp"
 }

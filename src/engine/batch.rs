@@ -319,8 +319,7 @@ impl Engine {
         for slot in 0..self.flights.len() {
             self.drop_flight(slot);
         }
-        let ops: Vec<OpId> = self.ops.keys().copied().collect();
-        for op in ops {
+        for op in self.ops_in_flight() {
             self.end(op, Err(error.clone()));
         }
     }
@@ -337,7 +336,8 @@ impl Engine {
                 self.drop_flight(slot);
             }
         }
-        let ops: Vec<OpId> = self.ops.iter().filter(|(_, o)| o.set == set).map(|(&op, _)| op).collect();
+        let mut ops = self.ops_in_flight();
+        ops.retain(|op| self.ops[op].set == set);
         for op in ops {
             self.end(op, Err(error.clone()));
         }
@@ -350,7 +350,7 @@ impl Engine {
             Flight::Batch(flight) => flight.id.expect("a flight has a run"),
             Flight::Message { run, .. } => *run,
         };
-        self.links.withdraw(run);
+        self.links.withdraw(run, &self.memory);
         self.memory.forget(run);
         if let Flight::Batch(flight) = flight {
             self.reclaim(flight);

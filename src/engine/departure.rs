@@ -13,7 +13,6 @@
 use super::Engine;
 use super::batch::Flight;
 use super::links::LinkChange;
-use crate::coordinator::OpId;
 use crate::error::Error;
 use crate::types::{Rank, SetId, Time};
 use crate::wire;
@@ -110,8 +109,8 @@ impl Engine {
         for child in coordinator.neighbours().filter(|&m| Some(m) != parent) {
             self.say(ranks[child.0 as usize], &wire::Message::Closed { set: id, who });
         }
-        let open: Vec<OpId> =
-            self.ops.iter().filter(|(_, o)| o.set == id && !o.agreed).map(|(&op, _)| op).collect();
+        let mut open = self.ops_in_flight();
+        open.retain(|op| self.ops[op].set == id && !self.ops[op].agreed);
         for op in open {
             self.end(op, Err(Error::Shutdown(Some(who))));
         }

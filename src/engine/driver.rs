@@ -12,6 +12,7 @@
 use super::Engine;
 use super::handles::{Handles, Submitted, Waited};
 use super::message::MessageSubmission;
+use super::spin::Spin;
 use super::{Submission, TensorMemory};
 use crate::coordinator::OpId;
 use crate::error::{Broken, Cause, Error, Result};
@@ -52,7 +53,7 @@ impl Drowsy {
 /// How waiting callers spend their time before they sleep.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// How long to look again and again, in nanoseconds.
+    /// How long to look again and again at most, in nanoseconds.
     pub spin_ns: u64,
     /// Whether to give the processor away between two looks: more ranks than cores.
     pub yields: bool,
@@ -84,6 +85,8 @@ struct Shared {
     stop: AtomicBool,
     origin: Instant,
     patience: Patience,
+    /// Used by whoever drives as a caller.
+    spin: Mutex<Spin>,
     failure: Mutex<Option<Error>>,
 }
 
@@ -123,6 +126,7 @@ impl Driver {
             stop: AtomicBool::new(false),
             origin,
             patience,
+            spin: Mutex::new(Spin::new(patience.spin_ns)),
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
@@ -164,6 +168,12 @@ impl Driver {
             if until.is_some_and(|at| Instant::now() >= at) {
                 return Ok(Waited::Pending);
             }
+            if shared.stop.load(Ordering::SeqCst) {
+                // Somebody is saying goodbye: what was in flight ends, and what came too late ends here.
+                shared.refuse_mail();
+                shared.handles.sleep(handle, Instant::now() + NAP)?;
+                continue;
+            }
             if !shared.caller.swap(true, Ordering::SeqCst) {
                 shared.drive_for(handle, until);
                 continue;
@@ -183,9 +193,9 @@ impl Driver {
         self.shared.handles.abandon(handle);
     }
 
-    /// Reads something from the engine.
-    pub fn with<T>(&self, read: impl FnOnce(&mut Engine) -> T) -> T {
-        read(&mut lock(&self.shared.engine))
+    /// Reads something from the engine; `None` while somebody else drives it.
+    pub fn try_with<T>(&self, read: impl FnOnce(&mut Engine) -> T) -> Option<T> {
+        self.shared.engine.try_lock().ok().map(|mut engine| read(&mut engine))
     }
 
     /// What an operation waits for.
@@ -219,6 +229,7 @@ impl Driver {
         }
     }
 
+    /// Ends the thread, and makes a caller that drives give the baton up.
     fn stop_background(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.nudge.wake();
@@ -316,6 +327,19 @@ impl Shared {
         }
     }
 
+    /// After the goodbye: whatever was submitted too late ends with `Shutdown`.
+    fn refuse_mail(&self) {
+        if lock(&self.failure).is_none() {
+            return;
+        }
+        for letter in lock(&self.mail).drain(..) {
+            if let Mail::Submitted(index) = letter {
+                self.handles.recycle(self.handles.take_submitted(index));
+                self.handles.complete(index, Err(Error::Shutdown(None)));
+            }
+        }
+    }
+
     fn read_mail(&self, engine: &mut Engine, now: Time) -> bool {
         if !self.has_mail.swap(false, Ordering::SeqCst) {
             return false;
@@ -384,6 +408,7 @@ impl Shared {
     /// A caller drives until its operation has ended. It has set `caller`.
     fn drive_for(&self, handle: u64, until: Option<Instant>) {
         let mut engine = lock(&self.engine);
+        let mut spin = lock(&self.spin);
         // The background thread's arming is undone: this thread looks by itself.
         engine.disarm();
         let mut waited = false;
@@ -395,16 +420,19 @@ impl Shared {
                 engine.wait_for(OpId(index), self.now());
                 moved |= self.turn(&mut engine);
             }
-            if self.handles.poll(handle).unwrap_or(true) || until.is_some_and(|at| Instant::now() >= at) {
+            let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
+            if moved && idle_since.take().is_some() {
+                spin.found();
+            }
+            if over || until.is_some_and(|at| Instant::now() >= at) {
                 break;
             }
             if moved {
-                idle_since = None;
                 continue;
             }
             let now = self.now();
             let since = *idle_since.get_or_insert(now);
-            if now.since(since) < self.patience.spin_ns {
+            if now.since(since) < spin.limit_ns() {
                 if self.patience.yields {
                     std::thread::yield_now()
                 } else {
@@ -412,10 +440,12 @@ impl Shared {
                 }
                 continue;
             }
+            spin.failed();
             self.sleep_as_caller(&mut engine, until);
             idle_since = None;
         }
         let busy = engine.is_busy();
+        drop(spin);
         drop(engine);
         self.caller.store(false, Ordering::SeqCst);
         if (busy || self.has_mail.load(Ordering::SeqCst)) && self.background_sleep.must_wake() {

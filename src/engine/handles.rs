@@ -62,6 +62,8 @@ struct Inner {
     result: Option<Result<Outcome>>,
     keep: Option<Box<dyn Any + Send>>,
     name: Option<u128>,
+    /// Somebody sleeps on `done`: without sleepers there is nobody to wake, which would cost a system call.
+    sleepers: u32,
 }
 
 #[derive(Default)]
@@ -194,7 +196,9 @@ impl Handles {
             return Err(Error::usage(words));
         }
         let mut inner = lock(&slot.inner);
-        *inner = Inner { submitted: Some(submitted), keep, name, ..Inner::default() };
+        // Late risers of the slot's last operation still count themselves out.
+        let sleepers = inner.sleepers;
+        *inner = Inner { submitted: Some(submitted), keep, name, sleepers, ..Inner::default() };
         drop(inner);
         let generation = (slot.state.load(Ordering::Relaxed) >> 2) + 1;
         slot.state.store(generation << 2 | PENDING, Ordering::Release);
@@ -227,7 +231,9 @@ impl Handles {
             lock(&self.released).extend(keep);
         } else {
             slot.state.store((state & !3) | DONE, Ordering::Release);
-            slot.done.notify_all();
+            if inner.sleepers > 0 {
+                slot.done.notify_all();
+            }
         }
     }
 
@@ -271,12 +277,15 @@ impl Handles {
     /// Sleeps until the operation has ended or `until` has come; for callers that do not drive themselves.
     pub fn sleep(&self, handle: u64, until: Instant) -> Result<()> {
         let (slot, _) = self.find(handle)?;
-        let inner = lock(&slot.inner);
+        let mut inner = lock(&slot.inner);
         if self.find(handle)?.1 & 3 == DONE {
             return Ok(());
         }
         let left = until.saturating_duration_since(Instant::now());
-        drop(slot.done.wait_timeout(inner, left));
+        inner.sleepers += 1;
+        let (mut inner, _) =
+            slot.done.wait_timeout(inner, left).unwrap_or_else(std::sync::PoisonError::into_inner);
+        inner.sleepers -= 1;
         Ok(())
     }
 
@@ -291,7 +300,9 @@ impl Handles {
         } else {
             slot.state.store((state & !3) | ABANDONED, Ordering::Release);
             // Another thread may sleep for this handle; it finds it given up.
-            slot.done.notify_all();
+            if inner.sleepers > 0 {
+                slot.done.notify_all();
+            }
         }
     }
 

@@ -182,10 +182,10 @@ impl Links {
     }
 
     /// Withdraws a run from every link.
-    pub fn withdraw(&mut self, run: RunId) {
+    pub fn withdraw(&mut self, run: RunId, memory: &Memory) {
         for slot in &mut self.slots {
             match slot {
-                Slot::Up(link) => link.withdraw(run),
+                Slot::Up(link) => link.withdraw(run, memory),
                 Slot::Requested(waiting) => waiting.orders.retain(|order| order.token.run != run),
                 Slot::None | Slot::Dead => {}
             }

@@ -61,14 +61,10 @@ impl Engine {
         let counter = self.messages.entry((m.set, m.peer, m.tag, m.sends)).or_insert(0);
         let stream = message_stream(m.set, m.tag, *counter);
         *counter += 1;
-        if m.memory.is_empty() {
-            // Nothing travels; that both ends count it keeps the later ones matched.
-            self.end(m.op, Ok(()));
-            return Ok(());
-        }
         let run = self.memory.register([m.memory]);
+        // An empty message has no piece; the ends still meet, so that one of another length is found out.
         let list: Arc<[Piece]> = Arc::new([Piece { region: 0, offset: 0, len: m.memory.len() }]);
-        let bytes = PieceRange { list, start: 0, end: 1 };
+        let bytes = PieceRange { list, start: 0, end: u32::from(!m.memory.is_empty()) };
         let kind = if m.sends { OrderKind::Send { src: bytes } } else { OrderKind::Recv { dst: bytes } };
         self.place_flight(run, Flight::Message { op: m.op, run, peer: m.peer, set: m.set });
         self.links.post(m.peer, LinkOrder { token: Token { run, window: 0, step: 0 }, stream, kind });

@@ -15,7 +15,9 @@ mod message;
 mod operation;
 pub mod plan;
 mod sets;
+mod spin;
 
+pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
 
 use crate::coordinator::{self, OpId, Rules};
@@ -321,6 +323,7 @@ impl Engine {
             self.membership.handle_timeout(now);
         }
         let mut moved = false;
+        let was_broken = self.broken.is_some();
         while let Some(intent) = self.membership.poll() {
             moved = true;
             match intent {
@@ -339,7 +342,22 @@ impl Engine {
                 membership::Intent::Departed { who, clean } => self.depart(who, clean, now),
             }
         }
+        if self.broken.is_some() && !was_broken {
+            // The news leaves before anybody here learns of it: a caller may end the process at once, and its
+            // peers must not take it for the culprit.
+            self.push_out(now);
+        }
         moved
+    }
+
+    /// Writes what is queued for all links; what they tell meanwhile is of no use any more.
+    fn push_out(&mut self, now: Time) {
+        let mut events = Events::default();
+        let mut changes = Vec::new();
+        for place in (0..self.links.up().len()).rev() {
+            self.links.progress(place, &self.memory, now, &mut events, &mut changes);
+            events.clear();
+        }
     }
 
     fn say(&mut self, to: Rank, message: &wire::Message<'_>) {
@@ -413,10 +431,12 @@ impl Engine {
         self.links.up().is_empty()
     }
 
-    /// Operations in flight.
+    /// Operations in flight, in order of their numbers, so that the simulator repeats.
     #[must_use]
     pub fn ops_in_flight(&self) -> Vec<OpId> {
-        self.ops.keys().copied().collect()
+        let mut ops: Vec<OpId> = self.ops.keys().copied().collect();
+        ops.sort_unstable();
+        ops
     }
 
     /// An empty vector with capacity, for the driver.

@@ -23,7 +23,7 @@ use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;
 use crate::types::{Collective, Epoch, GLOBAL_SET, Rank, SetId, TensorSignature};
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -47,9 +47,24 @@ static SECRET: Mutex<Option<Secret>> = Mutex::new(None);
 const MS: u64 = 1_000_000;
 /// Shapes whose plans are kept.
 const PLANS_MAX: usize = 4096;
+/// Warnings about settings that are remembered as said.
+const WARNINGS_KEPT_MAX: usize = 64;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is wrong with the settings is said once per process, however often it leaves and joins again.
+fn warn_once(message: String) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut said = lock(&SAID);
+    // Knobs may differ with each init, so the memory of them is bounded; then it is better to say it again.
+    if !said.contains(&message) {
+        log::warn(format_args!("{message}"));
+        if said.len() < WARNINGS_KEPT_MAX {
+            said.insert(message);
+        }
+    }
 }
 
 impl Live {
@@ -58,7 +73,7 @@ impl Live {
         let (config, warnings) = Config::load(&options.knobs, config::environment())?;
         log::configure(&config);
         for warning in warnings {
-            log::warn(format_args!("{}", warning.message));
+            warn_once(warning.message);
         }
         let epoch = Epoch(EPOCH.load(Ordering::SeqCst));
         let mut joined = find_the_others(options, &config, epoch)?;

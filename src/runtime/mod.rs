@@ -2,6 +2,7 @@
 
 mod live;
 mod request;
+pub mod typed;
 
 use crate::engine::handles::{Handles, Message, Waited};
 pub use crate::engine::{Outcome, OutputTensor};
@@ -206,19 +207,20 @@ pub fn world() -> Result<World> {
     Ok(live()?.world)
 }
 
-/// The transport of the link to a rank ("shm", "tcp"), once traffic has made one.
+/// The transport of the link to a rank ("shm", "tcp"), once traffic has made one (and while no other thread waits).
 pub fn link_kind(peer: Rank) -> Result<Option<&'static str>> {
     let live = live()?;
     match peer.0 < live.world.size {
-        true => Ok(live.driver.with(|engine| engine.link_kind(peer))),
+        true => Ok(live.driver.try_with(|engine| engine.link_kind(peer)).flatten()),
         false => Err(Error::usage(format!("{peer} is not in this job of {} ranks", live.world.size))),
     }
 }
 
 /// The algorithm of the batch that this rank started last; none before the first that moves data, and for what
-/// is complete by agreement alone (barrier, join). For tools that measure one operation at a time.
+/// is complete by agreement alone (barrier, join). For tools that measure one operation at a time;
+/// like [`link_kind`] it says nothing while another thread drives.
 pub fn last_algorithm() -> Result<Option<&'static str>> {
-    Ok(live()?.driver.with(|engine| engine.last_algorithm()))
+    Ok(live()?.driver.try_with(|engine| engine.last_algorithm()).flatten())
 }
 
 /// Submits an operation. Never blocks.
@@ -244,6 +246,9 @@ pub unsafe fn submit_to_wait(request: &Request<'_>, keep: Option<Box<dyn Any + S
 
 /// Whether the operation has an outcome. Drives nothing; never blocks.
 pub fn poll(handle: Handle) -> Result<bool> {
+    if FORKED.load(Ordering::Relaxed) {
+        live()?;
+    }
     handles().poll(handle.0)
 }
 
@@ -275,12 +280,18 @@ fn timed_out(handle: Handle, timeout: Option<Duration>) -> Error {
 
 /// Gives up a handle: the operation finishes by itself, and what it kept alive comes back from [`released`].
 pub fn abandon(handle: Handle) {
-    handles().abandon(handle.0);
+    // In a forked child another thread may have held the lock for ever.
+    if !FORKED.load(Ordering::Relaxed) {
+        handles().abandon(handle.0);
+    }
 }
 
 /// What abandoned operations had kept alive and need no more. Bindings call it where they hold their own locks.
 #[must_use]
 pub fn released() -> Vec<Box<dyn Any + Send>> {
+    if FORKED.load(Ordering::Relaxed) {
+        return Vec::new();
+    }
     handles().released()
 }
 

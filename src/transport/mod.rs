@@ -141,8 +141,9 @@ pub trait Link: Send {
     fn kind(&self) -> &'static str;
     /// Takes an order. Never blocks; how many orders are outstanding is bounded by the engine.
     fn post(&mut self, order: LinkOrder);
-    /// Withdraws all orders of a run, and what has landed for it: its memory is not touched any more.
-    fn withdraw(&mut self, run: crate::memory::RunId);
+    /// Withdraws all orders of a run, and what has landed for it: its memory is not touched any more after
+    /// this call. A message of it arrives whole and right, or never.
+    fn withdraw(&mut self, run: crate::memory::RunId, memory: &Memory);
     /// Queues a control message. The queue is bounded by what the engine may have outstanding; control goes
     /// ahead of payload and never waits for credit.
     fn tell(&mut self, message: &[u8]);

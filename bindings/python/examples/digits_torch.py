@@ -65,7 +65,12 @@ def train(options, model, data, test):
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     if rank == 0:
-        print(f"{'epoch':>5} {'loss':>9} {'accuracy':>9} {'samples/s':>11} {'communication':>14}", flush=True)
+        print(
+            f"{len(images)} handwritten digits ({len(test[0])} more are held out), {size} ranks, "
+            f"{options.batch} images a step over all of them\n"
+            f"{'epoch':>5} {'loss':>9} {'held-out accuracy':>18} {'samples/s':>11} {'in communication':>17}",
+            flush=True,
+        )
     for epoch in range(options.epochs):
         started, losses, waiting, seen = time.perf_counter(), [], 0.0, 0
         for batch in batches(len(images), options.batch, epoch):
@@ -85,8 +90,8 @@ def train(options, model, data, test):
         summary = hvd.allreduce(torch.tensor([sum(losses) / len(losses), waiting / elapsed]), name="summary")
         if rank == 0:
             print(
-                f"{epoch:>5} {summary[0]:>9.4f} {accuracy(model, *test):>9.4f} {seen / elapsed:>11.0f} "
-                f"{100 * float(summary[1]):>13.1f}%",
+                f"{epoch:>5} {summary[0]:>9.4f} {accuracy(model, *test):>18.4f} {seen / elapsed:>11.0f} "
+                f"{100 * float(summary[1]):>16.1f}%",
                 flush=True,
             )
 
@@ -116,9 +121,8 @@ def compare(options, model, data):
     same = len(set(hvd.allgather_object(digest.hexdigest(), name="digest"))) == 1
     if hvd.rank() != 0:
         return same
-    print(
-        f"weights on {hvd.size()} ranks: sha256 {digest.hexdigest()[:16]}, same bits on all: {'yes' if same else 'NO'}"
-    )
+    verdict = "yes" if same else "NO"
+    print(f"same bits in the weights of all {hvd.size()} ranks: {verdict} (sha256 {digest.hexdigest()[:16]})")
     alone = network(seed=0)
     train_alone(options, alone, data)
     pairs = zip(model.parameters(), alone.parameters())
@@ -127,8 +131,8 @@ def compare(options, model, data):
     limit = tolerance(alone, steps)
     close = difference <= limit
     print(
-        f"largest difference to a single process after {steps} steps: {difference:.3g} "
-        f"(rounding allows {limit:.3g}): {'agrees' if close else 'DISAGREES'}",
+        f"largest weight difference to a single process on the same {steps} batches: {difference:.3g} "
+        f"(float rounding allows {limit:.3g}): {'agrees' if close else 'DISAGREES'}",
         flush=True,
     )
     return same and close
@@ -149,7 +153,8 @@ def main():
     data, test = load()
     model = network(seed=hvd.rank())
     train(options, model, data, test)
-    agreed = compare(options, model, data)
+    # All ranks end alike, and not before rank 0 has said what it found.
+    agreed = all(hvd.allgather_object(compare(options, model, data), name="verdict"))
     hvd.shutdown()
     sys.exit(0 if agreed else 1)
 

@@ -136,11 +136,19 @@ pub fn transfer<'py>(
     py: Python<'py>,
     sending: bool,
     tensor: Bound<'py, PyAny>,
-    peer: u32,
-    tag: u32,
+    peer: &Bound<'py, PyAny>,
+    tag: &Bound<'py, PyAny>,
     set: u32,
 ) -> PyResult<Handle> {
     release_finished();
+    let end = if sending { "dest" } else { "source" };
+    let refusal = |message: String| errors::usage(py, &message);
+    let peer = peer
+        .extract::<u32>()
+        .map_err(|_| refusal(format!("{end}={} is not a rank; ranks count from 0", text(peer))))?;
+    let tag = tag
+        .extract::<u32>()
+        .map_err(|_| refusal(format!("tag={} is not a whole number from 0 to 2**32 - 1", text(tag))))?;
     let (array, keep) = array::view(&tensor).map_err(|reason| errors::usage(py, &reason))?;
     if !sending && array.read_only {
         return Err(errors::usage(py, "recv writes into its array, and this one is read-only"));

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import threading
 import time
@@ -92,17 +93,58 @@ def body_mismatch(which):
         "collective": lambda: carole.allreduce(x, name="t") if me else carole.allgather(x, name="t"),
         "rows": lambda: carole.allgather(np.ones((2, 3 + me)), name="t"),
         "group": lambda: carole.grouped_allreduce([x] * (1 + me), name="t"),
+        "postscale": lambda: carole.allreduce(x, postscale_factor=1.0 + me, name="t"),
+        "join_average": lambda: carole.allreduce(x, join_average="present" if me else "size", name="t"),
+        "in a group": lambda: carole.grouped_allreduce([x, x if me else x.astype(np.int32)], name="t"),
+        "dimensions": lambda: carole.allreduce(np.ones((4, 1) if me else 4), name="t"),
     }
     text = catch(carole.MismatchError, calls[which])
     assert (carole.allreduce(np.ones(2), carole.Sum, name="after") == carole.size()).all()
     return text
 
 
-@pytest.mark.parametrize("which", ["dtype", "shape", "op", "scale", "root", "collective", "rows", "group"])
-def test_a_mismatch_has_the_same_words_on_all_ranks(which):
+@pytest.mark.parametrize(
+    "which, value_0, value_1",
+    [
+        ("dtype", "float64", "float32"), ("shape", "[4]", "[5]"), ("op", "max", "sum"), ("scale", "1.0", "2.0"),
+        ("root", "rank 0", "rank 1"), ("collective", "allgather", "allreduce"), ("rows", "[0, 3]", "[0, 4]"),
+        ("group", "1", "2"), ("postscale", "1.0", "2.0"), ("join_average", "Size", "Present"),
+        ("in a group", "int32", "float32"), ("dimensions", "[4]", "[4, 1]"),
+    ],
+)  # fmt: skip
+def test_a_mismatch_has_the_same_words_on_all_ranks(which, value_0, value_1):
     texts = run(3, body_mismatch, which)
     assert texts[0] == texts[1] == texts[2], texts
-    assert "rank" in texts[0] and "'t'" in texts[0], texts[0]
+    said = re.search(r"'t' does not match: rank 0 submitted (.*), rank [12] submitted (.*); (.*)", texts[0])
+    assert said, texts[0]
+    assert value_0 in said[1] and value_1 in said[2] and len(said[3]) > 10, texts[0]
+
+
+def body_group():
+    """One member of a group is wrong on one rank: the others of the group fail with it, and are left alone."""
+    me, size = carole.rank(), carole.size()
+    good, odd = np.full(4, me + 1.0), np.ones(3 + (me == 2))
+    mine = [good.copy(), odd, good.copy()]
+    before = [one.copy() for one in mine]
+    text = catch(carole.MismatchError, lambda: carole.grouped_allreduce(mine, carole.Sum, name="unit"))
+    assert all((one == was).all() for one, was in zip(mine, before))
+    # Refused where it was submitted: the other ranks get the reason for the whole group.
+    refused = np.asfortranarray(np.ones((2, 2)))
+    wrong = [good, refused if me == 1 else np.ones((2, 2))]
+    kind = carole.UsageError if me == 1 else carole.MismatchError
+    reason = catch(kind, lambda: carole.grouped_allreduce(wrong, carole.Sum, name="unit"))
+    assert "contiguous" in reason and (me == 1 or "rank 1" in reason), reason
+    # Once all have been told, the name is free again, and a group that is right works.
+    carole.barrier()
+    first, second = carole.grouped_allreduce([good, np.ones(3)], carole.Sum, name="unit")
+    assert (first == size * (size + 1) / 2).all() and (second == size).all()
+    return text
+
+
+def test_a_group_fails_as_a_unit():
+    texts = run(3, body_group)
+    assert texts[0] == texts[1] == texts[2]
+    assert "tensor 1 of the group" in texts[0] and "rank 2" in texts[0], texts[0]
 
 
 def body_local():

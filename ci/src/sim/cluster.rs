@@ -1,100 +1,174 @@
-//! A cluster of engines over a simulated network: submits, drives, injects a fault, checks.
+//! A cluster of engines over a simulated network: submits, drives, injects a fault.
 
-use super::check;
-use super::program::{Fault, Planned, Random, Wrong, fault, program};
+use super::program::{Fault, HORIZON_NS, Kind, Planned, Program, Random, fault, program};
+use super::sabotage::{Sabotage, Sabotaged};
+use super::submit::submit;
 use carole::coordinator::{self, OpId};
 use carole::cost::Prices;
 use carole::engine::plan::PlanRules;
-use carole::engine::{Engine, EngineSetup, Outcome, Submission, TensorMemory};
-use carole::error::{Cause, Error};
+use carole::engine::{Ended, Engine, EngineSetup, Outcome};
+use carole::error::Error;
 use carole::fusion;
 use carole::membership;
-use carole::memory::Region;
 use carole::transport::flow::FlowOptions;
 use carole::transport::sim::{Fabric, Network, SimOptions};
-use carole::types::{
-    Collective, DType, Epoch, GLOBAL_SET, JoinAverage, Place, Rank, ReduceOp, Signature, TensorSignature,
-    Time,
-};
+use carole::types::{Epoch, GLOBAL_SET, Rank, SetId, Time};
 use std::sync::Arc;
 
 /// What a cluster came to.
-#[derive(Default)]
+#[derive(Default, Debug, PartialEq, Eq)]
 pub struct Report {
     pub operations: u64,
     pub faulty: bool,
     pub split: u64,
+    /// A hash of what ended when, where and how.
+    pub trace: u64,
+}
+
+/// What to simulate.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Order {
+    pub seed: u64,
+    /// 0 takes them from the seed.
+    pub ranks: u32,
+    pub verbose: bool,
+    pub sabotage: Option<Sabotage>,
 }
 
 /// One rank: its engine, and what it still has to do.
-struct Node {
-    rank: Rank,
-    engine: Option<Engine>,
-    stopped_until: Option<Time>,
+pub struct Node {
+    pub rank: Rank,
+    pub engine: Option<Engine>,
+    pub stopped_until: Option<Time>,
     /// Indices into the program with the time at which each is submitted, latest first.
-    plan: Vec<(Time, usize)>,
-    buffers: Vec<Vec<Vec<u8>>>,
-    results: Vec<Option<Result<Outcome, Error>>>,
-    left: bool,
+    pub plan: Vec<(Time, usize)>,
+    pub buffers: Vec<Vec<Vec<u8>>>,
+    pub submitted: Vec<bool>,
+    /// What it needed did not end well, so it was not submitted.
+    pub skipped: Vec<bool>,
+    pub results: Vec<Option<Result<Outcome, Error>>>,
+    /// The number of each set of the program here.
+    pub sets: Vec<Option<SetId>>,
+    pub left: bool,
 }
 
-struct Cluster {
-    network: Network,
-    random: Random,
-    program: Vec<Planned>,
-    nodes: Vec<Node>,
-    size: u32,
-    fault: Option<(u64, Fault)>,
-    verbose: bool,
+pub struct Cluster {
+    pub network: Network,
+    pub random: Random,
+    pub program: Program,
+    pub nodes: Vec<Node>,
+    pub fault: Option<(u64, Fault)>,
+    pub eager_bytes_max: usize,
+    pub trace: u64,
+    order: Order,
 }
 
-/// Submissions are spread over this much virtual time.
-const HORIZON_NS: u64 = 20_000_000;
-/// After this much virtual time everything must have ended: several times the limit on silence.
-const END_NS: u64 = 20_000_000_000;
+/// After this much virtual time everything must have ended. The slowest networks move 64 bytes in 5 ms.
+pub const END_NS: u64 = 600_000_000_000;
 
 /// Simulates one cluster; the error says what was found wrong.
-pub fn simulate(seed: u64, ranks: u32, verbose: bool) -> Result<Report, String> {
-    let mut random = Random(seed.wrapping_mul(0xA076_1D64_78BD_642F));
-    let size = if ranks == 0 { 1 + random.below(9) as u32 } else { ranks };
-    let mut cluster = Cluster::new(random, seed, size, verbose);
-    cluster.run()?;
-    cluster.judge()
+pub fn simulate(order: Order) -> Result<Report, String> {
+    let mut random = Random(order.seed.wrapping_mul(0xA076_1D64_78BD_642F));
+    let size = match order.ranks {
+        0 if random.once_in(16) => 10 + random.below(24) as u32,
+        0 => 1 + random.below(9) as u32,
+        ranks => ranks,
+    };
+    let network = Network::new(SimOptions {
+        seed: order.seed,
+        delay_min_ns: 1_000,
+        delay_max_ns: random.pick(&[2_000, 50_000, 5_000_000]),
+        capacity_bytes: random.pick(&[64, 4096, 64 << 10]),
+        fragments: random.once_in(2),
+    });
+    let mut cluster = Cluster::new(random, order, network, size, Epoch(1), Time(0));
+    let end = cluster.run(Time(0))?;
+    let mut report = cluster.judge()?;
+    if matches!(cluster.injected(), Some(Fault::Kill(_) | Fault::Stop(_) | Fault::HalfOpen(..))) {
+        // The processes start again: new engines, the same network.
+        let Cluster { network, random, nodes, .. } = cluster;
+        drop(nodes);
+        network.forget_faults();
+        let mut again = Cluster::new(random, order, network, size, Epoch(2), end);
+        again.fault = None;
+        again.run(end)?;
+        let second = again.judge().map_err(|found| format!("in the second epoch: {found}"))?;
+        report.operations += second.operations;
+        report.trace ^= second.trace.rotate_left(1);
+    }
+    Ok(report)
+}
+
+impl Node {
+    /// Whether this rank submits an operation.
+    pub fn takes(&self, planned: &Planned) -> bool {
+        planned.present[self.rank.0 as usize]
+    }
+
+    /// Whether an operation that this rank needs for another has ended well here; `None`: not yet.
+    fn has(&self, program: &Program, op: usize, by: &Planned) -> Option<bool> {
+        if !self.takes(&program.ops[op]) || self.skipped[op] {
+            return Some(!self.skipped[op]);
+        }
+        // A removal waits for whatever becomes of the set's operations.
+        let any = matches!(by.kind, Kind::RemoveSet(_)) && program.ops[op].set > 0;
+        self.results[op].as_ref().map(|result| any || result.is_ok())
+    }
+
+    /// Whether an operation can be submitted now; `None` if never.
+    fn may_submit(&self, program: &Program, op: usize) -> Option<bool> {
+        let planned = &program.ops[op];
+        let mut ready = true;
+        for &need in &planned.needs {
+            match self.has(program, need, planned) {
+                Some(true) => {}
+                Some(false) => return None,
+                None => ready = false,
+            }
+        }
+        if planned.kind == Kind::Join {
+            // Whatever this rank has for the set comes before.
+            ready &= self.plan.iter().all(|&(_, other)| {
+                let o = &program.ops[other];
+                other == op
+                    || o.set != planned.set
+                    || o.needs.contains(&op)
+                    || matches!(o.kind, Kind::RemoveSet(_))
+            });
+        }
+        Some(ready)
+    }
 }
 
 impl Cluster {
-    fn new(mut random: Random, seed: u64, size: u32, verbose: bool) -> Cluster {
-        let network = Network::new(SimOptions {
-            seed,
-            delay_min_ns: 1_000,
-            delay_max_ns: random.pick(&[2_000, 50_000, 5_000_000]),
-            capacity_bytes: random.pick(&[64, 4096, 64 << 10]),
-            fragments: random.once_in(2),
-        });
-        let steps = 1 + random.below(24) as usize;
-        let program = program(&mut random, size, steps);
-        let per_host = 1 + random.below(u64::from(size)) as u32;
-        let hosts: Arc<[u32]> = (0..size).map(|r| r / per_host).collect();
-        let forced = random.pick(&[
-            None,
-            None,
-            Some("ring"),
-            Some("tree"),
-            Some("doubling"),
-            Some("direct"),
-            Some("hierarchical"),
-        ]);
+    fn new(
+        mut random: Random,
+        order: Order,
+        network: Network,
+        size: u32,
+        epoch: Epoch,
+        start: Time,
+    ) -> Cluster {
         let strict = random.once_in(4);
+        let program = program(&mut random, size, strict);
+        let per_host = 1 + random.below(u64::from(size)) as u32;
+        let even = random.once_in(2);
+        let hosts: Arc<[u32]> = match even {
+            true => (0..size).map(|r| r / per_host).collect(),
+            false => first_seen((0..size).map(|_| random.below(u64::from(size.div_ceil(per_host))))),
+        };
+        let list = ["ring", "tree", "doubling", "direct", "hierarchical"];
+        let forced = if random.once_in(3) { None } else { Some(random.pick(&list)) };
         let fusion_bytes = random.pick(&[0, 3000, 1 << 20]);
-        let cache_keys = random.pick(&[4, 1024]);
+        let cache_keys = random.pick(&[0, 4, 1024]);
         let eager_bytes_max = random.pick(&[0, 64, 8 << 10]);
         let window_bytes = random.pick(&[4096, 1 << 20]);
-        let fault = fault(&mut random, size, HORIZON_NS * 2);
-        let nodes = (0..size)
+        let fault = fault(&mut random, size);
+        let nodes: Vec<Node> = (0..size)
             .map(|r| {
                 let setup = EngineSetup {
                     me: Rank(r),
-                    epoch: Epoch(1),
+                    epoch,
                     hosts: Arc::clone(&hosts),
                     agreement: coordinator::Rules { fusion_bytes, cache_keys, ..Default::default() },
                     fusion: fusion::Rules { fusion_bytes },
@@ -108,43 +182,53 @@ impl Cluster {
                     membership: membership::Rules::default(),
                 };
                 let fabric = Fabric::new(network.clone(), Rank(r), FlowOptions { eager_bytes_max });
-                let mut plan: Vec<(Time, usize)> =
-                    (0..program.len()).map(|i| (Time(random.below(HORIZON_NS)), i)).collect();
-                plan.sort_by_key(|&(at, _)| std::cmp::Reverse(at));
-                Node {
-                    rank: Rank(r),
-                    engine: Some(Engine::new(setup, Box::new(fabric))),
-                    stopped_until: None,
-                    plan,
-                    buffers: vec![Vec::new(); program.len()],
-                    results: (0..program.len()).map(|_| None).collect(),
-                    left: false,
-                }
+                let engine = match order.sabotage.filter(|_| r == 1) {
+                    Some(bug) => Engine::new(setup, Box::new(Sabotaged { fabric, bug })),
+                    None => Engine::new(setup, Box::new(fabric)),
+                };
+                node(Rank(r), engine, &program, start)
             })
             .collect();
-        if verbose {
+        if order.verbose {
             println!(
-                "seed {seed}: {size} ranks, hosts {hosts:?}, algorithm {forced:?}, strict {strict}, fault {fault:?}"
+                "seed {}: {size} ranks, hosts {hosts:?}, sets {:?}, algorithm {forced:?}, strict {strict}, fault {fault:?}",
+                order.seed, program.sets
             );
         }
-        Cluster { network, random, program, nodes, size, fault, verbose }
+        let fault = fault.map(|(at, fault)| (at + start.0, fault));
+        Cluster {
+            network,
+            random,
+            program,
+            nodes,
+            fault,
+            eager_bytes_max,
+            trace: 0xCBF2_9CE4_8422_2325,
+            order,
+        }
     }
 
-    fn run(&mut self) -> Result<(), String> {
-        let mut now = Time(0);
+    /// Runs until everything has ended, or never will; returns the time.
+    fn run(&mut self, start: Time) -> Result<Time, String> {
+        let mut now = start;
         loop {
             self.inject(now);
             while self.turn_all(now)? {}
             if self.is_over() {
-                return Ok(());
+                return Ok(now);
             }
-            let Some(next) = self.next_event(now) else { return Ok(()) };
-            if next.0 > END_NS {
-                return Ok(());
+            let Some(next) = self.next_event(now) else { return Ok(now) };
+            if next.0 > start.0 + END_NS {
+                return Ok(now);
             }
             now = next;
             self.network.advance(now);
         }
+    }
+
+    /// The fault that has happened, if any.
+    pub fn injected(&self) -> Option<Fault> {
+        self.fault.filter(|(at, _)| *at == u64::MAX).map(|(_, fault)| fault)
     }
 
     fn inject(&mut self, now: Time) {
@@ -158,9 +242,9 @@ impl Cluster {
         if at > now.0 {
             return;
         }
-        // Faults that are over stay known to `judge` through the nodes' state.
+        // Faults that are over stay known to `judge`.
         self.fault = Some((u64::MAX, fault));
-        if self.verbose {
+        if self.order.verbose {
             println!("  {} ns: {fault:?}", now.0);
         }
         match fault {
@@ -193,25 +277,93 @@ impl Cluster {
         self.random.shuffle(&mut order);
         let mut moved = false;
         for i in order {
-            let node = &mut self.nodes[i];
-            if node.stopped_until.is_some() || node.engine.is_none() {
+            if self.nodes[i].stopped_until.is_some() || self.nodes[i].engine.is_none() {
                 continue;
             }
-            while node.plan.last().is_some_and(|&(at, _)| at <= now) {
-                let (_, op) = node.plan.pop().expect("just seen");
-                submit(node, &self.program[op], op, self.size, now);
-                moved = true;
-            }
+            moved |= self.submit_due(i, now)?;
+            let node = &mut self.nodes[i];
             let engine = node.engine.as_mut().expect("just seen");
             moved |= engine.turn(now);
-            for ended in engine.ended() {
-                let slot = &mut node.results[ended.op.0 as usize];
-                if slot.replace(ended.result).is_some() {
-                    return Err(format!("operation {} ended twice on {}", ended.op.0, node.rank));
-                }
+            let ended: Vec<Ended> = engine.ended().collect();
+            for ended in ended {
+                self.note(i, ended, now)?;
+                moved = true;
             }
         }
         Ok(moved)
+    }
+
+    /// Submits what is due on a rank and can be submitted.
+    fn submit_due(&mut self, i: usize, now: Time) -> Result<bool, String> {
+        let (node, program) = (&mut self.nodes[i], &self.program);
+        let mut moved = false;
+        let mut at = node.plan.len();
+        while at > 0 && !node.left {
+            at -= 1;
+            let (due, op) = node.plan[at];
+            if due > now {
+                break;
+            }
+            match node.may_submit(program, op) {
+                Some(false) => continue,
+                None => node.skipped[op] = true,
+                Some(true) => {
+                    let alone = program.sets[program.ops[op].set].len() == 1;
+                    let twice = !alone && self.random.once_in(16);
+                    node.submitted[op] = true;
+                    submit(node, program, op, twice, now)?;
+                    if self.random.once_in(3) {
+                        node.engine.as_mut().expect("live").wait_for(OpId(op as u32), now);
+                    }
+                }
+            }
+            node.plan.remove(at);
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// An operation has ended on a rank.
+    fn note(&mut self, i: usize, ended: Ended, now: Time) -> Result<(), String> {
+        let node = &mut self.nodes[i];
+        let op = ended.op.0 as usize;
+        let planned = &self.program.ops[op];
+        let words = match &ended.result {
+            Ok(_) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        let mut hash = |bytes: &[u8]| {
+            for byte in bytes {
+                self.trace = (self.trace ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01B3);
+            }
+        };
+        hash(&now.0.to_le_bytes());
+        hash(&[i as u8, op as u8]);
+        hash(words.as_bytes());
+        if let Ok(outcome) = &ended.result {
+            for tensor in &outcome.tensors {
+                hash(tensor.memory.as_ref().map_or(&[], |m| m.as_slice()));
+            }
+            node.buffers[op].iter().for_each(|buffer| hash(buffer));
+            match planned.kind {
+                Kind::AddSet(set) => node.sets[set] = outcome.set,
+                Kind::RemoveSet(set) => node.sets[set] = None,
+                _ => {}
+            }
+        }
+        if self.order.verbose {
+            println!(
+                "  {} ns: rank {i} '{}' {}",
+                now.0,
+                planned.name,
+                if words.is_empty() { "ok" } else { &words }
+            );
+        }
+        let twice = self.order.sabotage == Some(Sabotage::EndsTwice) && i == 1 && op == 1;
+        if node.results[op].replace(ended.result).is_some() || twice {
+            return Err(format!("operation {op} ended twice on {}", node.rank));
+        }
+        Ok(())
     }
 
     fn next_event(&self, now: Time) -> Option<Time> {
@@ -219,7 +371,8 @@ impl Cluster {
         let own = nodes.flat_map(|n| {
             let resume = n.stopped_until.filter(|t| t.0 != u64::MAX);
             let engine = n.engine.as_ref().filter(|_| n.stopped_until.is_none());
-            let submit = n.plan.last().map(|&(at, _)| at).filter(|_| n.stopped_until.is_none());
+            let due = n.plan.iter().rev().map(|&(at, _)| at).find(|at| *at > now);
+            let submit = due.filter(|_| n.stopped_until.is_none() && !n.left);
             [resume, engine.and_then(Engine::poll_timeout), submit]
         });
         let links = self.nodes.iter().filter_map(|n| {
@@ -232,186 +385,57 @@ impl Cluster {
         all.filter(|t| *t > now).min()
     }
 
-    fn is_live(&self, node: &Node) -> bool {
+    /// Whether a rank must come to an end with everything.
+    pub fn is_live(&self, node: &Node) -> bool {
         node.engine.is_some() && node.stopped_until.is_none() && !node.left
     }
 
     fn is_over(&self) -> bool {
         let pending_fault = self.fault.is_some_and(|(at, _)| at != u64::MAX);
+        let paused = self.nodes.iter().any(|n| n.stopped_until.is_some_and(|t| t.0 != u64::MAX));
+        let live = self.nodes.iter().filter(|n| self.is_live(n));
         !pending_fault
-            && self.nodes.iter().filter(|n| self.is_live(n)).all(|n| n.results.iter().all(Option::is_some))
-    }
-
-    /// Checks every operation on every live rank.
-    fn judge(&self) -> Result<Report, String> {
-        let injected = self.fault.is_some_and(|(at, _)| at == u64::MAX);
-        let mut report = Report { faulty: injected, ..Report::default() };
-        let live: Vec<&Node> = self.nodes.iter().filter(|n| self.is_live(n)).collect();
-        for (i, planned) in self.program.iter().enumerate() {
-            let mut verdicts: Vec<String> = Vec::new();
-            for node in &live {
-                let Some(result) = &node.results[i] else {
-                    return Err(format!(
-                        "'{}' ({planned:?}) never ended on {}: {}",
-                        planned.name,
-                        node.rank,
-                        node.engine
-                            .as_ref()
-                            .and_then(|e| e.explain(OpId(i as u32), Time(END_NS)))
-                            .unwrap_or_default()
-                    ));
-                };
-                report.operations += 1;
-                match result {
-                    Ok(outcome) => {
-                        self.check_bits(planned, node, i, outcome)?;
-                        verdicts.push("ok".into());
-                    }
-                    Err(error) => {
-                        self.check_error(planned, node, error)?;
-                        verdicts.push(error.to_string());
-                    }
-                }
-            }
-            verdicts.sort();
-            verdicts.dedup();
-            let errors: Vec<&String> = verdicts.iter().filter(|v| *v != "ok").collect();
-            match (errors.len(), verdicts.len()) {
-                (0 | 1, 1) => {}
-                // Some had finished when the epoch broke: the verdict round of elastic jobs will settle these.
-                (1 | 2, 2) if injected => report.split += 1,
-                // Two ranks may be at fault where one direction of a link is lost: each end blames the other.
-                _ if matches!(self.fault, Some((_, Fault::HalfOpen(..)))) => {}
-                _ => {
-                    return Err(format!(
-                        "'{}' has several verdicts on live ranks: {verdicts:?}",
-                        planned.name
-                    ));
-                }
-            }
-        }
-        Ok(report)
-    }
-
-    fn check_bits(&self, planned: &Planned, node: &Node, i: usize, outcome: &Outcome) -> Result<(), String> {
-        if planned.wrong.is_some() {
-            return Err(format!("'{}' is wrong on one rank and succeeded on {}", planned.name, node.rank));
-        }
-        for t in 0..planned.tensors.len() {
-            let Some(expected) = check::expected(planned, node.rank.0, t, self.size) else { continue };
-            let got = match outcome.tensors.get(t).map(|o| &o.memory) {
-                Some(Some(owned)) => owned.as_slice(),
-                Some(None) => &node.buffers[i][t],
-                None => return Err(format!("'{}' has no output {t} on {}", planned.name, node.rank)),
-            };
-            if got != expected {
-                return Err(format!("'{}' tensor {t} is wrong on {}: {planned:?}", planned.name, node.rank));
-            }
-        }
-        Ok(())
-    }
-
-    fn check_error(&self, planned: &Planned, node: &Node, error: &Error) -> Result<(), String> {
-        let injected = self.fault.filter(|(at, _)| *at == u64::MAX).map(|(_, fault)| fault);
-        let fits = match (error, injected) {
-            (Error::Mismatch(m), _) => planned.wrong.is_some() && m.message.contains(&planned.name),
-            (Error::Usage(_), _) => planned.wrong.is_some(),
-            (Error::Broken(b), Some(Fault::Kill(rank))) => {
-                b.culprit == Some(rank) && b.cause == Cause::Exited
-                    || b.culprit == Some(rank) && matches!(b.cause, Cause::Unreachable(_))
-            }
-            (Error::Broken(b), Some(Fault::Stop(rank))) => {
-                b.culprit == Some(rank) && matches!(b.cause, Cause::Silent { .. })
-            }
-            (Error::Broken(_), Some(Fault::HalfOpen(..))) => true,
-            (Error::Shutdown(who), Some(Fault::Leave(rank))) => *who == Some(rank),
-            _ => false,
-        };
-        match fits {
-            true => Ok(()),
-            false => {
-                Err(format!("'{}' on {} ended with: {error} (fault {injected:?})", planned.name, node.rank))
-            }
-        }
+            && !paused
+            && live.map(|n| (n, &self.program.ops)).all(|(n, ops)| {
+                (0..ops.len()).all(|i| n.results[i].is_some() || n.skipped[i] || !n.takes(&ops[i]))
+            })
     }
 }
 
-fn submit(node: &mut Node, planned: &Planned, op: usize, size: u32, now: Time) {
-    let me = node.rank.0;
-    let wrong = planned.wrong.filter(|(rank, _)| *rank == node.rank).map(|(_, w)| w);
-    let mut inputs: Vec<Vec<u8>> = (0..planned.tensors.len()).map(|t| check::input(planned, me, t)).collect();
-    let mut outputs = vec![Vec::new(); inputs.len()];
-    let own_output = matches!(planned.collective, Collective::Allreduce | Collective::Broadcast);
-    let tensors: Vec<TensorMemory> = inputs
-        .iter_mut()
-        .zip(&mut outputs)
-        .map(|(input, output)| {
-            // SAFETY: the node keeps the buffers until the cluster is judged, and their heap does not move.
-            let region = unsafe { Region::new(input.as_mut_ptr(), input.len() as u64) };
-            if !own_output {
-                return TensorMemory { input: region, output: None };
-            }
-            if planned.in_place {
-                return TensorMemory { input: region, output: Some(region) };
-            }
-            *output = vec![0xEE; input.len()];
-            // SAFETY: as above.
-            let to = unsafe { Region::new(output.as_mut_ptr(), output.len() as u64) };
-            TensorMemory { input: region, output: Some(to) }
+fn node(rank: Rank, engine: Engine, program: &Program, start: Time) -> Node {
+    let n = program.ops.len();
+    let mine = |i: &usize| program.ops[*i].present[rank.0 as usize];
+    let due = |i: usize| (start.after_ns(program.ops[i].at[rank.0 as usize]), i);
+    let mut plan: Vec<(Time, usize)> = (0..n).filter(mine).map(due).collect();
+    plan.sort_by_key(|&due| std::cmp::Reverse(due));
+    let mut sets = vec![None; program.sets.len()];
+    sets[0] = Some(GLOBAL_SET);
+    Node {
+        rank,
+        engine: Some(engine),
+        stopped_until: None,
+        plan,
+        buffers: vec![Vec::new(); n],
+        submitted: vec![false; n],
+        skipped: vec![false; n],
+        results: (0..n).map(|_| None).collect(),
+        sets,
+        left: false,
+    }
+}
+
+/// Numbers of hosts in order of first appearance.
+fn first_seen(hosts: impl Iterator<Item = u64>) -> Arc<[u32]> {
+    let mut seen: Vec<u64> = Vec::new();
+    hosts
+        .map(|host| {
+            let place = seen.iter().position(|&h| h == host).unwrap_or_else(|| {
+                seen.push(host);
+                seen.len() - 1
+            });
+            place as u32
         })
-        .collect();
-    let signature = signature(planned, wrong);
-    let call: Vec<u64> = match planned.collective {
-        Collective::Allgather | Collective::Gather => {
-            planned.tensors.iter().map(|(_, rows)| rows[me as usize]).collect()
-        }
-        Collective::Alltoall => planned.splits.iter().flat_map(|m| m[me as usize].clone()).collect(),
-        _ => Vec::new(),
-    };
-    let submission = Submission {
-        op: OpId(op as u32),
-        set: GLOBAL_SET,
-        name: &planned.name,
-        hold: false,
-        signature: &signature,
-        call: &call,
-        tensors: &tensors,
-        refused: (wrong == Some(Wrong::Refused)).then_some("the buffer is read-only"),
-    };
-    node.buffers[op] = if own_output && !planned.in_place { outputs } else { inputs.split_off(0) };
-    if own_output && !planned.in_place {
-        // The inputs must live as long.
-        node.buffers[op].append(&mut inputs);
-    }
-    debug_assert!(size > 0);
-    let accepted = node.engine.as_mut().expect("live nodes submit").submit(&submission, now);
-    if let Err(error) = accepted {
-        node.results[op] = Some(Err(error));
-    }
+        .collect()
 }
 
-fn signature(planned: &Planned, wrong: Option<Wrong>) -> Signature {
-    let free = planned.collective.has_free_rows();
-    let tensors = planned
-        .tensors
-        .iter()
-        .map(|(row, rows)| TensorSignature {
-            dtype: if wrong == Some(Wrong::DType) { DType::U64 } else { planned.dtype },
-            shape: vec![if free { 0 } else { rows[0] }, row + u64::from(wrong == Some(Wrong::Shape))],
-        })
-        .collect();
-    Signature {
-        collective: if wrong == Some(Wrong::Collective) { Collective::Reduce } else { planned.collective },
-        op: match (planned.collective.reduces(), wrong) {
-            (true, Some(Wrong::Op)) => ReduceOp::Product,
-            (true, _) => planned.op,
-            (false, _) => ReduceOp::Sum,
-        },
-        scale: planned.scale,
-        root: if planned.collective.has_root() { planned.root } else { Rank(0) },
-        place: Place::Host,
-        join_average: JoinAverage::Size,
-        tensors,
-        ranks: Vec::new(),
-    }
-}
+const _: () = assert!(END_NS > HORIZON_NS);

@@ -1,10 +1,11 @@
-//! What the ranks of a simulated cluster do: a list of operations, the same for all, that each submits in an
+//! What the ranks of a simulated cluster do: a list of operations, of which each rank submits its own in an
 //! order of its own, some of them wrong; and what goes wrong besides.
 #![forbid(unsafe_code)]
 
-use carole::types::{Collective, DType, Rank, ReduceOp, Scale};
+use carole::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale};
 
 /// A small generator of random numbers (splitmix64), so that a seed means the same everywhere.
+#[derive(Clone)]
 pub struct Random(pub u64);
 
 impl Random {
@@ -51,11 +52,30 @@ pub enum Wrong {
     Refused,
 }
 
+/// What kind of operation it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A collective that moves data, or a barrier.
+    Collective,
+    /// A point-to-point message: `bytes` are sent, room for `room` is given.
+    Message { from: u32, to: u32, tag: u32, bytes: u64, room: u64 },
+    /// Makes the set of this index.
+    AddSet(usize),
+    /// Removes it.
+    RemoveSet(usize),
+    /// No more data from this rank, until all have joined.
+    Join,
+}
+
 /// One operation of the program.
 #[derive(Clone, Debug)]
 pub struct Planned {
     /// Its name.
     pub name: String,
+    /// Its kind.
+    pub kind: Kind,
+    /// The index of its process set; 0 is the global one.
+    pub set: usize,
     /// What is done.
     pub collective: Collective,
     /// How values are combined.
@@ -64,16 +84,276 @@ pub struct Planned {
     pub dtype: DType,
     /// Factors.
     pub scale: Scale,
-    /// The root.
+    /// How Average counts absent ranks.
+    pub join_average: JoinAverage,
+    /// The root, a global rank.
     pub root: Rank,
-    /// For each tensor of the group, the length of a row and the rows of each rank.
+    /// For each tensor of the group, the length of a row and the rows of each member.
     pub tensors: Vec<(u64, Vec<u64>)>,
-    /// Alltoall: rows from each rank to each, for each tensor.
+    /// The tensors have no dimensions.
+    pub scalar: bool,
+    /// Alltoall: rows from each member to each, for each tensor.
     pub splits: Vec<Vec<Vec<u64>>>,
     /// Whether the output is the input.
     pub in_place: bool,
+    /// Whether its name is one of a ring, so that it waits for the former of that name.
+    pub hold: bool,
+    /// Whether sums of its values are rounded (strict mode only, where the order is fixed).
+    pub rough: bool,
+    /// Makes its values its own.
+    pub salt: u64,
     /// The rank that calls it differently, and how.
     pub wrong: Option<(Rank, Wrong)>,
+    /// By global rank: who submits it. The others are no members, or have joined.
+    pub present: Vec<bool>,
+    /// Operations that must have ended well on a rank before it submits this one.
+    pub needs: Vec<usize>,
+    /// By global rank: when it is submitted at the earliest.
+    pub at: Vec<u64>,
+}
+
+/// What all ranks do.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The ranks of each process set; the first is the global one.
+    pub sets: Vec<Vec<u32>>,
+    /// The operations.
+    pub ops: Vec<Planned>,
+}
+
+/// Submissions are spread over this much virtual time.
+pub const HORIZON_NS: u64 = 20_000_000;
+
+/// The operations of a cluster of `size` ranks. In strict mode some have values that are rounded.
+pub fn program(random: &mut Random, size: u32, strict: bool) -> Program {
+    let mut program = Program { sets: sets(random, size), ops: Vec::new() };
+    for set in 1..program.sets.len() {
+        let mut op = plain(random, size, Collective::AddSet, 0, format!("add/{set}"));
+        op.kind = Kind::AddSet(set);
+        op.at = (0..size).map(|_| random.below(HORIZON_NS / 8)).collect();
+        program.ops.push(op);
+    }
+    let steps = if size > 9 { 1 + random.below(8) } else { 1 + random.below(24) };
+    let messages = size > 1 && random.once_in(3);
+    for i in 0..steps {
+        let set = random.below(program.sets.len() as u64) as usize;
+        let op = match messages && random.once_in(2) && program.sets[set].len() > 1 {
+            true => message(random, size, set, &program.sets[set]),
+            false => collective(random, size, set, &program.sets[set], i, strict),
+        };
+        program.push(op);
+    }
+    if size > 1 && random.once_in(4) {
+        join(random, size, strict, &mut program);
+    }
+    for set in 1..program.sets.len() {
+        if random.once_in(2) {
+            let mut op = plain(random, size, Collective::RemoveSet, 0, format!("remove/{set}"));
+            op.kind = Kind::RemoveSet(set);
+            op.needs = (0..program.ops.len())
+                .filter(|&o| program.ops[o].set == set || set_up(&program.ops[o]))
+                .collect();
+            program.ops.push(op);
+        }
+    }
+    keep_order(&mut program.ops, size);
+    program
+}
+
+/// Ranks come to the removal of a set through these.
+fn set_up(op: &Planned) -> bool {
+    matches!(op.kind, Kind::Join | Kind::AddSet(_))
+}
+
+impl Program {
+    /// Operations of a set that is made at run time wait for it.
+    fn push(&mut self, mut op: Planned) {
+        if op.set > 0 {
+            let made = self.ops.iter().position(|o| o.kind == Kind::AddSet(op.set));
+            op.needs.push(made.expect("sets are made first"));
+            let members = &self.sets[op.set];
+            for (rank, present) in op.present.iter_mut().enumerate() {
+                *present &= members.contains(&(rank as u32));
+            }
+        }
+        self.ops.push(op);
+    }
+}
+
+fn sets(random: &mut Random, size: u32) -> Vec<Vec<u32>> {
+    let all: Vec<u32> = (0..size).collect();
+    let mut sets = vec![all.clone()];
+    if size < 3 || !random.once_in(2) {
+        return sets;
+    }
+    if random.once_in(2) {
+        // They overlap in a circle.
+        let mut three = all;
+        random.shuffle(&mut three);
+        sets.extend([(0, 1), (1, 2), (0, 2)].map(|(a, b)| vec![three[a], three[b]]));
+    } else {
+        for _ in 0..1 + random.below(3) {
+            let set: Vec<u32> = (0..size).filter(|_| random.once_in(2)).collect();
+            if !set.is_empty() && set.len() < size as usize {
+                sets.push(set);
+            }
+        }
+    }
+    sets.iter_mut().for_each(|set| set.sort_unstable());
+    sets.dedup();
+    sets.sort_by_key(|set| std::cmp::Reverse(set.len()));
+    let mut seen = Vec::new();
+    sets.retain(|set| (!seen.contains(set)).then(|| seen.push(set.clone())).is_some());
+    sets
+}
+
+/// An operation without tensors, submitted by everybody.
+fn plain(random: &mut Random, size: u32, collective: Collective, set: usize, name: String) -> Planned {
+    Planned {
+        name,
+        kind: Kind::Collective,
+        set,
+        collective,
+        op: ReduceOp::Sum,
+        dtype: DType::U8,
+        scale: Scale::default(),
+        join_average: JoinAverage::Size,
+        root: Rank(0),
+        tensors: Vec::new(),
+        scalar: false,
+        splits: Vec::new(),
+        in_place: false,
+        hold: false,
+        rough: false,
+        salt: random.below(1000),
+        wrong: None,
+        present: vec![true; size as usize],
+        needs: Vec::new(),
+        at: (0..size).map(|_| random.below(HORIZON_NS)).collect(),
+    }
+}
+
+fn message(random: &mut Random, size: u32, set: usize, members: &[u32]) -> Planned {
+    let mut pair = members.to_vec();
+    random.shuffle(&mut pair);
+    let (from, to, tag) = (pair[0], pair[1], random.below(2) as u32);
+    let bytes = random.pick(&[0, 1, 63, 64, 3000, 9000, 30_000]);
+    let room = if random.once_in(6) { random.pick(&[0, 1, 64, 9000, 20_000]) } else { bytes };
+    let mut op = plain(random, size, Collective::Barrier, set, format!("message {from} -> {to} tag {tag}"));
+    op.kind = Kind::Message { from, to, tag, bytes, room };
+    op.present = (0..size).map(|rank| rank == from || rank == to).collect();
+    op
+}
+
+const COLLECTIVES: [Collective; 11] = [
+    Collective::Allreduce,
+    Collective::Allreduce,
+    Collective::Allreduce,
+    Collective::Allgather,
+    Collective::Broadcast,
+    Collective::Reducescatter,
+    Collective::Alltoall,
+    Collective::Reduce,
+    Collective::Gather,
+    Collective::Scatter,
+    Collective::Barrier,
+];
+
+fn collective(random: &mut Random, size: u32, set: usize, members: &[u32], i: u64, strict: bool) -> Planned {
+    let collective = random.pick(&COLLECTIVES);
+    let mut op = plain(random, size, collective, set, format!("{collective}/{i}"));
+    let n = members.len();
+    op.dtype = if random.once_in(2) { DType::F32 } else { random.pick(DType::ALL) };
+    let of = |op: &ReduceOp, dtype| op.accepts(dtype).is_ok();
+    if collective.reduces() {
+        let ops: Vec<ReduceOp> = ReduceOp::ALL
+            .iter()
+            .copied()
+            .filter(|o| of(o, op.dtype) && (*o != ReduceOp::Adasum || collective == Collective::Allreduce))
+            .collect();
+        op.op = if random.once_in(3) { ReduceOp::Sum } else { random.pick(&ops) };
+        if op.dtype.is_float() && op.op != ReduceOp::Product && random.once_in(4) {
+            op.scale = Scale { pre: 2.0, post: 0.5 };
+        }
+        op.rough = strict && op.dtype.is_float() && op.op != ReduceOp::Product && random.once_in(2);
+        op.join_average = random.pick(&[JoinAverage::Size, JoinAverage::Present]);
+    }
+    op.hold = random.once_in(6);
+    if op.hold {
+        op.name = format!("{collective}.unnamed.{}", random.below(2));
+    }
+    op.scalar = random.once_in(8)
+        && matches!(collective, Collective::Allreduce | Collective::Broadcast | Collective::Reduce);
+    let count = if collective == Collective::Barrier { 0 } else { random.pick(&[1, 1, 1, 1, 3]) };
+    for _ in 0..count {
+        let row = random.pick(&[1, 1, 3, 64, 700]);
+        if collective == Collective::Alltoall {
+            let matrix: Vec<Vec<u64>> = (0..n).map(|_| (0..n).map(|_| random.below(4)).collect()).collect();
+            op.tensors.push((row, matrix.iter().map(|s| s.iter().sum()).collect()));
+            op.splits.push(matrix);
+        } else if collective.has_free_rows() {
+            op.tensors.push((row, (0..n).map(|_| random.below(5)).collect()));
+        } else if op.scalar {
+            op.tensors.push((1, vec![1; n]));
+        } else {
+            op.tensors.push((row, vec![random.pick(&[0, 1, 2, 5, 17, 40]); n]));
+        }
+    }
+    op.root = Rank(random.pick(members));
+    op.in_place = matches!(collective, Collective::Allreduce | Collective::Broadcast) && random.once_in(2);
+    if n > 1 && random.once_in(12) && !op.scalar {
+        let kinds = [Wrong::DType, Wrong::Shape, Wrong::Op, Wrong::Collective, Wrong::Refused];
+        let wrong = random.pick(&kinds);
+        // Only an allreduce can differ in every way. Values in a ring of names say nothing about one call.
+        if (collective == Collective::Allreduce || wrong == Wrong::Refused) && !op.hold {
+            op.wrong = Some((Rank(random.pick(members)), wrong));
+        }
+    }
+    op
+}
+
+/// The ranks of one set join, each at its own time: what they would have submitted later goes on without
+/// them. When all have joined, they go on together.
+fn join(random: &mut Random, size: u32, strict: bool, program: &mut Program) {
+    let set = random.below(program.sets.len() as u64) as usize;
+    let members = program.sets[set].clone();
+    let index = program.ops.len();
+    let mut join = plain(random, size, Collective::Join, set, "join".into());
+    join.kind = Kind::Join;
+    let early = |_| random.below(HORIZON_NS * 2).max(HORIZON_NS / 8);
+    join.at = (0..size).map(early).collect();
+    // Names of a ring are in order.
+    keep_order(&mut program.ops, size);
+    for op in program.ops.iter_mut().filter(|op| op.set == set && op.kind == Kind::Collective) {
+        for &rank in &members {
+            op.present[rank as usize] &= op.at[rank as usize] < join.at[rank as usize];
+        }
+        let present = op.present.iter().filter(|p| **p).count();
+        op.wrong = op
+            .wrong
+            .filter(|(rank, wrong)| op.present[rank.0 as usize] && (present > 1 || *wrong == Wrong::Refused));
+    }
+    program.push(join);
+    for i in 0..random.below(4) {
+        let mut after = collective(random, size, set, &members, 1000 + i, strict);
+        after.name.push_str("/after");
+        after.needs.push(index);
+        program.push(after);
+    }
+}
+
+/// Operations of one name, and messages of one tag, are submitted in the order of the program on every rank.
+fn keep_order(ops: &mut [Planned], size: u32) {
+    let names: std::collections::BTreeSet<(usize, String)> =
+        ops.iter().map(|op| (op.set, op.name.clone())).collect();
+    for (set, name) in names {
+        let of: Vec<usize> = (0..ops.len()).filter(|&o| ops[o].set == set && ops[o].name == name).collect();
+        for rank in 0..size as usize {
+            let mut times: Vec<u64> = of.iter().map(|&o| ops[o].at[rank]).collect();
+            times.sort_unstable();
+            of.iter().zip(times).for_each(|(&o, at)| ops[o].at[rank] = at);
+        }
+    }
 }
 
 /// Something that goes wrong.
@@ -91,87 +371,8 @@ pub enum Fault {
     Leave(Rank),
 }
 
-/// The operations of a cluster of `size` ranks.
-pub fn program(random: &mut Random, size: u32, steps: usize) -> Vec<Planned> {
-    (0..steps).map(|i| planned(random, size, i)).collect()
-}
-
-fn planned(random: &mut Random, size: u32, i: usize) -> Planned {
-    let collective = random.pick(&[
-        Collective::Allreduce,
-        Collective::Allreduce,
-        Collective::Allreduce,
-        Collective::Allgather,
-        Collective::Broadcast,
-        Collective::Reducescatter,
-        Collective::Alltoall,
-        Collective::Reduce,
-        Collective::Gather,
-        Collective::Scatter,
-        Collective::Barrier,
-    ]);
-    let dtype =
-        random.pick(&[DType::F32, DType::F32, DType::I32, DType::BF16, DType::U8, DType::F64, DType::I64]);
-    let op = random.pick(&[ReduceOp::Sum, ReduceOp::Sum, ReduceOp::Average, ReduceOp::Min, ReduceOp::Max]);
-    let scale = match random.below(4) {
-        0 if dtype.is_float() => Scale { pre: 2.0, post: 0.5 },
-        _ => Scale::default(),
-    };
-    let count = if collective == Collective::Barrier {
-        0
-    } else if random.once_in(5) {
-        3
-    } else {
-        1
-    };
-    let free = collective.has_free_rows();
-    let tensors = (0..count)
-        .map(|_| {
-            let row = random.pick(&[1, 1, 3, 64, 700]);
-            let rows = random.pick(&[0, 1, 2, 5, 17, 40]);
-            (row, (0..size).map(|_| if free { random.below(5) } else { rows }).collect())
-        })
-        .collect::<Vec<(u64, Vec<u64>)>>();
-    let splits = match collective {
-        Collective::Alltoall => (0..count).map(|_| matrix(random, size)).collect(),
-        _ => Vec::new(),
-    };
-    let tensors = match collective {
-        // The rows of an alltoall are what its splits add up to.
-        Collective::Alltoall => tensors
-            .into_iter()
-            .zip(&splits)
-            .map(|((row, _), m): (_, &Vec<Vec<u64>>)| (row, m.iter().map(|s| s.iter().sum()).collect()))
-            .collect(),
-        _ => tensors,
-    };
-    let alike = matches!(collective, Collective::Allreduce | Collective::Broadcast);
-    let wrong = (size > 1 && random.once_in(12)).then(|| {
-        let kinds = [Wrong::DType, Wrong::Shape, Wrong::Op, Wrong::Collective, Wrong::Refused];
-        (Rank(random.below(u64::from(size)) as u32), random.pick(&kinds))
-    });
-    // Only an allreduce can differ in every way.
-    let wrong = wrong.filter(|(_, w)| collective == Collective::Allreduce || *w == Wrong::Refused);
-    Planned {
-        name: format!("{collective}/{i}"),
-        collective,
-        op,
-        dtype,
-        scale: if collective.reduces() { scale } else { Scale::default() },
-        root: Rank(random.below(u64::from(size)) as u32),
-        tensors,
-        splits,
-        in_place: alike && random.once_in(2),
-        wrong,
-    }
-}
-
-fn matrix(random: &mut Random, size: u32) -> Vec<Vec<u64>> {
-    (0..size).map(|_| (0..size).map(|_| random.below(4)).collect()).collect()
-}
-
 /// The fault of a cluster, if it has one, and when it happens.
-pub fn fault(random: &mut Random, size: u32, horizon_ns: u64) -> Option<(u64, Fault)> {
+pub fn fault(random: &mut Random, size: u32) -> Option<(u64, Fault)> {
     if size < 2 || random.below(3) != 0 {
         return None;
     }
@@ -184,5 +385,5 @@ pub fn fault(random: &mut Random, size: u32, horizon_ns: u64) -> Option<(u64, Fa
         3 => Fault::HalfOpen(rank, other),
         _ => Fault::Leave(rank),
     };
-    Some((random.below(horizon_ns), fault))
+    Some((random.below(HORIZON_NS * 2), fault))
 }

@@ -97,6 +97,29 @@ pub fn withdrawn(make: Make) {
     rig.until("the dropped message to be sent", |rig| rig.a.is_done(s1));
     assert!(!rig.a.is_done(r2), "what was withdrawn at the sender never completes");
     assert_eq!((&rig.a.error, &rig.b.error), (&None, &None));
+    withdrawn_in_its_last_frame(make);
+}
+
+/// A message of one frame that is withdrawn while it is written: whoever receives it whole has its true bytes,
+/// though the sender's memory is somebody else's by then.
+fn withdrawn_in_its_last_frame(make: Make) {
+    for piece in [0, 70_001] {
+        let mut rig = make().rig();
+        let bytes = pattern(250_000, 5);
+        let (s, r) = (rig.a.send(1, &bytes, piece), rig.b.recv(1, bytes.len(), 0));
+        rig.until("it to move", |r| r.a.link.is_moving() || r.a.is_done(s));
+        if !rig.a.is_done(s) {
+            rig.a.withdraw(s);
+        }
+        // On the same lanes behind it, so that it has arrived if it ever will.
+        let later: Vec<_> =
+            (2..6).map(|i| (rig.a.send(i, &bytes, 0), rig.b.recv(i, bytes.len(), 0))).collect();
+        rig.until("others", |rig| later.iter().all(|&(s, r)| rig.a.is_done(s) && rig.b.is_done(r)));
+        assert!(
+            !rig.b.is_done(r) || rig.b.result(r) == bytes,
+            "a withdrawn message arrived with other bytes"
+        );
+    }
 }
 
 /// Random bytes, and valid headers with random fields, on every pipe: never a panic, and an error that says

@@ -130,7 +130,7 @@ impl Side {
 
     /// Forgets an order and its memory, which is overwritten, as its owner might.
     pub fn withdraw(&mut self, token: Token) {
-        self.link.withdraw(token.run);
+        self.link.withdraw(token.run, &self.memory);
         self.memory.forget(token.run);
         self.buffers.remove(&token);
     }

@@ -120,7 +120,7 @@ impl Header {
         let fits = match self.kind {
             FrameKind::Control => len <= CONTROL_BYTES_MAX && self.total == 0 && self.offset == 0,
             FrameKind::Grant | FrameKind::Want | FrameKind::RefuseSend | FrameKind::RefuseRecv => {
-                len == 0 && self.offset == 0 && (1..=TENSOR_BYTES_MAX).contains(&self.total)
+                len == 0 && self.offset == 0 && self.total <= TENSOR_BYTES_MAX
             }
             FrameKind::Credit | FrameKind::Retire | FrameKind::Retired | FrameKind::Kept => {
                 len == 0 && self.offset == 0

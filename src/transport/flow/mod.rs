@@ -12,6 +12,8 @@
 //! always has a place to go: no lane is ever blocked, and process sets that overlap cannot deadlock. A sender
 //! that has no grant yet says Want, so that a receive of another length is found out.
 //!
+//! *Empty messages* (point-to-point only) are announced and granted, and no payload follows.
+//!
 //! *Lengths that differ* (point-to-point only): both sides get [`LinkEvent::Length`] and nothing moves; a
 //! sender whose small message had left eagerly has been told Done already, and stays so.
 #![deny(unsafe_code)]
@@ -286,8 +288,8 @@ impl Link for FlowLink {
         self.recvs.post(token, stream, Target { dst, combine }, &mut self.outbox);
     }
 
-    fn withdraw(&mut self, run: RunId) {
-        self.sends.withdraw(run, self.lanes.iter_mut().filter_map(|lane| lane.outgoing.as_mut()));
+    fn withdraw(&mut self, run: RunId, memory: &Memory) {
+        self.sends.withdraw(run, memory, self.lanes.iter_mut().filter_map(|lane| lane.outgoing.as_mut()));
         self.recvs.withdraw(run, self.lanes.iter_mut().map(|lane| &mut lane.incoming));
     }
 

@@ -70,6 +70,18 @@ impl Cursor {
         }
         (used, bytes)
     }
+
+    /// Copies the next bytes out.
+    pub fn copy(mut self, memory: &Memory, run: RunId, range: &PieceRange, out: &mut [u8]) {
+        let mut done = 0;
+        while done < out.len() {
+            let (address, n) = self.chunk(memory, run, range, out.len() - done);
+            // SAFETY: as in `gather`, for the length of this copy; `out` is the flow's own memory.
+            unsafe { std::ptr::copy_nonoverlapping(address, out[done..].as_mut_ptr(), n) };
+            self.advance(range, n as u64);
+            done += n;
+        }
+    }
 }
 
 /// Where received bytes go.

@@ -110,7 +110,6 @@ impl Recvs {
 
     pub fn post(&mut self, token: Token, stream: Stream, target: Target, outbox: &mut Outbox) {
         let len = target.dst.bytes();
-        assert!(len > 0, "a message is never empty");
         if let Some(combine) = &target.combine {
             let size = combine.reduction.dtype.size() as u64;
             assert_eq!(len, combine.with.bytes(), "both operands of a reduction are equally long");
@@ -159,6 +158,13 @@ impl Recvs {
         let message = self.messages.get(index);
         message.granted = true;
         outbox.notice(FrameKind::Grant, message.key.stream, message.key.ordinal, message.len);
+        if message.len == 0 {
+            // An empty message is granted when it is announced, and that is all there is to it.
+            let message = self.messages.remove(index);
+            self.table.remove(&message.key);
+            self.streams.close_received(message.key.stream);
+            self.news.push(LinkEvent::Done(message.token));
+        }
     }
 
     fn meet_landed(&mut self, index: u32, landed: u32, outbox: &mut Outbox) {

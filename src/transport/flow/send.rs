@@ -43,8 +43,10 @@ enum Entry {
 pub struct Outgoing {
     header: [u8; HEADER_BYTES],
     header_left: usize,
-    /// The message; none when it was withdrawn and the frame is completed with zeros.
+    /// The message; none when it was withdrawn (the frame is completed from `rest`), or all payload is written.
     message: Option<u32>,
+    /// A copy of the payload that was unwritten when the message was withdrawn.
+    rest: Vec<u8>,
     cursor: Cursor,
     payload_left: usize,
     padding_left: usize,
@@ -90,7 +92,6 @@ impl Sends {
             return;
         }
         let len = src.bytes();
-        assert!(len > 0, "a message is never empty");
         let key = Key { stream, ordinal: self.streams.open(stream) };
         let message = Message { token, key, src, len, cut: 0, cursor: Cursor::default(), written: 0 };
         let index = self.messages.insert(message);
@@ -99,7 +100,7 @@ impl Sends {
             self.granted -= 1;
             self.table.remove(&key);
             self.meet(index, theirs, outbox);
-        } else if len <= self.eager_max && landing_cost(len) <= self.credit {
+        } else if len > 0 && len <= self.eager_max && landing_cost(len) <= self.credit {
             self.credit -= landing_cost(len);
             self.eager.push_back(index);
         } else {
@@ -111,6 +112,13 @@ impl Sends {
     /// A send has met its receive.
     fn meet(&mut self, index: u32, theirs: u64, outbox: &mut Outbox) {
         let Message { len, key, .. } = *self.messages.get(index);
+        if len == 0 && theirs == 0 {
+            // Meeting is all there is to an empty message.
+            let message = self.messages.remove(index);
+            self.streams.close(message.key.stream);
+            self.news.push(LinkEvent::Done(message.token));
+            return;
+        }
         if len == theirs {
             self.data.push_back(index);
             return;
@@ -212,6 +220,7 @@ impl Sends {
             header: header.encode(),
             header_left: HEADER_BYTES,
             message: Some(index),
+            rest: Vec::new(),
             cursor,
             payload_left: len as usize,
             padding_left: header.padding(),
@@ -280,8 +289,8 @@ impl Sends {
                     frame.cursor.gather(memory, message.token.run, &message.src, left, free)
                 }
                 None => {
-                    parts[used] = IoSlice::new(&ZEROS[..left.min(ZEROS.len())]);
-                    (1, left.min(ZEROS.len()))
+                    parts[used] = IoSlice::new(&frame.rest[frame.rest.len() - left..]);
+                    (1, left)
                 }
             };
             used += more;
@@ -296,13 +305,21 @@ impl Sends {
         Ok((wanted, pipe.write(&parts[..used])?))
     }
 
-    /// Forgets the messages of a run. A frame that has begun is completed with zeros: the run's memory is not
-    /// touched any more, and the epoch is broken anyway.
-    pub fn withdraw<'a>(&mut self, run: RunId, frames: impl Iterator<Item = &'a mut Outgoing>) {
+    /// Forgets the messages of a run, and touches its memory no more. A frame that has begun is completed from
+    /// a copy: with anything but the true bytes the peer, which may need no further frame, would take the
+    /// message for whole and give a wrong result before it hears why it was withdrawn.
+    pub fn withdraw<'a>(
+        &mut self,
+        run: RunId,
+        memory: &Memory,
+        frames: impl Iterator<Item = &'a mut Outgoing>,
+    ) {
         let gone: Vec<u32> =
             self.messages.iter().filter(|(_, m)| m.token.run == run).map(|(index, _)| index).collect();
         for frame in frames {
-            if frame.message.is_some_and(|index| gone.contains(&index)) {
+            if let Some(index) = frame.message.filter(|index| gone.contains(index)) {
+                frame.rest.resize(frame.payload_left, 0);
+                frame.cursor.copy(memory, run, &self.messages.get(index).src, &mut frame.rest);
                 frame.message = None;
             }
         }

@@ -1,5 +1,6 @@
 //! Shared memory between two processes of one host: rings that a peer reads where they lie.
 
+mod copy;
 #[cfg(all(test, loom))]
 mod loom;
 mod ring;
@@ -12,6 +13,7 @@ pub use segment::{SEGMENT_BYTES, create_segment};
 use crate::error::Cause;
 use crate::transport::Pipe;
 use crate::transport::wake::{self, Waker};
+use copy::Ways;
 use ring::{Consumer, Producer, WANTS_DATA, WANTS_ROOM, go_to_sleep, must_wake};
 use rustix::net::RecvFlags;
 use segment::{RingId, Segment};
@@ -24,6 +26,8 @@ use std::sync::atomic::Ordering;
 const PUBLISH_BYTES: usize = 32 << 10;
 /// Looks at an empty ring between two looks at the socket, which costs a system call.
 const LOOKS_PER_CHECK: u32 = 512;
+/// Sleeps that end between two looks at the socket.
+const WAKES_PER_CHECK: u32 = 8;
 
 /// Who made the segment, and who was given it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,9 +57,12 @@ pub struct ShmPipe {
     rx: RingId,
     producer: Producer,
     consumer: Consumer,
+    ways: Ways,
     /// What happened since the last flush that a sleeping peer may wait for.
     offers: u64,
     looks: u32,
+    /// Between `arm` and `disarm`.
+    armed: bool,
 }
 
 /// Opens a segment, after making sure that it is one: its control pipe and its data pipe. `socket` is a unix
@@ -88,8 +95,10 @@ impl ShmPipe {
             rx,
             producer: Producer::new(tx.size()),
             consumer: Consumer::new(rx.size()),
+            ways: Ways::default(),
             offers: 0,
             looks: 0,
+            armed: false,
             shared,
         }
     }
@@ -109,7 +118,7 @@ impl ShmPipe {
             }
             // SAFETY: position + n <= size, so the destination lies in the ring; the ring's index logic gives
             // these bytes to the producer alone; private memory and the mapping do not overlap.
-            unsafe { std::ptr::copy_nonoverlapping(part[done..].as_ptr(), ring.add(position), n) };
+            unsafe { self.ways.copy(part[done..].as_ptr(), ring.add(position), n) };
             self.producer.publish(segment.tail(self.tx), n);
             done += n;
         }
@@ -216,6 +225,7 @@ impl Pipe for ShmPipe {
     }
 
     fn arm(&mut self, blocked: bool) -> Result<bool, Cause> {
+        self.armed = true;
         let shared = &self.shared;
         let wants = if blocked { WANTS_DATA | WANTS_ROOM } else { WANTS_DATA };
         go_to_sleep(shared.segment.asleep(shared.side), wants);
@@ -225,9 +235,13 @@ impl Pipe for ShmPipe {
     }
 
     fn disarm(&mut self) {
+        if !std::mem::take(&mut self.armed) {
+            return;
+        }
         self.shared.segment.asleep(self.shared.side).store(0, Ordering::Relaxed);
-        // The socket may be what ended the sleep.
-        self.looks = LOOKS_PER_CHECK;
+        // The socket may be what ended the sleep: its end ends every further sleep at once, so it is found after
+        // a few of them, and those that a peer ended do not pay for a system call each.
+        self.looks += LOOKS_PER_CHECK / WAKES_PER_CHECK;
     }
 
     fn descriptor(&self) -> Option<RawFd> {

@@ -162,6 +162,15 @@ impl Network {
         self.lock().paused.push(rank);
     }
 
+    /// All processes have been started again: every rank is there, runs, is heard, and has no link yet.
+    pub fn forget_faults(&self) {
+        let mut state = self.lock();
+        state.dropped.clear();
+        state.paused.clear();
+        state.gone.clear();
+        state.requests = fabric::Requests::default();
+    }
+
     /// Ends a pause.
     pub fn resume(&self, rank: Rank) {
         self.lock().paused.retain(|r| *r != rank);

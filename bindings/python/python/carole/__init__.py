@@ -6,7 +6,25 @@
 
 Started as `carolerun -np 4 python script.py`, the four processes each get an array of fours.
 Every collective has an `_async` form that returns a handle for `poll` and `wait`; `carole.torch` has the same for
-PyTorch with Horovod's names, and `DistributedOptimizer`. See `help(carole._ops)` for what all of them share.
+PyTorch with Horovod's names, and `DistributedOptimizer`.
+
+What all collectives share:
+
+Arrays may be anything in host memory with the buffer protocol (NumPy arrays, memoryview, bytearray,
+array.array), with `__array_interface__` (NumPy arrays of ml_dtypes.bfloat16) or with DLPack (torch and JAX).
+They must be C-contiguous, and are read where they are, without a copy. Until an operation is over its inputs
+must not be written, nor its outputs touched.
+
+Results are new NumPy arrays (torch tensors for torch tensors; memoryviews where NumPy is not installed), or the
+caller's array where one is given: `out=`, and every function whose name ends with an underscore.
+
+Names: an operation meets those of the other ranks that have the same name and process set. Without a name,
+operations meet in their order of submission per process set and collective, which is safe only from one thread.
+A name can be used again once its operation is over.
+
+Errors, in every function here: `UsageError` (a ValueError) for a call that can never work; where it concerns
+an array or an option, the other ranks get `MismatchError` for this operation, with the reason. `MismatchError`
+on all ranks where they disagree; `BrokenError` when a process is lost; `ShutdownError` after a shutdown.
 """
 
 from ._errors import (
@@ -30,23 +48,9 @@ from ._life import (
     shutdown,
     size,
 )
-from ._native import Handle, Output, __version__
-from ._ops import (
-    Adasum,
-    Average,
-    BitAnd,
-    BitOr,
-    Max,
-    Min,
-    Product,
-    ReduceOp,
-    Sum,
+from ._movements import (
     allgather,
     allgather_async,
-    allreduce,
-    allreduce_,
-    allreduce_async,
-    allreduce_async_,
     alltoall,
     alltoall_async,
     barrier,
@@ -59,29 +63,52 @@ from ._ops import (
     gather_async,
     grouped_allgather,
     grouped_allgather_async,
+    join,
+    join_async,
+    recv,
+    recv_async,
+    scatter,
+    scatter_async,
+    send,
+    send_async,
+)
+from ._native import Handle, Output, __version__
+from ._reductions import (
+    allreduce,
+    allreduce_,
+    allreduce_async,
+    allreduce_async_,
     grouped_allreduce,
     grouped_allreduce_,
     grouped_allreduce_async,
     grouped_allreduce_async_,
     grouped_reducescatter,
     grouped_reducescatter_async,
-    join,
-    join_async,
-    poll,
-    recv,
-    recv_async,
     reduce,
     reduce_async,
     reducescatter,
     reducescatter_async,
-    scatter,
-    scatter_async,
-    send,
-    send_async,
+)
+from ._sets import ProcessSet, add_process_set, global_process_set, remove_process_set
+from ._submit import (
+    Adasum,
+    Average,
+    BitAnd,
+    BitOr,
+    Max,
+    Min,
+    Product,
+    ReduceOp,
+    Sum,
+    poll,
     synchronize,
     wait,
 )
-from ._sets import ProcessSet, add_process_set, global_process_set, remove_process_set
+
+# Tracebacks name the exceptions as users import them.
+for _one in (BrokenError, Error, HorovodInternalError, MismatchError, ShutdownError, TimeoutError, UsageError):
+    _one.__module__ = __name__
+del _one
 
 __all__ = [
     "__version__",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 from typing import Any, Optional, Sequence, Union
 
@@ -53,8 +54,15 @@ def shutdown() -> None:
 
 def _at_exit() -> None:
     # A forked child inherits this hook, but not the membership.
-    if _joined_in == os.getpid() and _native.is_initialized():
+    if _joined_in == os.getpid() and _native.is_initialized() and not _died_of_an_exception():
         _native.shutdown()
+
+
+def _died_of_an_exception() -> bool:
+    """Whether this process ends because of an exception that nobody caught. That is a death and no goodbye: the
+    others are to learn that this rank failed, and carolerun is to see it fail first."""
+    # Python leaves the exception here after printing it. At a prompt it is an old one, and not why the user left.
+    return getattr(sys, "last_value", None) is not None and not (sys.flags.interactive or hasattr(sys, "ps1"))
 
 
 def is_initialized() -> bool:

@@ -1,13 +1,32 @@
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, final
 
+__all__ = [
+    "Handle",
+    "Output",
+    "__version__",
+    "add_process_set",
+    "init",
+    "is_initialized",
+    "launch",
+    "perf",
+    "process_sets",
+    "remove_process_set",
+    "shutdown",
+    "submit",
+    "submit_raw",
+    "transfer",
+    "world",
+]
 __version__: str
 
+@final
 class Handle:
     """An operation in flight."""
 
     def poll(self) -> bool: ...
     def wait(self, timeout: Optional[float] = None) -> Any: ...
 
+@final
 class Output:
     """A result in memory that the engine allocated."""
 
@@ -70,6 +89,6 @@ def submit_raw(
     refused: Optional[str] = None,
     waits: bool = False,
 ) -> Handle: ...
-def transfer(sending: bool, tensor: Any, peer: int, tag: int, set: int) -> Handle: ...
+def transfer(sending: bool, tensor: Any, peer: Any, tag: Any, set: int) -> Handle: ...
 def launch(arguments: Sequence[str]) -> int: ...
 def perf(arguments: Sequence[str]) -> int: ...

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import Callable, Sequence
 
 from . import _native
 
 
-def _main(command: str, main) -> None:
+def _main(command: str, main: Callable[[Sequence[str]], int]) -> None:
     # Python would only note a signal and go on waiting; the command handles or obeys it itself.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout.flush()
@@ -22,4 +23,5 @@ def carolerun() -> None:
 
 def carole_perf() -> None:
     """Measures and explains collectives."""
-    _main("carole-perf", _native.perf)
+    # By its whole path, since it starts itself again on every rank, and the running executable is Python.
+    _main(sys.argv[0], _native.perf)

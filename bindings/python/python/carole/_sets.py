@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Dict, List, Optional, Sequence, Union
 
 from . import _native
 from ._errors import UsageError
+
+
+# What fits the core's type for ranks and for identifiers.
+_BEYOND = 2**32
+
+
+def _checked(ranks: Sequence[int]) -> List[int]:
+    try:
+        numbers = sorted({operator.index(rank) for rank in ranks})
+    except TypeError:
+        raise UsageError(f"a process set is made of a list of ranks, and not of {ranks!r}") from None
+    for rank in numbers:
+        if not 0 <= rank < _BEYOND:
+            raise UsageError(f"{rank} is not a rank; ranks count from 0")
+    return numbers
 
 
 class ProcessSet:
@@ -19,7 +35,7 @@ class ProcessSet:
     """
 
     def __init__(self, ranks: Sequence[int]) -> None:
-        self._ranks: Optional[List[int]] = sorted(set(int(rank) for rank in ranks))
+        self._ranks: Optional[List[int]] = _checked(ranks)
         self.process_set_id: Optional[int] = None
 
     @property
@@ -82,9 +98,9 @@ def set_id(process_set: Union[ProcessSet, int, None]) -> int:
                 "or name it in init(process_sets=...)"
             )
         return process_set.process_set_id
-    if isinstance(process_set, int) and process_set >= 0:
+    if isinstance(process_set, int) and 0 <= process_set < _BEYOND:
         return process_set
-    raise UsageError(f"process_set={process_set!r} is not a ProcessSet")
+    raise UsageError(f"process_set={process_set!r} is not a ProcessSet (add_process_set makes one of a list of ranks)")
 
 
 def as_set(process_set: Union[ProcessSet, Sequence[int]]) -> ProcessSet:

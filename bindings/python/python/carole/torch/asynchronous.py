@@ -1,0 +1,316 @@
+"""The asynchronous collectives on torch tensors, and the handles that they return."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import torch
+
+from .. import _arrays, _native
+from .._errors import BrokenError, HorovodInternalError, MismatchError, ShutdownError
+from .._sets import ProcessSet, global_process_set, set_id
+from .._submit import ALLGATHER, ALLREDUCE, ALLTOALL, BROADCAST, REDUCESCATTER, Average, Sum
+
+# torch's types by the codes that cross the binding; the unsigned ones are missing in older versions of torch.
+_CODES = {
+    getattr(torch, name): code
+    for code, name in enumerate(
+        ["uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64", "bool",
+         "bfloat16", "uint32", "uint64", "complex64", "complex128"]
+    )
+    if hasattr(torch, name)
+}  # fmt: skip
+
+
+class Handle:
+    """An operation in flight, for `poll` and `synchronize`."""
+
+    __slots__ = ("_native", "_finish", "__weakref__")
+
+    def __init__(self, native: _native.Handle, finish: Callable[[Any], Any]) -> None:
+        self._native: Optional[_native.Handle] = native
+        self._finish = finish
+
+
+def handle_average_backwards_compatibility(op: Optional[int], average: Optional[bool]) -> int:
+    """The operation that `op` and the older `average` mean together."""
+    if op is not None:
+        if average is not None:
+            raise ValueError("give either op or average, not both; op is the newer one")
+        return op
+    if average is None:
+        return Average
+    warnings.warn("average= is deprecated; use op=Average or op=Sum", DeprecationWarning, stacklevel=3)
+    return Average if average else Sum
+
+
+def poll(handle: Handle) -> bool:
+    """Whether `synchronize` would return at once."""
+    return handle._native is None or handle._native.poll()
+
+
+def synchronize(handle: Handle) -> Any:
+    """Waits for an operation and returns its result. A second call returns None."""
+    native = handle._native
+    if native is None:
+        return None
+    try:
+        outcome = native.wait()
+    except (BrokenError, MismatchError, ShutdownError) as error:
+        handle._native = None
+        raise HorovodInternalError(str(error)) from error
+    handle._native = None
+    return handle._finish(outcome)
+
+
+def _refusal(tensors: Sequence[Any]) -> Optional[str]:
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            return f"{type(tensor).__name__} is not a torch.Tensor"
+        if tensor.layout is not torch.strided:
+            return "the tensor is sparse; use sparse_allreduce_async, or to_dense() first"
+        if tensor.device.type != "cpu":
+            return f"the tensor is on {tensor.device}; this build moves host memory: call .cpu() first"
+        if tensor.dtype not in _CODES:
+            return f"tensors of type {tensor.dtype} cannot be sent"
+        if not tensor.is_contiguous():
+            return "the tensor is not contiguous; call .contiguous() first"
+    return None
+
+
+def submit(
+    collective: int,
+    inputs: Sequence[Any],
+    outputs: Optional[Callable[[], Sequence[torch.Tensor]]],
+    finish: Callable[[Any], Any],
+    name: Optional[str],
+    process_set: ProcessSet,
+    op: int = Sum,
+    pre: float = 1.0,
+    post: float = 1.0,
+    root: int = 0,
+    splits: Optional[Sequence[int]] = None,
+    refused: Optional[str] = None,
+    waits: bool = False,
+) -> Handle:
+    """`outputs` makes (or names) the tensors for the results once the inputs are found good; None lets the
+    engine allocate. `finish` turns the raw outcome into the result; it also keeps the outputs alive."""
+    identifier = set_id(process_set)
+    refused = refused or _refusal(inputs)
+    if refused is not None:
+        native = _native.submit_raw(collective, [], None, name, identifier, op, pre, post, root, splits, refused)
+        raise AssertionError(f"a refused call went through: {native}")
+    # An address of 0 would ask the engine to allocate, so an empty tensor's becomes another one.
+    outs = list(outputs()) if outputs is not None else []
+    where = [out.data_ptr() or 64 for out in outs] if outputs is not None else [0] * len(inputs)
+    tensors = [
+        (tensor.data_ptr(), out, _CODES[tensor.dtype], tuple(tensor.shape)) for tensor, out in zip(inputs, where)
+    ]
+    native = _native.submit_raw(
+        collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits
+    )
+    return Handle(native, finish)
+
+
+def _named(operation: str, name: Optional[str]) -> Optional[str]:
+    return None if name is None else f"{operation}.{name}"
+
+
+def _tensors(outcome: Any) -> List[torch.Tensor]:
+    return [_arrays.to_torch(output) for output in outcome[0]]
+
+
+def _as_list(tensors: Any) -> Tuple[List[Any], Optional[str]]:
+    if not isinstance(tensors, (list, tuple)) or not tensors:
+        return [], "a grouped operation takes a list of at least one tensor"
+    return list(tensors), None
+
+
+def start_allreduce(tensor: Any, output: Any, name: Optional[str], op: int, pre: float, post: float,
+               process_set: ProcessSet, waits: bool = False) -> Handle:  # fmt: skip
+    made: List[torch.Tensor] = []
+
+    def outputs() -> List[torch.Tensor]:
+        made.append(torch.empty_like(tensor) if output is None else output)
+        return made
+
+    return submit(
+        ALLREDUCE, [tensor], outputs, lambda _: made[0], _named("allreduce", name), process_set, op, pre, post,
+        waits=waits,
+    )  # fmt: skip
+
+
+def allreduce_async(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
+                    process_set=global_process_set) -> Handle:  # fmt: skip
+    """Starts an allreduce of `tensor` into a new tensor."""
+    op = handle_average_backwards_compatibility(op, average)
+    return start_allreduce(_detached(tensor), None, name, op, prescale_factor, postscale_factor, process_set)
+
+
+def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
+                     process_set=global_process_set) -> Handle:  # fmt: skip
+    """Starts an allreduce of `tensor` in place."""
+    op = handle_average_backwards_compatibility(op, average)
+    return start_allreduce(tensor, tensor, name, op, prescale_factor, postscale_factor, process_set)
+
+
+def _detached(tensor: Any) -> Any:
+    # Only where the graph would otherwise be recorded; the call costs as much as the whole submit.
+    return tensor.detach() if isinstance(tensor, torch.Tensor) and tensor.requires_grad else tensor
+
+
+def start_grouped_allreduce(tensors: Any, in_place: bool, name: Optional[str], op: int, pre: float, post: float,
+                       process_set: ProcessSet) -> Handle:  # fmt: skip
+    tensors, refused = _as_list(tensors)
+    if not in_place:
+        tensors = [_detached(tensor) for tensor in tensors]
+    made: List[torch.Tensor] = []
+
+    def outputs() -> List[torch.Tensor]:
+        made.extend(tensors if in_place else [torch.empty_like(tensor) for tensor in tensors])
+        return made
+
+    return submit(
+        ALLREDUCE, tensors, outputs, lambda _: made, _named("grouped_allreduce", name), process_set, op, pre,
+        post, refused=refused,
+    )  # fmt: skip
+
+
+def grouped_allreduce_async(tensors, average=None, name=None, op=None, prescale_factor=1.0,
+                            postscale_factor=1.0, process_set=global_process_set) -> Handle:  # fmt: skip
+    """Starts an allreduce of several tensors as one operation, into new tensors."""
+    op = handle_average_backwards_compatibility(op, average)
+    return start_grouped_allreduce(tensors, False, name, op, prescale_factor, postscale_factor, process_set)
+
+
+def grouped_allreduce_async_(tensors, average=None, name=None, op=None, prescale_factor=1.0,
+                             postscale_factor=1.0, process_set=global_process_set) -> Handle:  # fmt: skip
+    """Starts an allreduce of several tensors as one operation, in place."""
+    op = handle_average_backwards_compatibility(op, average)
+    return start_grouped_allreduce(tensors, True, name, op, prescale_factor, postscale_factor, process_set)
+
+
+def sparse_allreduce_async(tensor, name, op, process_set=global_process_set) -> Callable[[], torch.Tensor]:
+    """Starts an allreduce of a sparse COO tensor; the function returned waits and gives the sparse result.
+
+    Average and Sum only. Indices and values of all ranks are gathered; equal indices add up.
+    """
+    if op not in (Average, Sum):
+        raise ValueError("sparse tensors can be averaged or summed only")
+    tensor = tensor.coalesce()
+    # Gathered along the first dimension: one row per value.
+    indices = allgather_async(tensor._indices().t().contiguous(), f"{name}.indices", process_set)
+    values = allgather_async(tensor._values().contiguous(), f"{name}.values", process_set)
+
+    def finish() -> torch.Tensor:
+        all_values, all_indices = synchronize(values), synchronize(indices)
+        if op == Average:
+            all_values = all_values / process_set.size()
+        return torch.sparse_coo_tensor(all_indices.t(), all_values, tensor.size()).coalesce()
+
+    return finish
+
+
+def allgather_async(tensor, name=None, process_set=global_process_set) -> Handle:
+    """Starts an allgather."""
+    return submit(
+        ALLGATHER, [_detached(tensor)], None, lambda outcome: _tensors(outcome)[0],
+        _named("allgather", name), process_set,
+    )  # fmt: skip
+
+
+def grouped_allgather_async(tensors, name=None, process_set=global_process_set) -> Handle:
+    """Starts an allgather of several tensors as one operation."""
+    tensors, refused = _as_list(tensors)
+    return submit(
+        ALLGATHER, [_detached(tensor) for tensor in tensors], None, _tensors,
+        _named("grouped_allgather", name), process_set, refused=refused,
+    )  # fmt: skip
+
+
+def start_broadcast(tensor: Any, output: Any, root_rank: int, name: Optional[str], process_set: ProcessSet,
+               waits: bool = False) -> Handle:  # fmt: skip
+    made: List[torch.Tensor] = []
+
+    def outputs() -> List[torch.Tensor]:
+        made.append(torch.empty_like(tensor) if output is None else output)
+        return made
+
+    return submit(
+        BROADCAST, [tensor], outputs, lambda _: made[0], _named("broadcast", name), process_set,
+        root=root_rank, waits=waits,
+    )  # fmt: skip
+
+
+def broadcast_async(tensor, root_rank, name=None, process_set=global_process_set) -> Handle:
+    """Starts a broadcast into a new tensor."""
+    return start_broadcast(_detached(tensor), None, root_rank, name, process_set)
+
+
+def broadcast_async_(tensor, root_rank, name=None, process_set=global_process_set) -> Handle:
+    """Starts a broadcast in place."""
+    return start_broadcast(tensor, tensor, root_rank, name, process_set)
+
+
+def start_alltoall(tensor: Any, splits: Any, name: Optional[str], process_set: ProcessSet,
+              with_splits: bool) -> Handle:  # fmt: skip
+    refused = None
+    if isinstance(splits, torch.Tensor):
+        if splits.dim() != 1 or splits.dtype.is_floating_point:
+            refused = "splits is a list or a one-dimensional tensor of whole numbers"
+        splits = splits.tolist()
+
+    def finish(outcome: Any) -> Any:
+        output = _tensors(outcome)[0]
+        return (output, torch.tensor(outcome[1], dtype=torch.int32)) if with_splits else output
+
+    return submit(
+        ALLTOALL, [_detached(tensor)], None, finish, _named("alltoall", name), process_set, splits=splits,
+        refused=refused,
+    )  # fmt: skip
+
+
+def alltoall_async(tensor, splits=None, name=None, process_set=global_process_set) -> Handle:
+    """Starts an alltoall."""
+    return start_alltoall(tensor, splits, name, process_set, splits is not None)
+
+
+def _rows(rows: int, process_set: ProcessSet) -> int:
+    size, rank = process_set.size() or 1, process_set.rank() or 0
+    return rows // size + (1 if rank < rows % size else 0)
+
+
+def _reducescatter(tensors: List[Any], name: Optional[str], op: int, pre: float, post: float,
+                   process_set: ProcessSet, refused: Optional[str]) -> Handle:  # fmt: skip
+    tensors = [_detached(tensor) for tensor in tensors]
+    if op not in (Average, Sum):
+        refused = refused or "a reducescatter of torch tensors takes op=Average or op=Sum"
+    made: List[torch.Tensor] = []
+
+    def outputs() -> List[torch.Tensor]:
+        for tensor in tensors:
+            rows = [_rows(tensor.shape[0], process_set)] if tensor.dim() else []
+            made.append(torch.empty(rows + list(tensor.shape[1:]), dtype=tensor.dtype))
+        return made
+
+    return submit(REDUCESCATTER, tensors, outputs, lambda _: made, name, process_set, op, pre, post, refused=refused)
+
+
+def reducescatter_async(tensor, name=None, op=Average, process_set=global_process_set, prescale_factor=1.0,
+                        postscale_factor=1.0) -> Handle:  # fmt: skip
+    """Starts a reducescatter."""
+    handle = _reducescatter(
+        [tensor], _named("reducescatter", name), op, prescale_factor, postscale_factor, process_set, None
+    )
+    finish = handle._finish
+    handle._finish = lambda outcome: finish(outcome)[0]
+    return handle
+
+
+def grouped_reducescatter_async(tensors, name=None, op=Average, process_set=global_process_set,
+                                prescale_factor=1.0, postscale_factor=1.0) -> Handle:  # fmt: skip
+    """Starts a reducescatter of several tensors as one operation."""
+    tensors, refused = _as_list(tensors)
+    name = _named("grouped_reducescatter", name)
+    return _reducescatter(tensors, name, op, prescale_factor, postscale_factor, process_set, refused)

@@ -1,0 +1,150 @@
+//! How a rank of a simulated cluster hands an operation of the program to its engine.
+
+use super::check;
+use super::cluster::Node;
+use super::program::{Kind, Planned, Program, Wrong};
+use carole::coordinator::OpId;
+use carole::engine::{MessageSubmission, Submission, TensorMemory};
+use carole::error::Error;
+use carole::memory::Region;
+use carole::types::{Collective, DType, Place, Rank, ReduceOp, SetId, Signature, TensorSignature, Time};
+
+/// Added to an operation's number for a second one of its name, which must be refused.
+const TWICE: u32 = 1 << 20;
+
+/// Submits operation `op`. With `twice`, submits its name once more, which must be refused.
+pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: Time) -> Result<(), String> {
+    let planned = &program.ops[op];
+    let set = node.sets[planned.set].expect("a set is made before it is used");
+    if let Kind::Message { .. } = planned.kind {
+        submit_message(node, planned, op, set);
+        return Ok(());
+    }
+    let wrong = planned.wrong.filter(|(rank, _)| *rank == node.rank).map(|(_, w)| w);
+    let tensors = buffers(node, program, op);
+    let signature = signature(program, planned, wrong);
+    let member = program.sets[planned.set].iter().position(|&m| m == node.rank.0).expect("members submit");
+    let call: Vec<u64> = match planned.collective {
+        Collective::Allgather | Collective::Gather => {
+            planned.tensors.iter().map(|(_, rows)| rows[member]).collect()
+        }
+        Collective::Alltoall => planned.splits.iter().flat_map(|m| m[member].clone()).collect(),
+        _ => Vec::new(),
+    };
+    let submission = Submission {
+        op: OpId(op as u32),
+        set,
+        name: &planned.name,
+        hold: planned.hold,
+        signature: &signature,
+        call: &call,
+        tensors: &tensors,
+        refused: (wrong == Some(Wrong::Refused)).then_some("the buffer is read-only"),
+    };
+    let engine = node.engine.as_mut().expect("live nodes submit");
+    match engine.submit(&submission, now) {
+        Err(error) => node.results[op] = Some(Err(error)),
+        Ok(()) if twice && planned.kind == Kind::Collective && !planned.hold => {
+            let again = Submission { op: OpId(TWICE + op as u32), ..submission };
+            match engine.submit(&again, now) {
+                Err(Error::Usage(words)) if words.to_string().contains("in flight") => {}
+                other => {
+                    return Err(format!("'{}' twice in flight was not refused: {other:?}", planned.name));
+                }
+            }
+        }
+        Ok(()) => {}
+    }
+    Ok(())
+}
+
+fn submit_message(node: &mut Node, planned: &Planned, op: usize, set: SetId) {
+    let Kind::Message { from, to, tag, bytes, room } = planned.kind else {
+        unreachable!("only messages come here")
+    };
+    let sends = node.rank.0 == from;
+    let mut buffer = if sends { message_bytes(planned, bytes) } else { vec![0xEE; room as usize] };
+    // SAFETY: the node keeps the buffer until the cluster is judged, and its heap does not move.
+    let memory = unsafe { Region::new(buffer.as_mut_ptr(), buffer.len() as u64) };
+    node.buffers[op] = vec![buffer];
+    let submission = MessageSubmission {
+        op: OpId(op as u32),
+        set,
+        peer: Rank(if sends { to } else { from }),
+        tag,
+        sends,
+        memory,
+        dtype: DType::U8,
+    };
+    let engine = node.engine.as_mut().expect("live nodes submit");
+    if let Err(error) = engine.submit_message(&submission, &[memory.len()]) {
+        node.results[op] = Some(Err(error));
+    }
+}
+
+/// What a message says.
+pub fn message_bytes(planned: &Planned, bytes: u64) -> Vec<u8> {
+    (0..bytes).map(|i| (i.wrapping_mul(31) + planned.salt) as u8).collect()
+}
+
+/// Fills the node's buffers of an operation: outputs that the caller supplies first, then inputs.
+fn buffers(node: &mut Node, program: &Program, op: usize) -> Vec<TensorMemory> {
+    let planned = &program.ops[op];
+    let members = &program.sets[planned.set];
+    let mut inputs: Vec<Vec<u8>> =
+        (0..planned.tensors.len()).map(|t| check::input(planned, members, node.rank.0, t)).collect();
+    let mut outputs: Vec<Vec<u8>> = Vec::new();
+    let own_output = matches!(planned.collective, Collective::Allreduce | Collective::Broadcast);
+    let mut tensors = Vec::new();
+    for input in &mut inputs {
+        // SAFETY: the node keeps the buffers until the cluster is judged, and their heap does not move.
+        let region = unsafe { Region::new(input.as_mut_ptr(), input.len() as u64) };
+        let output = match (own_output, planned.in_place) {
+            (false, _) => None,
+            (true, true) => Some(region),
+            (true, false) => {
+                let mut bytes = vec![0xEE; input.len()];
+                // SAFETY: as above.
+                let to = unsafe { Region::new(bytes.as_mut_ptr(), bytes.len() as u64) };
+                outputs.push(bytes);
+                Some(to)
+            }
+        };
+        tensors.push(TensorMemory { input: region, output });
+    }
+    outputs.append(&mut inputs);
+    node.buffers[op] = outputs;
+    tensors
+}
+
+fn signature(program: &Program, planned: &Planned, wrong: Option<Wrong>) -> Signature {
+    let free = planned.collective.has_free_rows();
+    let shape = |row: u64, rows: &[u64]| match planned.scalar {
+        true => Vec::new(),
+        false => vec![if free { 0 } else { rows[0] }, row + u64::from(wrong == Some(Wrong::Shape))],
+    };
+    let other = if planned.dtype == DType::U64 { DType::I64 } else { DType::U64 };
+    let tensors = planned
+        .tensors
+        .iter()
+        .map(|(row, rows)| TensorSignature {
+            dtype: if wrong == Some(Wrong::DType) { other } else { planned.dtype },
+            shape: shape(*row, rows),
+        })
+        .collect();
+    let ranks = match planned.kind {
+        Kind::AddSet(set) | Kind::RemoveSet(set) => program.sets[set].iter().map(|&r| Rank(r)).collect(),
+        _ => Vec::new(),
+    };
+    let other_op = if planned.op == ReduceOp::Sum { ReduceOp::Product } else { ReduceOp::Sum };
+    Signature {
+        collective: if wrong == Some(Wrong::Collective) { Collective::Reduce } else { planned.collective },
+        op: if wrong == Some(Wrong::Op) { other_op } else { planned.op },
+        scale: planned.scale,
+        root: if planned.collective.has_root() { planned.root } else { Rank(0) },
+        place: Place::Host,
+        join_average: planned.join_average,
+        tensors,
+        ranks,
+    }
+}
