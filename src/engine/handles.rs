@@ -61,9 +61,9 @@ struct Inner {
     submitted: Option<Box<Submitted>>,
     result: Option<Result<Outcome>>,
     keep: Option<Box<dyn Any + Send>>,
+    name: Option<u128>,
     /// Somebody sleeps on `done`: without sleepers there is nobody to wake, which would cost a system call.
     sleepers: u32,
-    name: Option<u128>,
 }
 
 #[derive(Default)]
@@ -300,7 +300,9 @@ impl Handles {
         } else {
             slot.state.store((state & !3) | ABANDONED, Ordering::Release);
             // Another thread may sleep for this handle; it finds it given up.
-            slot.done.notify_all();
+            if inner.sleepers > 0 {
+                slot.done.notify_all();
+            }
         }
     }
 
