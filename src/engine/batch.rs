@@ -329,20 +329,28 @@ impl Engine {
         }
     }
 
-    /// Fails everything in flight of one set.
-    pub(super) fn fail_set(&mut self, set: SetId, error: &Error) {
+    /// Fails everything in flight of one set; with `without`, only what needs this rank: messages between
+    /// others go on.
+    pub(super) fn fail_set(&mut self, set: SetId, without: Option<Rank>, error: &Error) {
+        let mut kept = Vec::new();
         for slot in 0..self.flights.len() {
             let concerned = match &self.flights[slot] {
                 Some(Flight::Batch(flight)) => flight.set == set,
-                Some(Flight::Message { set: of, .. }) => *of == set,
-                None => false,
+                Some(Flight::Message { set: of, peer, op, .. }) if *of == set => {
+                    let goes_on = without.is_some_and(|who| who != *peer);
+                    if goes_on {
+                        kept.push(*op);
+                    }
+                    !goes_on
+                }
+                _ => false,
             };
             if concerned {
                 self.drop_flight(slot);
             }
         }
         let mut ops = self.ops_in_flight();
-        ops.retain(|op| self.ops[op].set == set);
+        ops.retain(|op| self.ops[op].set == set && !kept.contains(op));
         for op in ops {
             self.end(op, Err(error.clone()));
         }

@@ -79,6 +79,11 @@ impl Engine {
         }
     }
 
+    /// Whether a rank is known to have left.
+    pub(super) fn has_departed(&self, who: Rank) -> bool {
+        self.membership.has_departed(who)
+    }
+
     /// A rank has left; heard of for the first time.
     pub(super) fn depart(&mut self, who: Rank, clean: bool, now: Time) {
         self.departing.push(who);
@@ -90,7 +95,7 @@ impl Engine {
             if !clean {
                 // It takes no further part in what had been agreed.
                 self.close_set(id, who, now);
-                self.fail_set(id, &Error::Shutdown(Some(who)));
+                self.fail_set(id, Some(who), &Error::Shutdown(Some(who)));
             } else if set.coordinator.as_ref().is_some_and(|c| c.parent().is_none()) {
                 self.close_set(id, who, now);
             }
@@ -159,7 +164,7 @@ impl Engine {
                 Flight::Message { peer, set, .. } => *set == id && *peer == who,
             });
             if needed {
-                self.fail_set(id, &error);
+                self.fail_set(id, Some(who), &error);
             }
         }
     }

@@ -34,7 +34,14 @@ pub struct MessageSubmission {
 impl Engine {
     /// Takes a point-to-point message.
     pub fn submit_message(&mut self, m: &MessageSubmission, shape: &[u64]) -> Result<()> {
-        self.admit(m.set, m.op)?;
+        match self.admit(m.set, m.op) {
+            _ if self.broken.is_none() && self.has_departed(m.peer) => {
+                return Err(Error::Shutdown(Some(m.peer)));
+            }
+            // A message needs its two ends and nobody else.
+            Err(Error::Shutdown(Some(_))) if self.broken.is_none() => {}
+            admitted => admitted?,
+        }
         if m.peer == self.me || self.sets[&m.set].member_of(m.peer).is_none() {
             let what = if m.sends { "send to" } else { "receive from" };
             return Err(Error::usage(format!(

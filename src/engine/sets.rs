@@ -202,7 +202,7 @@ impl Engine {
         if let Some(id) = known {
             let error =
                 Error::usage(format!("process set {} was removed while this operation was in flight", id.0));
-            self.fail_set(id, &error);
+            self.fail_set(id, None, &error);
             self.sets.remove(&id);
         }
         if let Some(op) = agreed.op {

@@ -10,6 +10,7 @@ use carole::engine::plan::PlanRules;
 use carole::engine::{Ended, Engine, EngineSetup, Outcome};
 use carole::error::Error;
 use carole::fusion;
+use carole::limits::SHUTDOWN_MS;
 use carole::membership;
 use carole::transport::flow::FlowOptions;
 use carole::transport::sim::{Fabric, Network, SimOptions};
@@ -51,6 +52,8 @@ pub struct Node {
     /// The number of each set of the program here.
     pub sets: Vec<Option<SetId>>,
     pub left: bool,
+    /// When a rank that has left ends its process at the latest.
+    pub gone_at: Option<Time>,
 }
 
 pub struct Cluster {
@@ -237,6 +240,11 @@ impl Cluster {
 
     fn inject(&mut self, now: Time) {
         for node in &mut self.nodes {
+            let gone = node.engine.as_ref().is_some_and(Engine::is_gone);
+            if node.left && (gone || node.gone_at.is_some_and(|at| at <= now)) {
+                // As `Driver::stop` does: its process lingers for a bounded time.
+                (node.engine, node.gone_at) = (None, None);
+            }
             if node.stopped_until.is_some_and(|until| until <= now) {
                 node.stopped_until = None;
                 self.network.resume(node.rank);
@@ -268,6 +276,7 @@ impl Cluster {
             Fault::Leave(rank) => {
                 let node = &mut self.nodes[rank.0 as usize];
                 node.left = true;
+                node.gone_at = Some(now.after_ns(SHUTDOWN_MS * 1_000_000));
                 if let Some(engine) = &mut node.engine {
                     engine.leave();
                 }
@@ -377,7 +386,7 @@ impl Cluster {
             let engine = n.engine.as_ref().filter(|_| n.stopped_until.is_none());
             let due = n.plan.iter().rev().map(|&(at, _)| at).find(|at| *at > now);
             let submit = due.filter(|_| n.stopped_until.is_none() && !n.left);
-            [resume, engine.and_then(Engine::poll_timeout), submit]
+            [resume, engine.and_then(Engine::poll_timeout), submit, n.gone_at]
         });
         let links = self.nodes.iter().filter_map(|n| {
             n.engine
@@ -425,6 +434,7 @@ fn node(rank: Rank, engine: Engine, program: &Program, start: Time) -> Node {
         results: (0..n).map(|_| None).collect(),
         sets,
         left: false,
+        gone_at: None,
     }
 }
 

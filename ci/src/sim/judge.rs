@@ -169,7 +169,11 @@ impl Cluster {
             }
             (Error::Broken(_), Some(Fault::HalfOpen(..))) => true,
             (Error::Shutdown(who), Some(Fault::Leave(rank))) => {
-                *who == Some(rank) && members.contains(&rank.0)
+                let ends = match planned.kind {
+                    Kind::Message { from, to, .. } => vec![from, to],
+                    _ => members.clone(),
+                };
+                *who == Some(rank) && ends.contains(&rank.0)
             }
             _ => false,
         };

@@ -168,7 +168,10 @@ impl Network {
         state.dropped.clear();
         state.paused.clear();
         state.gone.clear();
-        state.requests = fabric::Requests::default();
+        let requests = std::mem::take(&mut state.requests);
+        drop(state);
+        // Its pipes lock the network when they are dropped.
+        drop(requests);
     }
 
     /// Ends a pause.
