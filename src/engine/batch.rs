@@ -1,7 +1,7 @@
 //! A batch in flight: its memory is registered, its plan is run, its operations are told.
 
 use super::Engine;
-use super::operation::{self, OutputTensor, Sizes};
+use super::operation::{self, Sizes};
 use super::plan::{Action, BatchShape, Plan, dealt_bytes};
 use crate::coordinator::{Agreed, OpId};
 use crate::device::{Device, DeviceOrder, Reduction, Token};
@@ -82,7 +82,10 @@ impl Engine {
             let sizes = operation::sizes(agreed, part.tensor as usize, me, size, root);
             total_bytes += push_bytes(agreed, part.tensor as usize, me, size, &mut flight.bytes);
             match agreed.op {
-                Some(op) => self.take_tensor(op, part.tensor as usize, dtype, sizes, &mut flight.regions),
+                Some(op) => {
+                    let tensor = &agreed.signature.tensors[part.tensor as usize];
+                    self.take_tensor(op, part.tensor as usize, tensor, sizes, &mut flight.regions);
+                }
                 None => stand_in(&sizes, reduction, signature.collective, &mut flight),
             }
             flight.ops.push(agreed.op);
@@ -254,15 +257,15 @@ impl Engine {
         &mut self,
         op: OpId,
         t: usize,
-        dtype: crate::types::DType,
+        tensor: &crate::types::TensorSignature,
         sizes: Sizes,
         regions: &mut Vec<Region>,
     ) {
-        let output_bytes = sizes.output_bytes(dtype);
+        let output_bytes = sizes.output;
         let operation = self.ops.get_mut(&op).expect("an agreed operation is in flight here");
         let memory = operation.tensors[t];
         regions.push(memory.input);
-        let Some(shape) = sizes.output else {
+        let Some(shape) = sizes.shape else {
             // This member gets no result (reduce off the root): its input is only read, and what passes
             // through it goes through a stand-in of the output.
             let stand_in = OwnedBytes::zeroed(sizes.input as usize);
@@ -280,7 +283,9 @@ impl Engine {
             }
         };
         regions.push(region);
-        operation.outcome.tensors[t] = OutputTensor { dtype, shape, memory: owned };
+        let output = &mut operation.outcome.tensors[t];
+        output.memory = owned;
+        shape.write(&tensor.shape, &mut output.shape);
     }
 
     /// Fills the inputs of tensors that this joined member does not have with the identity.
@@ -391,11 +396,7 @@ fn push_bytes(agreed: &Agreed, t: usize, me: u32, size: u32, into: &mut Vec<u64>
 /// Memory in the place of a tensor that a joined member does not have.
 fn stand_in(sizes: &Sizes, reduction: Reduction, collective: Collective, flight: &mut BatchFlight) {
     flight.identity = collective.reduces().then_some(reduction);
-    let output = sizes.output_bytes(reduction.dtype).max(if collective == Collective::Reduce {
-        sizes.input
-    } else {
-        0
-    });
+    let output = sizes.output.max(if collective == Collective::Reduce { sizes.input } else { 0 });
     for bytes in [sizes.input, output] {
         let owned = OwnedBytes::zeroed(bytes as usize);
         // SAFETY: the flight owns the stand-ins until the run is forgotten.

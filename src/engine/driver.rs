@@ -20,10 +20,14 @@ use crate::limits;
 use crate::log;
 use crate::transport::wake::Waker;
 use crate::types::Time;
+#[cfg(loom)]
+use loom::sync::atomic::AtomicBool as SleepFlag;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::any::Any;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+#[cfg(not(loom))]
+use std::sync::atomic::AtomicBool as SleepFlag;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
@@ -32,7 +36,7 @@ use std::time::{Duration, Instant};
 /// A flag that says *I am about to sleep; wake me*.
 #[derive(Default)]
 pub(super) struct Drowsy {
-    asleep: AtomicBool,
+    asleep: SleepFlag,
 }
 
 impl Drowsy {
@@ -126,7 +130,11 @@ impl Driver {
             stop: AtomicBool::new(false),
             origin,
             patience,
-            spin: Mutex::new(Spin::new(patience.spin_ns)),
+            // Whoever gives the processor away may get it back late: then it is better not to do so at all.
+            spin: Mutex::new(Spin::new(
+                patience.spin_ns,
+                if patience.yields { 0 } else { patience.spin_ns / 16 },
+            )),
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
@@ -421,8 +429,8 @@ impl Shared {
                 moved |= self.turn(&mut engine);
             }
             let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
-            if moved && idle_since.take().is_some() {
-                spin.found();
+            if moved && let Some(since) = idle_since.take() {
+                spin.found(self.now().since(since));
             }
             if over || until.is_some_and(|at| Instant::now() >= at) {
                 break;

@@ -84,8 +84,11 @@ impl Engine {
     }
 }
 
-/// The two ends of a message disagree about its length.
+/// The two ends of a message disagree about its length. The same words on both.
 pub(super) fn length_mismatch(me: Rank, peer: Rank, ours: u64, theirs: u64) -> Error {
+    let mut ends = [(me, ours), (peer, theirs)];
+    ends.sort_unstable();
+    let [(me, ours), (peer, theirs)] = ends;
     Error::Mismatch(Arc::new(Mismatch {
         tensor: "send/recv".into(),
         message: format!(

@@ -11,6 +11,8 @@ mod departure;
 pub mod driver;
 pub mod handles;
 mod links;
+#[cfg(all(test, loom))]
+mod loom;
 mod message;
 mod operation;
 pub mod plan;
@@ -97,6 +99,7 @@ pub struct Engine {
     /// The algorithm of the batch that was started last.
     last_algorithm: Option<&'static str>,
     spare_ops: Vec<Operation>,
+    spare_outcomes: Vec<Outcome>,
     flights: Vec<Option<Flight>>,
     /// Flights that are not over.
     flying: usize,
@@ -122,6 +125,9 @@ pub struct Engine {
     early: Vec<(Rank, SetId, Vec<u8>)>,
 }
 
+/// Outcomes kept for later operations.
+const SPARE_OUTCOMES_MAX: usize = 4096;
+
 impl Engine {
     /// An engine whose global set holds all ranks of `setup`.
     #[must_use]
@@ -141,6 +147,7 @@ impl Engine {
             ops: HashMap::new(),
             last_algorithm: None,
             spare_ops: Vec::new(),
+            spare_outcomes: Vec::new(),
             flights: Vec::new(),
             flying: 0,
             spare_flights: Vec::new(),
@@ -368,13 +375,22 @@ impl Engine {
     /// Ends an operation.
     fn end(&mut self, op: OpId, result: Result<()>) {
         let Some(mut operation) = self.ops.remove(&op) else { return };
-        let mut outcome = std::mem::take(&mut operation.outcome);
+        let spare = self.spare_outcomes.pop().unwrap_or_default();
+        let mut outcome = std::mem::replace(&mut operation.outcome, spare);
         if result.is_ok() && !operation.stand_ins.is_empty() {
             outcome.tensors.clear();
         }
         operation.stand_ins.clear();
         self.spare_ops.push(operation);
         self.ended.push(Ended { op, result: result.map(|()| outcome) });
+    }
+
+    /// Takes back an outcome that nobody reads any more, for the memory of its lists.
+    pub fn recycle(&mut self, mut outcome: Outcome) {
+        if self.spare_outcomes.len() < SPARE_OUTCOMES_MAX {
+            outcome.reset();
+            self.spare_outcomes.push(outcome);
+        }
     }
 
     /// Operations that have ended since the last call.

@@ -60,19 +60,48 @@ pub struct Operation {
 }
 
 /// The sizes of one tensor of an agreed operation, as this member sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// Bytes of the input here.
     pub input: u64,
-    /// Dimensions of the output here; `None` when this member gets none.
-    pub output: Option<Vec<u64>>,
+    /// Bytes of the output here.
+    pub output: u64,
+    /// The shape of the output here; `None` when this member gets none.
+    pub shape: Option<OutputShape>,
 }
 
-impl Sizes {
-    /// Bytes of the output here.
-    #[must_use]
-    pub fn output_bytes(&self, dtype: DType) -> u64 {
-        self.output.as_ref().map_or(0, |shape| shape.iter().product::<u64>() * dtype.size() as u64)
+/// The shape of an output, relative to the tensor's signature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputShape {
+    /// The same.
+    Same,
+    /// Another first dimension.
+    Rows(u64),
+}
+
+impl Default for OutputTensor {
+    fn default() -> OutputTensor {
+        OutputTensor { dtype: DType::U8, shape: Vec::new(), memory: None }
+    }
+}
+
+impl Outcome {
+    /// Forgets everything but the memory of its lists.
+    pub(super) fn reset(&mut self) {
+        self.tensors.iter_mut().for_each(|tensor| tensor.memory = None);
+        self.received_splits.clear();
+        (self.last_joined, self.set) = (None, None);
+    }
+}
+
+impl OutputShape {
+    /// Writes the dimensions into `shape`, whose memory is used again.
+    pub fn write(self, signature: &[u64], shape: &mut Vec<u64>) {
+        shape.clear();
+        shape.extend_from_slice(signature);
+        if let (OutputShape::Rows(rows), Some(first)) = (self, shape.first_mut()) {
+            *first = rows;
+        }
     }
 }
 
@@ -83,36 +112,36 @@ pub fn sizes(agreed: &Agreed, t: usize, me: u32, size: u32, root: u32) -> Sizes 
     let tensor = &signature.tensors[t];
     let row_bytes = tensor.row_elements() * tensor.dtype.size() as u64;
     let all = tensor.elements() * tensor.dtype.size() as u64;
-    let with_rows = |rows: u64| {
-        let mut shape = tensor.shape.clone();
-        shape[0] = rows;
-        shape
+    let with = |input: u64, shape: Option<OutputShape>| {
+        let output = match shape {
+            None => 0,
+            Some(OutputShape::Same) => all,
+            Some(OutputShape::Rows(rows)) => rows * row_bytes,
+        };
+        Sizes { input, output, shape }
     };
+    let same = Some(OutputShape::Same);
     match signature.collective {
-        Collective::Allreduce => Sizes { input: all, output: Some(tensor.shape.clone()) },
-        Collective::Broadcast => {
-            Sizes { input: if me == root { all } else { 0 }, output: Some(tensor.shape.clone()) }
-        }
-        Collective::Reduce => Sizes { input: all, output: (me == root).then(|| tensor.shape.clone()) },
+        Collective::Allreduce => with(all, same),
+        Collective::Broadcast => with(if me == root { all } else { 0 }, same),
+        Collective::Reduce => with(all, same.filter(|_| me == root)),
         Collective::Allgather | Collective::Gather => {
             let rows: u64 = (0..size).map(|m| gathered_rows(&agreed.call, m, t)).sum();
             let mine = gathered_rows(&agreed.call, me, t);
             let gets = signature.collective == Collective::Allgather || me == root;
-            Sizes { input: mine * row_bytes, output: gets.then(|| with_rows(rows)) }
+            with(mine * row_bytes, gets.then_some(OutputShape::Rows(rows)))
         }
         Collective::Reducescatter | Collective::Scatter => {
             let rows = dealt_rows(tensor.shape[0], u64::from(me), u64::from(size));
             let has_input = signature.collective == Collective::Reducescatter || me == root;
-            Sizes { input: if has_input { all } else { 0 }, output: Some(with_rows(rows.end - rows.start)) }
+            with(if has_input { all } else { 0 }, Some(OutputShape::Rows(rows.end - rows.start)))
         }
         Collective::Alltoall => {
             let sent: u64 = (0..size).map(|to| split(&agreed.call, me, to, t, size)).sum();
             let received: u64 = (0..size).map(|from| split(&agreed.call, from, me, t, size)).sum();
-            Sizes { input: sent * row_bytes, output: Some(with_rows(received)) }
+            with(sent * row_bytes, Some(OutputShape::Rows(received)))
         }
-        Collective::Barrier | Collective::Join | Collective::AddSet | Collective::RemoveSet => {
-            Sizes { input: 0, output: None }
-        }
+        Collective::Barrier | Collective::Join | Collective::AddSet | Collective::RemoveSet => with(0, None),
     }
 }
 

@@ -113,6 +113,7 @@ impl Engine {
             Intent::Joined { op, last } => {
                 let last = self.sets[&id].ranks[last.0 as usize];
                 if let Some(operation) = self.ops.get_mut(&op) {
+                    operation.outcome.tensors.clear();
                     operation.outcome.last_joined = Some(last);
                 }
                 self.end(op, Ok(()));
@@ -258,12 +259,14 @@ pub(super) fn list(ranks: &[Rank]) -> String {
 fn prepare_outcome(operation: &mut Operation, agreed: &Agreed, tensors: usize) {
     operation.remaining = tensors;
     operation.agreed = true;
-    operation.outcome.tensors.clear();
-    operation.outcome.tensors.extend(agreed.signature.tensors.iter().map(|t| super::OutputTensor {
-        dtype: t.dtype,
-        shape: Vec::new(),
-        memory: None,
-    }));
+    // A recycled outcome keeps the memory of its shapes.
+    let outputs = &mut operation.outcome.tensors;
+    outputs.resize_with(tensors, super::OutputTensor::default);
+    for (output, signature) in outputs.iter_mut().zip(&agreed.signature.tensors) {
+        output.dtype = signature.dtype;
+        output.shape.clear();
+        output.memory = None;
+    }
 }
 
 /// Host numbers in order of first appearance among the members.

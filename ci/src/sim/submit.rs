@@ -44,7 +44,13 @@ pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: T
     let engine = node.engine.as_mut().expect("live nodes submit");
     match engine.submit(&submission, now) {
         Err(error) => node.results[op] = Some(Err(error)),
-        Ok(()) if twice && planned.kind == Kind::Collective && !planned.hold => {
+        // What completes the agreement at once frees its name at once.
+        Ok(())
+            if twice
+                && planned.kind == Kind::Collective
+                && !planned.hold
+                && engine.explain(submission.op, now).is_some_and(|why| !why.starts_with("it is not")) =>
+        {
             let again = Submission { op: OpId(TWICE + op as u32), ..submission };
             match engine.submit(&again, now) {
                 Err(Error::Usage(words)) if words.to_string().contains("in flight") => {}
