@@ -61,9 +61,9 @@ struct Inner {
     submitted: Option<Box<Submitted>>,
     result: Option<Result<Outcome>>,
     keep: Option<Box<dyn Any + Send>>,
-    name: Option<u128>,
     /// Somebody sleeps on `done`: without sleepers there is nobody to wake, which would cost a system call.
     sleepers: u32,
+    name: Option<u128>,
 }
 
 #[derive(Default)]
