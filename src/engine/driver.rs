@@ -133,7 +133,11 @@ impl Driver {
             stop: AtomicBool::new(false),
             origin,
             patience,
-            spin: Mutex::new(Spin::new(patience.spin_ns)),
+            // Whoever gives the processor away may get it back late: then it is better not to do so at all.
+            spin: Mutex::new(Spin::new(
+                patience.spin_ns,
+                if patience.yields { 0 } else { patience.spin_ns / 16 },
+            )),
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
@@ -428,8 +432,8 @@ impl Shared {
                 moved |= self.turn(&mut engine);
             }
             let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
-            if moved && idle_since.take().is_some() {
-                spin.found();
+            if moved && let Some(since) = idle_since.take() {
+                spin.found(self.now().since(since));
             }
             if over || until.is_some_and(|at| Instant::now() >= at) {
                 break;

@@ -300,7 +300,9 @@ impl Handles {
         } else {
             slot.state.store((state & !3) | ABANDONED, Ordering::Release);
             // Another thread may sleep for this handle; it finds it given up.
-            slot.done.notify_all();
+            if inner.sleepers > 0 {
+                slot.done.notify_all();
+            }
         }
     }
 

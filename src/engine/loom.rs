@@ -1,5 +1,6 @@
 //! The sleep handshake of the driver under every interleaving and reordering that C11 allows:
 //! `RUSTFLAGS="--cfg loom" cargo test --lib loom`.
+#![forbid(unsafe_code)]
 
 use super::driver::Drowsy;
 use loom::sync::Arc;

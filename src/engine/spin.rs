@@ -6,43 +6,58 @@
 //! now and then it looks for the whole time again, so that it finds out when things have changed.
 #![forbid(unsafe_code)]
 
-/// Looks are never shorter than this part of the whole time.
-const SHORTEST_PART: u64 = 16;
-/// One wait in this many is given the whole time.
+/// One wait in this many is given the whole time; fewer and fewer of them while that does not help.
 const PROBE_EVERY: u32 = 32;
+const PROBE_EVERY_MAX: u32 = 1024;
 
 /// What has been learnt about waiting.
 #[derive(Clone, Copy, Debug)]
 pub struct Spin {
     whole_ns: u64,
+    shortest_ns: u64,
     budget_ns: u64,
     waits: u32,
+    probe_every: u32,
 }
 
 impl Spin {
-    /// Nothing has been learnt: the whole time.
+    /// Nothing has been learnt: the whole time. Looks get no shorter than `shortest_ns`.
     #[must_use]
-    pub fn new(whole_ns: u64) -> Spin {
-        Spin { whole_ns, budget_ns: whole_ns, waits: 0 }
+    pub fn new(whole_ns: u64, shortest_ns: u64) -> Spin {
+        Spin { whole_ns, shortest_ns, budget_ns: whole_ns, waits: 0, probe_every: PROBE_EVERY }
     }
 
     /// How long to look this time.
     #[must_use]
     pub fn limit_ns(&self) -> u64 {
-        if self.waits % PROBE_EVERY == PROBE_EVERY - 1 { self.whole_ns } else { self.budget_ns }
+        if self.is_probe() { self.whole_ns } else { self.budget_ns }
     }
 
-    /// Something came within the time.
-    pub fn found(&mut self) {
-        let probed = self.limit_ns() > self.budget_ns;
-        self.budget_ns = if probed { self.whole_ns } else { (self.budget_ns * 2).min(self.whole_ns) };
+    fn is_probe(&self) -> bool {
+        self.waits + 1 >= self.probe_every
+    }
+
+    /// Something came after this time of looking. Later than the limit counts as not at all: the processor was
+    /// given away and came back too late.
+    pub fn found(&mut self, after_ns: u64) {
+        if after_ns > self.limit_ns() {
+            return self.failed();
+        }
+        self.budget_ns =
+            if self.is_probe() { self.whole_ns } else { (self.budget_ns * 2).min(self.whole_ns) };
         self.waits = 0;
+        self.probe_every = PROBE_EVERY;
     }
 
     /// Nothing came: the waiter sleeps.
     pub fn failed(&mut self) {
-        self.budget_ns = (self.budget_ns / 2).max(self.whole_ns / SHORTEST_PART);
-        self.waits = self.waits.wrapping_add(1);
+        self.budget_ns = (self.budget_ns / 2).max(self.shortest_ns);
+        if self.is_probe() {
+            self.waits = 0;
+            self.probe_every = (self.probe_every * 2).min(PROBE_EVERY_MAX);
+        } else {
+            self.waits += 1;
+        }
     }
 }
 
@@ -52,7 +67,7 @@ mod tests {
 
     #[test]
     fn a_peer_that_never_answers_in_time_is_not_looked_at_for_long() {
-        let mut spin = Spin::new(50_000);
+        let mut spin = Spin::new(50_000, 3_000);
         assert_eq!(spin.limit_ns(), 50_000);
         let looked: u64 = (0..3200)
             .map(|_| {
@@ -66,29 +81,39 @@ mod tests {
 
     #[test]
     fn a_peer_that_answers_in_time_again_is_found_out() {
-        let mut spin = Spin::new(50_000);
+        let mut spin = Spin::new(50_000, 3_000);
         (0..1000).for_each(|_| spin.failed());
         // It answers after 20 us now: the next probe finds out.
         let waits = (0..)
             .take_while(|_| {
                 let sees = spin.limit_ns() >= 20_000;
                 if sees {
-                    spin.found()
+                    spin.found(20_000)
                 } else {
                     spin.failed()
                 }
                 !sees
             })
             .count();
-        assert!(waits < PROBE_EVERY as usize);
+        assert!(waits < PROBE_EVERY_MAX as usize);
+        assert_eq!(spin.limit_ns(), 50_000);
+    }
+
+    #[test]
+    fn a_processor_that_comes_back_late_is_not_given_away_again() {
+        let mut spin = Spin::new(50_000, 0);
+        (0..20).for_each(|_| spin.found(4_000_000));
+        assert_eq!(spin.limit_ns(), 0);
+        // Until a probe finds that it comes back in time.
+        (0..20).for_each(|_| if spin.limit_ns() > 0 { spin.found(1_000) } else { spin.failed() });
         assert_eq!(spin.limit_ns(), 50_000);
     }
 
     #[test]
     fn no_time_stays_no_time() {
-        let mut spin = Spin::new(0);
+        let mut spin = Spin::new(0, 0);
         spin.failed();
-        spin.found();
+        spin.found(0);
         assert_eq!(spin.limit_ns(), 0);
     }
 }

@@ -198,7 +198,7 @@ impl Job<'_> {
             let outcome = self.call(elements, &mut input, &mut output)?;
             times.push(begin.elapsed().as_secs_f64() * 1e6);
             // Before anything else runs.
-            algorithm = runtime::last_algorithm()?;
+            algorithm = runtime::last_algorithm()?.or(algorithm);
             if checked {
                 wrong +=
                     self.wrong(&outcome, if self.settings.in_place { &input } else { &output }, elements);

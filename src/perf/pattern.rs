@@ -41,9 +41,17 @@ impl Pattern {
             Some(ReduceOp::Adasum) => 1 + i % 50,
             // At most six factors of two.
             Some(ReduceOp::Product) => 1 + i64::from(rank < 6 && (i + rank64) % 2 == 0),
-            Some(ReduceOp::BitAnd | ReduceOp::BitOr) => (i * 5 + rank64 * 11) % 128,
+            // Each bit is set on about one rank, so that the union is neither full nor empty however many ranks
+            // there are; the intersection is its mirror.
+            Some(ReduceOp::BitOr) => self.sparse(rank64, i),
+            Some(ReduceOp::BitAnd) => 127 ^ self.sparse(rank64, i),
             Some(ReduceOp::Min | ReduceOp::Max) | None => (i * 7 + rank64 * 13) % 101,
         }
+    }
+
+    fn sparse(self, rank: i64, i: i64) -> i64 {
+        let hit = |bit: &i64| (i * (2 * bit + 3) + rank * (bit + 5)) % (i64::from(self.size) + 1) == 0;
+        (0..7).filter(hit).map(|bit| 1 << bit).sum()
     }
 
     /// The imaginary part of a complex value. Sums keep the parts apart; products would mix them.
@@ -203,7 +211,7 @@ mod tests {
 
     #[test]
     fn patterns_tell_ranks_and_places_apart() {
-        for &op in [ReduceOp::Sum, ReduceOp::Max, ReduceOp::BitOr].iter() {
+        for &op in [ReduceOp::Sum, ReduceOp::Max, ReduceOp::BitOr, ReduceOp::BitAnd].iter() {
             let pattern = Pattern { op: Some(op), dtype: DType::I32, size: 4 };
             assert_ne!(pattern.given(0), pattern.given(1), "{op}");
             let table = pattern.reduced();

@@ -55,7 +55,7 @@ pub(super) fn heading(heading: &Heading) -> String {
     );
     let _ = write!(
         text,
-        "{:>12} {:>12} {:>6} {:>12} {:>10} {:>10} {:>9} {:>9} {:>8}  {:<13} {}",
+        "{:>12} {:>12} {:>6} {:>12} {:>10} {:>10} {:>9} {:>9} {:>8}  {:<13} transport",
         "bytes",
         "elements",
         "calls",
@@ -65,8 +65,7 @@ pub(super) fn heading(heading: &Heading) -> String {
         "alg GB/s",
         "bus GB/s",
         "wrong",
-        "algorithm",
-        "transport"
+        "algorithm"
     );
     text
 }

@@ -217,7 +217,8 @@ pub fn link_kind(peer: Rank) -> Result<Option<&'static str>> {
 }
 
 /// The algorithm of the batch that this rank started last; none before the first that moves data, and for what
-/// is complete by agreement alone (barrier, join). For tools that measure one operation at a time.
+/// is complete by agreement alone (barrier, join). For tools that measure one operation at a time;
+/// like [`link_kind`] it says nothing while another thread drives.
 pub fn last_algorithm() -> Result<Option<&'static str>> {
     Ok(live()?.driver.try_with(|engine| engine.last_algorithm()).flatten())
 }

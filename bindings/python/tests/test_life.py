@@ -201,7 +201,11 @@ def body_stopped():
     victim = int(carole.allgather(np.array([os.getpid()]))[1])
     if me == 1:
         time.sleep(60)
+    if me == 2:
+        carole.send(np.ones(1), 0)
     if me == 0:
+        # Rank 2 must have what it needs of rank 1 before that is stopped.
+        carole.recv(np.ones(1), 2)
         os.kill(victim, signal.SIGSTOP)
     started = time.monotonic()
     try:

@@ -1,4 +1,5 @@
 //! A cluster of engines over a simulated network: submits, drives, injects a fault.
+#![forbid(unsafe_code)]
 
 use super::program::{Fault, HORIZON_NS, Kind, Planned, Program, Random, fault, program};
 use super::sabotage::{Sabotage, Sabotaged};

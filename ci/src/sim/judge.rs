@@ -1,4 +1,5 @@
 //! Whether the outcomes of a cluster are what they must be.
+#![forbid(unsafe_code)]
 
 use super::check;
 use super::cluster::{Cluster, END_NS, Node, Report};

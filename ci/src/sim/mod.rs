@@ -48,7 +48,7 @@ pub struct Tally {
 fn examine(args: &SimArgs, seed: u64) -> Result<cluster::Report, String> {
     let order = cluster::Order { seed, ranks: args.ranks, verbose: args.verbose, sabotage: None };
     let report = cluster::simulate(order)?;
-    if seed % 32 == 0 && cluster::simulate(cluster::Order { verbose: false, ..order })? != report {
+    if seed.is_multiple_of(32) && cluster::simulate(cluster::Order { verbose: false, ..order })? != report {
         return Err("the same seed gave two courses of events".into());
     }
     Ok(report)

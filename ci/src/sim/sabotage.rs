@@ -1,4 +1,5 @@
 //! Bugs that are planted on purpose, so that tests can see that the simulator finds such bugs.
+#![forbid(unsafe_code)]
 
 use carole::error::Cause;
 use carole::memory::{Memory, RunId};
@@ -9,6 +10,7 @@ use std::os::fd::RawFd;
 
 /// A planted bug, on rank 1 or everywhere.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(not(test), expect(dead_code, reason = "only tests plant bugs"))]
 pub enum Sabotage {
     /// Batches are started in another order than agreed: neighbours swap their places.
     BatchOrder,

@@ -97,7 +97,7 @@ pub fn all(long: bool) -> Vec<Step> {
             .with("CARGO_TARGET_DIR", "target/loom"),
     );
     steps.push(
-        Step::task("simulator", pick("sim --seeds 2000", "sim --seeds 200000"))
+        Step::task("simulator", pick("sim --seeds 300", "sim --seeds 200000"))
             .within(Duration::from_secs(if long { 8 * 3600 } else { 900 })),
     );
     steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));

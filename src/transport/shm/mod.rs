@@ -1,6 +1,5 @@
 //! Shared memory between two processes of one host: rings that a peer reads where they lie.
 
-mod copy;
 #[cfg(all(test, loom))]
 mod loom;
 mod ring;
@@ -13,7 +12,6 @@ pub use segment::{SEGMENT_BYTES, create_segment};
 use crate::error::Cause;
 use crate::transport::Pipe;
 use crate::transport::wake::{self, Waker};
-use copy::Ways;
 use ring::{Consumer, Producer, WANTS_DATA, WANTS_ROOM, go_to_sleep, must_wake};
 use rustix::net::RecvFlags;
 use segment::{RingId, Segment};
@@ -26,7 +24,7 @@ use std::sync::atomic::Ordering;
 const PUBLISH_BYTES: usize = 32 << 10;
 /// Looks at an empty ring between two looks at the socket, which costs a system call.
 const LOOKS_PER_CHECK: u32 = 512;
-/// Sleeps that end between two looks at the socket.
+/// Times that the owner wakes between two looks at the socket.
 const WAKES_PER_CHECK: u32 = 8;
 
 /// Who made the segment, and who was given it.
@@ -57,7 +55,6 @@ pub struct ShmPipe {
     rx: RingId,
     producer: Producer,
     consumer: Consumer,
-    ways: Ways,
     /// What happened since the last flush that a sleeping peer may wait for.
     offers: u64,
     looks: u32,
@@ -95,7 +92,6 @@ impl ShmPipe {
             rx,
             producer: Producer::new(tx.size()),
             consumer: Consumer::new(rx.size()),
-            ways: Ways::default(),
             offers: 0,
             looks: 0,
             armed: false,
@@ -118,7 +114,7 @@ impl ShmPipe {
             }
             // SAFETY: position + n <= size, so the destination lies in the ring; the ring's index logic gives
             // these bytes to the producer alone; private memory and the mapping do not overlap.
-            unsafe { self.ways.copy(part[done..].as_ptr(), ring.add(position), n) };
+            unsafe { std::ptr::copy_nonoverlapping(part[done..].as_ptr(), ring.add(position), n) };
             self.producer.publish(segment.tail(self.tx), n);
             done += n;
         }
@@ -235,12 +231,12 @@ impl Pipe for ShmPipe {
     }
 
     fn disarm(&mut self) {
-        if !std::mem::take(&mut self.armed) {
-            return;
+        if std::mem::take(&mut self.armed) {
+            self.shared.segment.asleep(self.shared.side).store(0, Ordering::Relaxed);
         }
-        self.shared.segment.asleep(self.shared.side).store(0, Ordering::Relaxed);
-        // The socket may be what ended the sleep: its end ends every further sleep at once, so it is found after
-        // a few of them, and those that a peer ended do not pay for a system call each.
+        // The socket may be what ended the sleep. Its end ends every further sleep at once, and an owner with
+        // nothing to do looks in now and then, so it is found after a few of these calls; those for another
+        // reason do not pay for a system call each.
         self.looks += LOOKS_PER_CHECK / WAKES_PER_CHECK;
     }
 
