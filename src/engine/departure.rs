@@ -25,6 +25,7 @@ impl Engine {
         self.left = Some(clean);
         self.fail_all(&Error::Shutdown(None));
         if self.broken.is_none() {
+            self.meet_neighbours();
             for place in 0..self.links.up().len() {
                 let to = self.links.up()[place];
                 self.say(to, &wire::Message::Goodbye { who: self.me, clean });
@@ -37,15 +38,39 @@ impl Engine {
         self.broken.get_or_insert(Error::Shutdown(None));
     }
 
+    /// Asks for links to the neighbours in the trees of agreement that this rank has never needed to talk to. A
+    /// rank that vanished without a word to anybody would be taken for a dead one by whoever asks for it next.
+    fn meet_neighbours(&mut self) {
+        for set in self.sets.values() {
+            let Some(coordinator) = &set.coordinator else { continue };
+            for member in coordinator.neighbours() {
+                let to = set.ranks[member.0 as usize];
+                self.links.request(to);
+                if self.links.is_awaited(to) && !self.unmet.contains(&to) {
+                    self.unmet.push(to);
+                }
+            }
+        }
+    }
+
     /// After the goodbye: those whose links come up late must hear it, too; about the others this rank has
     /// nothing to say any more.
     pub(super) fn linger(&mut self, changes: &mut Vec<LinkChange>) {
         let clean = self.left.unwrap_or_default();
         for change in changes.drain(..) {
-            if let LinkChange::Up(peer) = change {
+            let (LinkChange::Up(peer) | LinkChange::Down(peer, _) | LinkChange::Unreachable(peer, _)) =
+                change;
+            self.unmet.retain(|&rank| rank != peer);
+            if let LinkChange::Up(_) = change {
                 self.say(peer, &wire::Message::Goodbye { who: self.me, clean });
             }
         }
+    }
+
+    /// Whether nothing of this rank is under way any more, nobody holds a link to it, and it waits for none.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.links.up().is_empty() && self.unmet.is_empty()
     }
 
     /// A neighbour has sent the goodbye of a rank, perhaps its own.

@@ -69,6 +69,12 @@ impl Links {
         }
     }
 
+    /// Whether the link to a peer was asked for and its fate is not known yet.
+    #[must_use]
+    pub fn is_awaited(&self, peer: Rank) -> bool {
+        matches!(self.slots[peer.0 as usize], Slot::Requested(_))
+    }
+
     /// Asks for a link without giving it anything to do.
     pub fn request(&mut self, peer: Rank) {
         let slot = &mut self.slots[peer.0 as usize];

@@ -114,6 +114,8 @@ pub struct Engine {
     left: Option<bool>,
     /// Ranks that have left and whose links are kept for what they had sent before.
     departing: Vec<Rank>,
+    /// Neighbours whose links this rank waits for only to say goodbye.
+    unmet: Vec<Rank>,
     // Buffers that are used again at each turn.
     events: Events,
     changes: Vec<LinkChange>,
@@ -158,6 +160,7 @@ impl Engine {
             broken: None,
             left: None,
             departing: Vec::new(),
+            unmet: Vec::new(),
             events: Events::default(),
             changes: Vec::new(),
             orders: Vec::new(),
@@ -439,12 +442,6 @@ impl Engine {
     /// Descriptors to watch while asleep.
     pub fn descriptors(&self, visit: &mut dyn FnMut(RawFd, bool)) {
         self.links.descriptors(visit);
-    }
-
-    /// Whether nothing of this rank is under way any more and nobody holds a link to it.
-    #[must_use]
-    pub fn is_gone(&self) -> bool {
-        self.links.up().is_empty()
     }
 
     /// Operations in flight, in order of their numbers, so that the simulator repeats.

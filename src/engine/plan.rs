@@ -331,6 +331,16 @@ impl Resolver<'_> {
                 b: self.pieces(b),
                 dtype,
             }),
+            // The value of an only member has seen no reduction, which makes 0 or 1 of every bool.
+            Verb::Finish { span } if dtype == DType::Bool && self.shape.hosts.len() == 1 => {
+                Action::Device(DeviceOrder::ReduceMany {
+                    dst: self.pieces(span),
+                    srcs: vec![self.pieces(span)],
+                    reduction,
+                    pre: 1.0,
+                    finish,
+                })
+            }
             Verb::Finish { .. } if finish.is_identity() => Action::Nothing,
             Verb::Finish { span } => {
                 Action::Device(DeviceOrder::Finish { dst: self.pieces(span), dtype, finish })
