@@ -30,13 +30,15 @@ pub mod oracle;
 mod table;
 #[cfg(test)]
 mod tests;
-mod walk;
+pub(super) mod walk;
 
 use super::{Device, DeviceOrder, Finish, Reduction, Token};
 use crate::error::Cause;
 use crate::memory::Memory;
 use crate::types::DType;
 pub use level::{Level, available, level, set_level};
+#[cfg(test)]
+pub(super) use table::{elements, reals, reductions};
 use walk::Position;
 
 /// The device of ordinary memory. Every order is complete when [`Device::post`] returns.
