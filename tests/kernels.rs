@@ -426,10 +426,23 @@ fn hundreds_of_tensors_in_one_launch() {
     }
 }
 
+/// The nearest number with so many bits behind the leading one and exponents from `least` on, ties to even. (The
+/// `half` crate forgets the lowest bits of an f64 before it rounds.)
+fn nearest(x: f64, bits: i32, least: i32) -> f32 {
+    if !x.is_finite() || x == 0.0 {
+        return x as f32;
+    }
+    let exponent = ((x.to_bits() >> 52 & 0x7ff) as i32 - 1023).max(least);
+    let last_place = 2f64.powi(exponent - bits);
+    let rounded = (x / last_place).round_ties_even() * last_place;
+    // An f32 holds it, or is infinite where the narrower type is.
+    rounded as f32
+}
+
 /// What a conversion gives, one element at a time.
 fn converted(from: DType, to: DType, factor: f64, src: &[u8]) -> Vec<u8> {
     let element = |bytes: &[u8]| -> Vec<u8> {
-        // In the accumulator of what is read; to 16 bits at once, as the `half` crate does from f64.
+        // In the accumulator of what is read.
         let x = match from {
             DType::F64 => f64::from_ne_bytes(bytes.try_into().expect("8 bytes")) * factor,
             DType::F32 => f64::from(f32::from_ne_bytes(bytes.try_into().expect("4 bytes")) * factor as f32),
@@ -446,9 +459,9 @@ fn converted(from: DType, to: DType, factor: f64, src: &[u8]) -> Vec<u8> {
             DType::F32 if x.is_nan() => f32::NAN.to_ne_bytes().to_vec(),
             DType::F32 => (x as f32).to_ne_bytes().to_vec(),
             DType::F16 if x.is_nan() => 0x7e00u16.to_ne_bytes().to_vec(),
-            DType::F16 => half::f16::from_f64(x).to_ne_bytes().to_vec(),
+            DType::F16 => half::f16::from_f32(nearest(x, 10, -14)).to_ne_bytes().to_vec(),
             _ if x.is_nan() => 0x7fc0u16.to_ne_bytes().to_vec(),
-            _ => half::bf16::from_f64(x).to_ne_bytes().to_vec(),
+            _ => half::bf16::from_f32(nearest(x, 7, -126)).to_ne_bytes().to_vec(),
         }
     };
     src.chunks_exact(from.size()).flat_map(element).collect()
