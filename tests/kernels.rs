@@ -42,7 +42,8 @@ fn host_form() -> Option<&'static HostForm> {
     FORM.get_or_init(|| {
         let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels.so");
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-        let flags = "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -shared -fPIC";
+        let flags =
+            "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -shared -fPIC";
         let mut command = Command::new(&compiler);
         command.args(flags.split(' ')).arg("-o").arg(&library).arg("host_form.cpp");
         match command.current_dir(kernels_folder()).status() {
@@ -154,7 +155,8 @@ impl Buffer {
         let mut bytes = vec![0xa5; content.len() + 96];
         let start = bytes.as_ptr().align_offset(16) + 32 + shift;
         bytes[start..start + content.len()].copy_from_slice(content);
-        let mut ends: Vec<usize> = cuts.iter().copied().filter(|&cut| cut > 0 && cut < content.len()).collect();
+        let mut ends: Vec<usize> =
+            cuts.iter().copied().filter(|&cut| cut > 0 && cut < content.len()).collect();
         ends.push(content.len());
         ends.sort_unstable();
         ends.dedup();
@@ -261,8 +263,7 @@ fn two_operands() {
             let [d, a, b] = [0, 1, 2].map(|i: usize| buffers[i].range());
             // Apart, in place to the left, and in place to the right.
             for (a, b) in [(&a, &b), (&d, &b), (&a, &d)] {
-                let order =
-                    DeviceOrder::Reduce { dst: d.clone(), a: a.clone(), b: b.clone(), reduction };
+                let order = DeviceOrder::Reduce { dst: d.clone(), a: a.clone(), b: b.clone(), reduction };
                 compare(form, &format!("{reduction:?} of {elements}"), &buffers, &order, 2);
             }
         }
@@ -273,7 +274,8 @@ fn two_operands() {
 fn every_misalignment() {
     let Some(form) = host_form() else { return };
     let mut random = Random(2);
-    for (dtype, op) in [(DType::BF16, ReduceOp::Sum), (DType::F32, ReduceOp::Sum), (DType::U8, ReduceOp::Max)] {
+    for (dtype, op) in [(DType::BF16, ReduceOp::Sum), (DType::F32, ReduceOp::Sum), (DType::U8, ReduceOp::Max)]
+    {
         let content: Vec<Vec<u8>> = (0..3).map(|_| values(&mut random, dtype, 77)).collect();
         for shifts in 0..16 * 16 * 16 {
             let at = |i: usize| Buffer::new(i as u32, &content[i], shifts >> (4 * i) & 15, &[]);
@@ -302,8 +304,7 @@ fn many_operands() {
             let finish = if average { finishes[random.below(4) as usize] } else { finishes[0] };
             let pre = [1.0, 1.0, 0.3, -2.5][random.below(4) as usize];
             let elements = if count < 10 { lengths(dtype.size(), &mut random)[count % 8] } else { 50 };
-            let buffers: Vec<Buffer> =
-                (0..=count).map(|i| buffer(&mut random, i, dtype, elements)).collect();
+            let buffers: Vec<Buffer> = (0..=count).map(|i| buffer(&mut random, i, dtype, elements)).collect();
             let mut srcs: Vec<PieceRange> = buffers[1..].iter().map(Buffer::range).collect();
             let dst = buffers[0].range();
             if random.below(2) == 0 {
@@ -400,7 +401,8 @@ fn hundreds_of_tensors_in_one_launch() {
     let pieces = PieceRange { list, start: 0, end: tensors.len() as u32 };
     let packed = Buffer::new(tensors.len() as u32, &vec![0; pieces.bytes() as usize], 6, &[]);
     for pack in [true, false] {
-        let (dst, src) = if pack { (packed.range(), pieces.clone()) } else { (pieces.clone(), packed.range()) };
+        let (dst, src) =
+            if pack { (packed.range(), pieces.clone()) } else { (pieces.clone(), packed.range()) };
         let order = DeviceOrder::Scale { dst, src, dtype, factor: 0.25 };
         let run_on = |device: &mut dyn FnMut(&mut [Buffer], RunId, &Memory)| {
             let mut buffers: Vec<Buffer> = tensors.iter().chain([&packed]).map(Buffer::twin).collect();
@@ -474,8 +476,14 @@ fn conversions() {
     for (from, to) in table::casts() {
         for elements in lengths(from.size().min(to.size()), &mut random) {
             for factor in [1.0, 0.125, 1.0 / 3.0] {
-                let mut src = Buffer::new(0, &values(&mut random, from, elements), shift(&mut random, from.size()), &[]);
-                let mut dst = Buffer::new(1, &vec![0; elements * to.size()], shift(&mut random, to.size()), &[]);
+                let mut src = Buffer::new(
+                    0,
+                    &values(&mut random, from, elements),
+                    shift(&mut random, from.size()),
+                    &[],
+                );
+                let mut dst =
+                    Buffer::new(1, &vec![0; elements * to.size()], shift(&mut random, to.size()), &[]);
                 let lent = [src.lent(false), dst.lent(true)];
                 let mut plan = Plan::default();
                 plan.convert(from, to, factor, [(lent[1].address, lent[0].address, elements as u64)]);

@@ -19,7 +19,13 @@ impl Position {
     }
 
     /// The address of the next `len` bytes, which must be left in the current piece; moves past them.
-    pub(in crate::device) fn take(&mut self, pieces: &[Piece], len: u64, memory: &Memory, run: RunId) -> *mut u8 {
+    pub(in crate::device) fn take(
+        &mut self,
+        pieces: &[Piece],
+        len: u64,
+        memory: &Memory,
+        run: RunId,
+    ) -> *mut u8 {
         let piece = &pieces[self.piece];
         let address =
             memory.address(run, &Piece { region: piece.region, offset: piece.offset + self.done, len });
