@@ -11,6 +11,7 @@ use carole::memory::{Memory, Piece, PieceRange, Region, RunId};
 use carole::types::{DType, ReduceOp};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
@@ -40,24 +41,39 @@ fn kernels_folder() -> PathBuf {
 fn host_form() -> Option<&'static HostForm> {
     static FORM: OnceLock<Option<HostForm>> = OnceLock::new();
     FORM.get_or_init(|| {
-        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels.so");
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-        let flags =
-            "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -shared -fPIC";
-        let mut command = Command::new(&compiler);
-        command.args(flags.split(' ')).arg("-o").arg(&library).arg("host_form.cpp");
-        match command.current_dir(kernels_folder()).status() {
-            Err(error) => {
-                eprintln!("skipped: the host form of the kernels needs a C++ compiler ({compiler}: {error})");
-                None
-            }
-            Ok(status) => {
-                assert!(status.success(), "the host form of the kernels compiles");
-                Some(open(&library))
-            }
-        }
+        let library = build(&std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned()))?;
+        Some(open(&library))
     })
     .as_ref()
+}
+
+/// Compiles the host form where this has not been done; one process at a time, for each test may be one.
+fn build(compiler: &str) -> Option<PathBuf> {
+    let flags = "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -shared -fPIC";
+    let form = std::fs::read_to_string(kernels_folder().join("host_form.cpp")).expect("a source");
+    let mut hash = std::hash::DefaultHasher::new();
+    (source::SOURCES, form, compiler, flags).hash(&mut hash);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let library = folder.join(format!("kernels-{:016x}.so", hash.finish()));
+    let lock = std::fs::File::create(folder.join("kernels.lock")).expect("a file to lock");
+    lock.lock().expect("a file can be locked");
+    if library.exists() {
+        return Some(library);
+    }
+    let part = library.with_extension("part");
+    let mut command = Command::new(compiler);
+    command.args(flags.split(' ')).arg("-o").arg(&part).arg("host_form.cpp").current_dir(kernels_folder());
+    match command.status() {
+        Err(error) => {
+            eprintln!("skipped: the host form of the kernels needs a C++ compiler ({compiler}: {error})");
+            None
+        }
+        Ok(status) => {
+            assert!(status.success(), "the host form of the kernels compiles");
+            std::fs::rename(&part, &library).expect("a file can be renamed");
+            Some(library)
+        }
+    }
 }
 
 fn open(library: &Path) -> HostForm {
@@ -597,4 +613,63 @@ fn embedded_ptx_is_made_from_these_sources() {
         }
     }
     assert!(breaches.is_empty(), "{}", breaches.join("\n"));
+}
+
+/// Every reduction on a device, where there is one, over pinned memory that both sides see.
+#[cfg(feature = "cuda")]
+#[test]
+fn on_a_device() {
+    use carole::device::cuda::device::CudaDevice;
+    use carole::device::cuda::driver::{Context, version};
+    use carole::device::cuda::memory::PinnedBytes;
+
+    if let Err(why) = version() {
+        eprintln!("skipped, no device: {why}");
+        return;
+    }
+    let context = Arc::new(Context::of_device(0).expect("the first device has a context"));
+    let mut device = CudaDevice::new(context.clone()).expect("a device");
+    let mut random = Random(9);
+    let mut cases = 0;
+    for reduction in reductions() {
+        let dtype = reduction.dtype;
+        for count in [2, 3, 8, 11] {
+            let elements = lengths(dtype.size(), &mut random)[count % 8];
+            let mut want: Vec<Buffer> =
+                (0..=count).map(|i| buffer(&mut random, i, dtype, elements)).collect();
+            let pinned: Vec<PinnedBytes> =
+                want.iter().map(|b| PinnedBytes::new(&context, b.len + 16).expect("pinned memory")).collect();
+            let mut on_device = Memory::default();
+            let run = on_device.register(pinned.iter().zip(&want).map(|(bytes, buffer)| {
+                let shift = buffer.content().as_ptr().addr() % 16;
+                // SAFETY: `len + 16` bytes, of which `len` from the shift on are written and lent to the device.
+                unsafe {
+                    bytes.host().add(shift).copy_from_nonoverlapping(buffer.content().as_ptr(), buffer.len);
+                    Region::new((bytes.device() as usize as *mut u8).wrapping_add(shift), buffer.len as u64)
+                }
+            }));
+            let order = DeviceOrder::ReduceMany {
+                dst: want[0].range(),
+                srcs: want[1..].iter().map(Buffer::range).collect(),
+                reduction,
+                pre: 1.0,
+                finish: Finish { divisor: 1, post: 1.0 },
+            };
+            let mut on_host = Memory::default();
+            let host_run = on_host.register(want.iter_mut().map(Buffer::region));
+            let token = |run| Token { run, window: 0, step: 0 };
+            HostDevice::new().post(token(host_run), &order, &on_host).expect("the host's result");
+            assert!(!device.post(token(run), &order, &on_device).expect("the kernel is launched"));
+            let mut done = Vec::new();
+            while done.is_empty() {
+                device.progress(&mut done).expect("the kernel ends");
+            }
+            let shift = want[0].content().as_ptr().addr() % 16;
+            // SAFETY: the kernel is over, and nothing else writes the bytes.
+            let got = unsafe { std::slice::from_raw_parts(pinned[0].host().add(shift), want[0].len) };
+            assert!(got == want[0].content(), "{reduction:?} of {count} × {elements}");
+            cases += 1;
+        }
+    }
+    assert!(cases > 0);
 }

@@ -136,10 +136,12 @@ impl Context {
             return Ok(None);
         }
         found?;
-        Ok(Some(Arc::new(Context::primary(ordinal)?)))
+        Ok(Some(Arc::new(Context::of_device(ordinal)?)))
     }
 
-    fn primary(ordinal: i32) -> Result<Context, Fault> {
+    /// The context of a device that the user has named; makes it where nobody has yet.
+    pub fn of_device(ordinal: i32) -> Result<Context, Cause> {
+        version().map_err(|why| Cause::System(why.to_string()))?;
         let (mut device, mut raw) = (0, null_mut());
         // SAFETY: results are written to variables of ours; the context is released in `drop`.
         unsafe {
@@ -168,7 +170,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: retained once in `primary`.
+        // SAFETY: retained once in `of_device`.
         let _ = unsafe { call!(cuDevicePrimaryCtxRelease_v2(self.device)) };
     }
 }

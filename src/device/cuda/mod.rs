@@ -41,3 +41,19 @@ pub mod memory;
 pub mod ptx;
 #[cfg(feature = "cuda")]
 pub mod registered;
+
+/// A sentence on what of this is here, for `--check-build`.
+#[must_use]
+pub fn describe() -> String {
+    #[cfg(feature = "cuda")]
+    match driver::version() {
+        Ok(version) => format!(
+            "CUDA: driver {}.{}; the kernels are built in, but collectives of CUDA tensors are not there yet.",
+            version / 1000,
+            version % 1000 / 10
+        ),
+        Err(why) => format!("CUDA: {why}."),
+    }
+    #[cfg(not(feature = "cuda"))]
+    "CUDA: not built in (the cargo feature cuda).".to_owned()
+}
