@@ -1,5 +1,6 @@
 //! Ranks find, prove and reach each other over real sockets: several ranks as threads of one process.
 
+use carole::config::Config;
 use carole::error::{Error, Result};
 use carole::memory::Memory;
 use carole::rendezvous::Warn;
@@ -296,6 +297,36 @@ fn a_file_is_written_found_and_removed_even_over_a_stale_one() {
     });
     stop(mesh(joined, options(Choice::Tcp, 1), "tcp"));
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[test]
+fn arguments_of_init_and_lines_of_a_file_reach_the_rendezvous() {
+    let _alone = alone();
+    let directory = tempfile::tempdir().unwrap();
+    let secret = secret_file(&Secret::mint().unwrap());
+    let knobs = directory.path().join("knobs");
+    let meet = format!("file://{}/meet", directory.path().display());
+    // The variables name a port that nobody serves, and no secret.
+    let port = free_port("127.0.0.1").to_string();
+    std::fs::write(&knobs, format!("secret_file = {}\nhost_id = of the file\n", secret.path().display())).unwrap();
+    let joined = join_all(2, |rank| {
+        let own = environment(&[
+            ("CAROLE_CONFIG_FILE", knobs.to_str().unwrap()),
+            ("CAROLE_RENDEZVOUS", &format!("127.0.0.1:{port}")),
+            ("CAROLE_START_TIMEOUT_S", "20"),
+            ("HOROVOD_RANK", &rank.to_string()),
+        ]);
+        // By field, as Python's keywords are, and by variable.
+        let init = [("rendezvous".to_owned(), meet.clone()), ("CAROLE_SIZE".to_owned(), "2".to_owned())];
+        let (config, _) = Config::load(&init, own.clone().into_iter()).unwrap();
+        Join::from_config(&config, own.into_iter(), Epoch(0), quiet())
+    });
+    for joined in joined {
+        let joined = joined.unwrap();
+        assert!(joined.table.cards.iter().all(|card| card.host_id == "of the file"));
+        let job = Secret::from_file(secret.path()).unwrap().job();
+        assert_eq!(joined.table.job, job, "the secret is the file's");
+    }
 }
 
 fn free_port(loopback: &str) -> u16 {
