@@ -1,7 +1,7 @@
 //! Ranks find, prove and reach each other over real sockets: several ranks as threads of one process.
 
 use carole::config::Config;
-use carole::error::{Error, Result};
+use carole::error::{Cause, Error, Result};
 use carole::memory::Memory;
 use carole::rendezvous::Warn;
 use carole::rendezvous::client::{Join, Joined, join};
@@ -88,7 +88,9 @@ impl Node {
         while let Some(event) = self.fabric.poll() {
             match event {
                 FabricEvent::Up(link) => self.links.push(link),
-                FabricEvent::Failed(rank, cause) => self.failed.push((rank, cause.to_string())),
+                FabricEvent::Failed { peer, culprit, cause } => {
+                    self.failed.push((peer, format!("{culprit} {cause}")));
+                }
             }
         }
     }
@@ -514,35 +516,103 @@ fn a_peer_that_is_gone_is_told_at_once() {
     drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
     assert!(start.elapsed() < Duration::from_secs(5), "a refused connection needs no deadline");
     for node in &nodes {
-        let (rank, why) = &node.failed[0];
-        assert_eq!(*rank, Rank(1));
-        assert!(why.contains("has ended or shut down"), "{why}");
+        // The words of a link that ended, so that it makes no difference whether there was one.
+        assert_eq!(node.failed[0], (Rank(1), format!("rank 1 {}", Cause::Exited)));
     }
     stop(nodes);
 }
 
 #[test]
-fn a_peer_that_does_not_answer_fails_and_others_do_not_wait() {
+fn a_peer_that_does_not_answer_is_silent_as_long_as_any_and_others_do_not_wait() {
+    let _alone = alone();
+    for choice in [Choice::Auto, Choice::Tcp] {
+        let joined: Vec<Joined> =
+            join_all(3, private(&unique("mute"), 3)).into_iter().map(Result::unwrap).collect();
+        // Rank 1's doors are open, but nobody is home, as with a process that is stopped.
+        let mut nodes = Vec::new();
+        let mut mute = None;
+        for joined in joined {
+            if joined.rank == Rank(1) {
+                mute = Some(joined)
+            } else {
+                nodes.push(Node::start(joined, PorterOptions { silence_ms: 1200, ..options(choice, 1) }))
+            }
+        }
+        let start = Instant::now();
+        // Rank 0 knocks, rank 2 connects.
+        nodes[0].fabric.request(Rank(1));
+        nodes[1].fabric.request(Rank(1));
+        nodes[1].fabric.request(Rank(0));
+        drive(&mut nodes, |nodes| nodes.iter().all(|n| n.links.len() == 1));
+        assert!(nodes.iter().all(|n| n.failed.is_empty()), "the link to the living does not wait for the mute");
+        drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
+        // Links had ten seconds before.
+        assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+        for node in &nodes {
+            let words = format!("rank 1 {}", Cause::Silent { for_ms: 1200 });
+            assert_eq!(node.failed, [(Rank(1), words)], "the words of a link that falls silent");
+        }
+        drop(mute);
+        stop(nodes);
+    }
+}
+
+#[test]
+fn when_the_connector_fails_the_one_that_knocked_fails_alike() {
+    let _alone = alone();
+    let joined: Vec<Joined> = join_all(2, private(&unique("deaf"), 2)).into_iter().map(Result::unwrap).collect();
+    let mut nodes: Vec<Node> = joined
+        .into_iter()
+        .map(|mut joined| {
+            if joined.rank == Rank(1) {
+                // Rank 1 looks for rank 0 where nobody listens, as across a firewall with one open direction.
+                let mut table = (*joined.table).clone();
+                table.cards[0].socket = Some([0xee; 16]);
+                table.cards[0].addresses = vec![SocketAddr::from(([127, 0, 0, 1], free_port("127.0.0.1")))];
+                table.cards[0].host_id = "far".into();
+                joined.table = Arc::new(table);
+            }
+            Node::start(joined, options(Choice::Tcp, 1))
+        })
+        .collect();
+    // Rank 1's engine asks for nothing; its call fails with the epoch all the same.
+    nodes[0].fabric.request(Rank(1));
+    let start = Instant::now();
+    drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    let words = &nodes[0].failed[0].1;
+    assert!(words.starts_with("rank 0 cannot be reached") && words.contains("127.0.0.1"), "{words}");
+    assert_eq!(*words, nodes[1].failed[0].1, "both name the same culprit in the same words");
+    stop(nodes);
+}
+
+#[test]
+fn a_connector_that_ends_after_a_knock_is_noticed_at_once() {
     let _alone = alone();
     let joined: Vec<Joined> =
-        join_all(3, private(&unique("mute"), 3)).into_iter().map(Result::unwrap).collect();
-    // Rank 1's doors are open, but nobody is home, as with a process that is stopped.
-    let mut nodes = Vec::new();
-    let mut mute = None;
-    for joined in joined {
-        if joined.rank == Rank(1) {
-            mute = Some(joined)
-        } else {
-            nodes.push(Node::start(joined, options(Choice::Auto, 1)))
-        }
-    }
+        join_all(2, private(&unique("knocked"), 2)).into_iter().map(Result::unwrap).collect();
+    let mut nodes: Vec<Node> = joined
+        .into_iter()
+        .map(|mut joined| {
+            if joined.rank == Rank(1) {
+                // It goes on trying an address that swallows everything.
+                let mut table = (*joined.table).clone();
+                table.cards[0].socket = None;
+                table.cards[0].addresses = vec![SocketAddr::from(([192, 0, 2, 1], 9))];
+                joined.table = Arc::new(table);
+            }
+            Node::start(joined, PorterOptions { silence_ms: 1200, ..options(Choice::Auto, 1) })
+        })
+        .collect();
     nodes[0].fabric.request(Rank(1));
-    nodes[1].fabric.request(Rank(1));
-    nodes[1].fabric.request(Rank(0));
-    drive(&mut nodes, |nodes| nodes.iter().all(|n| n.links.len() == 1));
-    assert!(nodes.iter().all(|n| n.failed.is_empty()), "the link to the living does not wait for the mute");
-    drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
-    drop(mute);
+    // Longer than the silence: it says that it is still trying, so it is not taken for a stopped one.
+    let until = Instant::now() + Duration::from_millis(2500);
+    drive(&mut nodes, |_| Instant::now() >= until);
+    assert!(nodes.iter().all(|node| node.failed.is_empty()), "{:?} {:?}", nodes[0].failed, nodes[1].failed);
+    let start = Instant::now();
+    stop(vec![nodes.pop().unwrap()]);
+    drive(&mut nodes, |nodes| nodes[0].failed.len() == 1);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     stop(nodes);
 }
 

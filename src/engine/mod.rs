@@ -116,6 +116,8 @@ pub struct Engine {
     departing: Vec<Rank>,
     /// Neighbours whose links this rank waits for only to say goodbye.
     unmet: Vec<Rank>,
+    /// Whether the links to the neighbours in the global tree have been asked for.
+    hangs_together: bool,
     // Buffers that are used again at each turn.
     events: Events,
     changes: Vec<LinkChange>,
@@ -161,6 +163,7 @@ impl Engine {
             left: None,
             departing: Vec::new(),
             unmet: Vec::new(),
+            hangs_together: false,
             events: Events::default(),
             changes: Vec::new(),
             orders: Vec::new(),
@@ -201,6 +204,7 @@ impl Engine {
         operation.name.clear();
         operation.name.push_str(submission.name);
         self.ops.insert(submission.op, operation);
+        self.hang_together();
         Ok(())
     }
 
@@ -237,14 +241,22 @@ impl Engine {
         for change in changes.drain(..) {
             moved = true;
             match change {
-                LinkChange::Up(peer) => self.membership.link_up(peer, now),
+                LinkChange::Up(peer) => {
+                    self.membership.link_up(peer, now);
+                    self.hang_together();
+                }
                 LinkChange::Down(peer, cause) => {
                     if self.membership.has_departed(peer) {
                         self.fail_with(peer);
                     }
                     self.membership.link_down(peer, cause);
                 }
-                LinkChange::Unreachable(peer, cause) => self.membership.unreachable(peer, cause, now),
+                LinkChange::Unreachable { peer, culprit, cause } => {
+                    if self.membership.has_departed(peer) {
+                        self.fail_with(peer);
+                    }
+                    self.membership.unreachable(peer, culprit, cause, now);
+                }
             }
         }
         self.changes = changes;

@@ -72,6 +72,14 @@ pub enum Intent {
 }
 
 #[derive(Debug)]
+struct Unreachable {
+    at: Time,
+    peer: Rank,
+    culprit: Rank,
+    cause: Cause,
+}
+
+#[derive(Debug)]
 struct Neighbour {
     heard: Time,
     told: Time,
@@ -88,9 +96,9 @@ pub struct Membership {
     neighbours: BTreeMap<Rank, Neighbour>,
     /// Who has left, and whether it had nothing in flight.
     departed: BTreeMap<Rank, bool>,
-    /// A rank to which no link could be made. Mostly it has died, and a neighbour of it knows better; so this
-    /// cause waits a little for a better one.
-    unreachable: Option<(Time, Rank, Cause)>,
+    /// Ranks to which no link could be made, in order of time. Mostly such a rank has died or left, and a
+    /// neighbour of it knows better; so this cause waits a little for a better one.
+    unreachable: Vec<Unreachable>,
     broken: Option<Arc<Broken>>,
     intents: VecDeque<Intent>,
 }
@@ -107,7 +115,7 @@ impl Membership {
             rules,
             neighbours: BTreeMap::new(),
             departed: BTreeMap::new(),
-            unreachable: None,
+            unreachable: Vec::new(),
             broken: None,
             intents: VecDeque::new(),
         }
@@ -154,10 +162,11 @@ impl Membership {
         self.end(Some(rank), cause, None);
     }
 
-    /// A link that is needed could not be made.
-    pub fn unreachable(&mut self, rank: Rank, cause: Cause, now: Time) {
-        if !self.departed.contains_key(&rank) && self.unreachable.is_none() {
-            self.unreachable = Some((now.after_ns(BETTER_CAUSE_NS), rank, cause));
+    /// A link to `peer` that is needed could not be made, which is the fault of `culprit`: one of its two ends.
+    pub fn unreachable(&mut self, peer: Rank, culprit: Rank, cause: Cause, now: Time) {
+        if !self.departed.contains_key(&peer) && self.broken.is_none() {
+            let at = now.after_ns(BETTER_CAUSE_NS);
+            self.unreachable.push(Unreachable { at, peer, culprit, cause });
         }
     }
 
@@ -193,11 +202,11 @@ impl Membership {
         if self.broken.is_some() {
             return;
         }
-        if let Some((_, rank, cause)) = self.unreachable.take_if(|(at, _, _)| *at <= now) {
-            if !self.departed.contains_key(&rank) {
-                self.end(Some(rank), cause, None);
-            }
-            return;
+        // Whoever has said goodbye meanwhile is not missed.
+        self.unreachable.retain(|missed| !self.departed.contains_key(&missed.peer));
+        if self.unreachable.first().is_some_and(|first| first.at <= now) {
+            let missed = self.unreachable.remove(0);
+            return self.end(Some(missed.culprit), missed.cause, None);
         }
         let mut silent = None;
         for (&rank, neighbour) in &mut self.neighbours {
@@ -226,7 +235,7 @@ impl Membership {
         let due = |n: &Neighbour| {
             n.heard.after_ns(self.rules.silence_ns).min(n.told.after_ns(self.rules.heartbeat_ns))
         };
-        let unreachable = self.unreachable.as_ref().map(|(at, _, _)| *at);
+        let unreachable = self.unreachable.first().map(|missed| missed.at);
         alive.map(|(_, neighbour)| due(neighbour)).chain(unreachable).min()
     }
 

@@ -134,3 +134,21 @@ fn an_abort_of_another_epoch_is_late() {
     m.goodbye(Rank(1), Rank(800), true);
     assert_eq!(m.broken().unwrap().culprit, Some(Rank(1)));
 }
+
+#[test]
+fn who_cannot_be_reached_has_a_moment_to_say_goodbye_and_hides_nobody_else() {
+    let unreachable = || Cause::Unreachable("no".into());
+    let mut m = machine(0, &[1]);
+    m.heard(Rank(1), Time(200 * MS));
+    m.unreachable(Rank(2), Rank(2), Cause::Exited, Time(0));
+    m.unreachable(Rank(3), Rank(0), unreachable(), Time(50 * MS));
+    m.handle_timeout(Time(200 * MS - 1));
+    assert!(m.broken().is_none());
+    m.goodbye(Rank(1), Rank(2), true);
+    m.handle_timeout(Time(200 * MS));
+    assert!(m.broken().is_none(), "it has left");
+    assert_eq!(m.poll_timeout(), Some(Time(250 * MS)));
+    m.handle_timeout(Time(250 * MS));
+    let broken = Broken { epoch: Epoch(7), culprit: Some(Rank(0)), cause: unreachable() };
+    assert_eq!(**m.broken().unwrap(), broken);
+}

@@ -372,6 +372,7 @@ fn porter_options(config: &Config) -> PorterOptions {
             TransportChoice::Tcp => porter::Choice::Tcp,
         },
         tcp_lanes: config.tcp_lanes as usize,
+        silence_ms: config.timeout_ms,
         tcp: TcpOptions {
             congestion: config.tcp_congestion.clone(),
             user_timeout_ms: 2 * config.timeout_ms,
