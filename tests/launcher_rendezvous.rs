@@ -1,8 +1,8 @@
 //! Ranks that `carolerun` starts find each other through its rendezvous server, with its secret. The ranks are
 //! this test program again.
 
-use carole::rendezvous::client::{Join, join};
 use carole::config::{Config, environment};
+use carole::rendezvous::client::{Join, join};
 use carole::rendezvous::place;
 use carole::types::Epoch;
 use std::process::{Command, Output, Stdio};

@@ -310,7 +310,8 @@ fn arguments_of_init_and_lines_of_a_file_reach_the_rendezvous() {
     let meet = format!("file://{}/meet", directory.path().display());
     // The variables name a port that nobody serves, and no secret.
     let port = free_port("127.0.0.1").to_string();
-    std::fs::write(&knobs, format!("secret_file = {}\nhost_id = of the file\n", secret.path().display())).unwrap();
+    std::fs::write(&knobs, format!("secret_file = {}\nhost_id = of the file\n", secret.path().display()))
+        .unwrap();
     let joined = join_all(2, |rank| {
         let own = environment(&[
             ("CAROLE_CONFIG_FILE", knobs.to_str().unwrap()),
@@ -544,7 +545,10 @@ fn a_peer_that_does_not_answer_is_silent_as_long_as_any_and_others_do_not_wait()
         nodes[1].fabric.request(Rank(1));
         nodes[1].fabric.request(Rank(0));
         drive(&mut nodes, |nodes| nodes.iter().all(|n| n.links.len() == 1));
-        assert!(nodes.iter().all(|n| n.failed.is_empty()), "the link to the living does not wait for the mute");
+        assert!(
+            nodes.iter().all(|n| n.failed.is_empty()),
+            "the link to the living does not wait for the mute"
+        );
         drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
         // Links had ten seconds before.
         assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
@@ -560,7 +564,8 @@ fn a_peer_that_does_not_answer_is_silent_as_long_as_any_and_others_do_not_wait()
 #[test]
 fn when_the_connector_fails_the_one_that_knocked_fails_alike() {
     let _alone = alone();
-    let joined: Vec<Joined> = join_all(2, private(&unique("deaf"), 2)).into_iter().map(Result::unwrap).collect();
+    let joined: Vec<Joined> =
+        join_all(2, private(&unique("deaf"), 2)).into_iter().map(Result::unwrap).collect();
     let mut nodes: Vec<Node> = joined
         .into_iter()
         .map(|mut joined| {
@@ -589,16 +594,19 @@ fn when_the_connector_fails_the_one_that_knocked_fails_alike() {
 #[test]
 fn a_connector_that_ends_after_a_knock_is_noticed_at_once() {
     let _alone = alone();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let stranger = listener.local_addr().unwrap();
+    std::thread::spawn(move || listener.incoming().for_each(drop));
     let joined: Vec<Joined> =
         join_all(2, private(&unique("knocked"), 2)).into_iter().map(Result::unwrap).collect();
     let mut nodes: Vec<Node> = joined
         .into_iter()
         .map(|mut joined| {
             if joined.rank == Rank(1) {
-                // It goes on trying an address that swallows everything.
+                // It goes on trying an address where somebody else closes every connection.
                 let mut table = (*joined.table).clone();
                 table.cards[0].socket = None;
-                table.cards[0].addresses = vec![SocketAddr::from(([192, 0, 2, 1], 9))];
+                table.cards[0].addresses = vec![stranger];
                 joined.table = Arc::new(table);
             }
             Node::start(joined, PorterOptions { silence_ms: 1200, ..options(Choice::Auto, 1) })

@@ -258,7 +258,10 @@ fn what_is_settled_is_what_any_source_said_and_nothing_else() {
     assert_eq!(said("CAROLE_SECRET_FILE"), Some("/a/secret"));
     assert_eq!(said("CAROLE_JOB"), Some("of the variable"));
     assert_eq!((said("CAROLE_RANK"), said("CAROLE_SIZE")), (Some("1"), Some("2")));
-    assert_eq!((said("CAROLE_HOST_ID"), said("CAROLE_SECRET_FD"), said("CAROLE_INSECURE")), (None, None, None));
+    assert_eq!(
+        (said("CAROLE_HOST_ID"), said("CAROLE_SECRET_FD"), said("CAROLE_INSECURE")),
+        (None, None, None)
+    );
 
     let torch = [("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "7")];
     let (config, _) = load(&torch).unwrap();

@@ -133,12 +133,15 @@ impl Hall {
             // away it may be a firewall that refuses.
             let cards = &self.joined.table.cards;
             let near = cards[self.joined.rank.0 as usize].host_id == cards[peer.0 as usize].host_id;
-            self.fail(peer, match near {
-                true => Cause::Exited,
-                false => Cause::Unreachable(format!(
-                    "no door of it is open ({last}); it has ended or shut down, or a firewall refuses"
-                )),
-            });
+            self.fail(
+                peer,
+                match near {
+                    true => Cause::Exited,
+                    false => Cause::Unreachable(format!(
+                        "no door of it is open ({last}); it has ended or shut down, or a firewall refuses"
+                    )),
+                },
+            );
         }
     }
 
