@@ -457,6 +457,55 @@ fn nearest(x: f64, bits: i32, least: i32) -> f32 {
     rounded as f32
 }
 
+#[test]
+fn what_is_nothing_is_not_launched() {
+    let mut random = Random(10);
+    let mut buffers = [buffer(&mut random, 0, DType::F32, 100), buffer(&mut random, 1, DType::F32, 100)];
+    let [own, other] =
+        [0, 1].map(|i: usize| PieceRange { list: buffers[i].pieces.clone(), start: 0, end: 1 });
+    let mut memory = Memory::default();
+    let run = memory.register(buffers.iter_mut().map(Buffer::region));
+    let whole = |region| {
+        let piece = Piece { region, offset: 0, len: own.bytes().min(other.bytes()) };
+        PieceRange { list: Arc::new([piece]), start: 0, end: 1 }
+    };
+    let finish = Finish { divisor: 1, post: 1.0 };
+    for (order, launches) in [
+        (DeviceOrder::Copy { dst: whole(0), src: whole(0) }, 0),
+        (DeviceOrder::Scale { dst: whole(0), src: whole(0), dtype: DType::F32, factor: 1.0 }, 0),
+        (DeviceOrder::Finish { dst: whole(0), dtype: DType::F32, finish }, 0),
+        (DeviceOrder::Copy { dst: whole(0), src: whole(1) }, 1),
+    ] {
+        let mut plan = Plan::default();
+        plan.lower(&order, run, &memory, 0);
+        assert_eq!(plan.launches().0.len(), launches, "{order:?}");
+    }
+}
+
+#[test]
+fn a_table_that_is_too_long_is_several_launches() {
+    let runs: Vec<(u64, u64, u64)> = (1..=200_000).map(|i| (i << 20, i << 40, i % 40_000 + 1)).collect();
+    let mut plan = Plan::default();
+    plan.convert(DType::F32, DType::F16, 1.0, runs.iter().copied());
+    let (launches, words) = plan.launches();
+    assert!(launches.len() > 1, "so many rows are more than one table");
+    let mut seen = Vec::new();
+    for launch in launches {
+        let rows = &words[launch.words.clone()];
+        assert!(rows.len() <= carole::device::cuda::launch::TABLE_WORDS_MAX);
+        assert_eq!(rows.len(), 4 * launch.head.rows as usize);
+        let mut tiles = 0;
+        for row in rows.chunks_exact(4) {
+            // A tile is 1024 units of 8 elements.
+            tiles += row[1].div_ceil(8192);
+            assert_eq!(row[0], tiles);
+            seen.push((row[2], row[3], row[1]));
+        }
+        assert_eq!(launch.head.tiles, tiles);
+    }
+    assert!(seen == runs, "every run is in one row, in order");
+}
+
 /// What a conversion gives, one element at a time.
 fn converted(from: DType, to: DType, factor: f64, src: &[u8]) -> Vec<u8> {
     let element = |bytes: &[u8]| -> Vec<u8> {
