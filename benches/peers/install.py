@@ -103,7 +103,14 @@ def _mpi_of_the_system(name: str) -> Optional[List[Path]]:
     launcher = shutil.which(f"mpirun.{name}")
     stem = {"openmpi": "libmpi.so.40", "mpich": "libmpich.so.12"}[name]
     libraries = sorted(Path("/usr/lib").glob(f"*/{stem}"))
-    return [Path(launcher), libraries[0]] if launcher and libraries else None
+    if launcher is None or not libraries:
+        return None
+    # mpi4py asks for MPICH by the name that its authors give to the library, and Debian does not.
+    link = TARGET / "mpi" / {"openmpi": stem, "mpich": "libmpi.so.12"}[name]
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(libraries[0])
+    return [Path(launcher), link]
 
 
 def _mpi_wheel(python: Path, name: str) -> Optional[List[Path]]:
@@ -121,7 +128,8 @@ def _mpi_wheel(python: Path, name: str) -> Optional[List[Path]]:
 
 
 def _mpi(name: str, python: str, launcher: Path, library: Path) -> List[Launch]:
-    common = {"MPI4PY_MPIABI": name, "MPI4PY_LIBMPI": str(library)}
+    paths = f"{library.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")
+    common = {"MPI4PY_MPIABI": name, "MPI4PY_LIBMPI": str(library), "LD_LIBRARY_PATH": paths}
     if name == "openmpi":
         start = [str(launcher), "--oversubscribe", "--bind-to", "none"]
         if os.geteuid() == 0:

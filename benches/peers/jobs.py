@@ -40,7 +40,7 @@ class Launch:
 
 
 class Job:
-    def __init__(self, launch: Launch, ranks: int, pin: bool, log: Path) -> None:
+    def __init__(self, launch: Launch, ranks: int, pin: bool, nice: int, log: Path) -> None:
         self.launch = launch
         self.ranks = ranks
         self.version = ""
@@ -57,9 +57,13 @@ class Job:
         self._processes = self._start(pin)
         try:
             self._welcome(pin)
-        except BaseException:
+        except (Lost, OSError) as error:
+            words = self.last_words()
             self.kill()
-            raise
+            raise Lost(f"{error}; {words}") from error
+        if nice:
+            for pid in self.pids:
+                be_nice(pid, nice)
         self._pause()
 
     def _start(self, pin: bool) -> List[subprocess.Popen]:
@@ -98,7 +102,7 @@ class Job:
                 channel = _Channel(self._server.accept()[0])
             except TimeoutError:
                 if time.monotonic() > deadline or any(one.poll() is not None for one in self._processes):
-                    raise Lost(f"only {len(arrived)} of {self.ranks} ranks started; {self.last_words()}") from None
+                    raise Lost(f"only {len(arrived)} of {self.ranks} ranks started") from None
                 continue
             if pin:
                 channel.receive(deadline)
@@ -122,13 +126,16 @@ class Job:
                 channel.send(what)
             answers = [channel.receive(deadline) for channel in self._channels]
         except (Lost, OSError) as error:
+            words = self.last_words()
             self.kill()
-            raise Lost(f"{error}; {self.last_words()}") from error
+            raise Lost(f"{error}; {words}") from error
         self._pause()
         return answers
 
     def last_words(self) -> str:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        # A launcher goes on talking after the rank that failed.
+        lines = [line for line in lines if "Error" in line] or lines
         return f"its last words: {lines[-1][:200]} ({self._log})" if lines else "it said nothing"
 
     def _pause(self) -> None:
@@ -196,6 +203,16 @@ class _Channel:
     def close(self) -> None:
         self._selector.close()
         self._connection.close()
+
+
+def be_nice(pid: int, nice: int) -> None:
+    """Gives a rank, with all its threads, its place among other programs."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
+    # Where the kernel shares processors among sessions, niceness means nothing outside of one; this does.
+    group = Path(f"/proc/{pid}/autogroup")
+    if group.exists():
+        group.write_text(str(nice))
 
 
 def free_port(count: int) -> int:

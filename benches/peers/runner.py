@@ -22,7 +22,8 @@ from .workloads import Work
 
 # A library that is lost so often with a number of ranks is left out from then on.
 LOST_MAX = 2
-# A way that is so many times slower in the first round than the library's best is not gone again.
+# A way that is so many times slower than the library's best in the first round is not gone again, unless it is the
+# first that the library names.
 HOPELESS = 3.0
 # With less memory than this share of what is free, all libraries keep their tensors for all rounds.
 KEEP_SHARE = 0.4
@@ -38,6 +39,7 @@ class Plan:
     # No new work is begun after so long.
     seconds: float
     pin: bool = False
+    nice: int = 0
 
 
 @dataclass
@@ -119,7 +121,8 @@ class _Crew:
             if name in self.jobs or self.lost.get(name, 0) >= LOST_MAX:
                 continue
             try:
-                self.jobs[name] = Job(launch, self.ranks, self._plan.pin, self._logs / f"{name}-{self.ranks}.log")
+                log = self._logs / f"{name}-{self.ranks}.log"
+                self.jobs[name] = Job(launch, self.ranks, self._plan.pin, self._plan.nice, log)
             except (Lost, OSError) as error:
                 self.lose(name, str(error))
 
@@ -170,7 +173,7 @@ def _one_work(crew: _Crew, work: Work, plan: Plan, perf: Optional[Launch]) -> Li
             except Lost:
                 found[launch.name, ""] = _result(crew, launch, work, "", crew.notes[launch.name])
         if perf is not None and perf_result is not None:
-            _perf_block(perf, work, crew.ranks, perf_result)
+            _perf_block(perf, work, plan, crew.ranks, perf_result)
     for name in list(crew.jobs):
         try:
             crew.order(name, {"do": "free"})
@@ -204,9 +207,9 @@ def _one_round(
     if order is not None:
         crew.order(launch.name, order)
     best = min(pace[launch.name, way] for way in ways)
-    for way in ways:
+    for place, way in enumerate(ways):
         result, seconds = found[launch.name, way], pace[launch.name, way]
-        if result.blocks and seconds > HOPELESS * best:
+        if place > 0 and result.blocks and seconds > HOPELESS * best:
             result.note = f"gone once only: over {HOPELESS:.0f} times slower than another way"
             continue
         # The first call after a pause is no measure, so the pace is that of the block before.
@@ -239,15 +242,20 @@ def _perf_first(perf: Optional[Launch], work: Work, ranks: int) -> Optional[Resu
     return Result(perf.name, "", perf.transport, ranks, work.name, work.kind, work.size, "from Rust", wrong=0)
 
 
-def _perf_block(perf: Launch, work: Work, ranks: int, result: Result) -> None:
+def _perf_block(perf: Launch, work: Work, plan: Plan, ranks: int, result: Result) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         assert perf.launcher is not None
         words = [*perf.launcher(ranks), work.kind, "-np", str(ranks), "--min", str(work.size), "--max", str(work.size)]
         words += ["--json", str(file)] + (["--in-place"] if work.kind == "allreduce" else [])
-        done = subprocess.run(
-            words, env={**os.environ, **perf.environment}, capture_output=True, text=True, timeout=120, check=False
-        )
+        try:
+            done = subprocess.run(
+                words, env={**os.environ, **perf.environment}, capture_output=True, text=True, check=False,
+                timeout=plan.answer_seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            result.note = "no answer in time"
+            return
         try:
             row = json.loads(file.read_text())["rows"][0]
         except (OSError, ValueError, LookupError):

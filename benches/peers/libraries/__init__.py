@@ -24,8 +24,8 @@ class Library:
     version: str
 
     def ways(self, kind: str, inputs: Tensors, outputs: Tensors) -> Dict[str, Way]:
-        """The ways in which this library can do it. Inputs and outputs of allreduce, set and broadcast are the same
-        tensors. Raises `Cannot`."""
+        """The ways in which this library can do it, the most promising first. Inputs and outputs of allreduce, set and
+        broadcast are the same tensors. Raises `Cannot`."""
         raise NotImplementedError
 
     def empty(self, count: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Gloo(Library):
 
     def ways(self, kind: str, inputs: Tensors, outputs: Tensors) -> Dict[str, Way]:
         if kind == "set":
-            return {"each": self._each(inputs), "25 MiB buckets": self._buckets(inputs)}
+            return {"25 MiB buckets": self._buckets(inputs), "each": self._each(inputs)}
         if kind == "reducescatter" and not hasattr(dist, "reduce_scatter_tensor"):
             raise Cannot("this torch has no reduce_scatter_tensor")
         parts = list(outputs[0].chunk(self.ranks))
