@@ -201,7 +201,7 @@ def horovod(wanted: str) -> List[Launch]:
 def _build_horovod(folder: Path, python: Path) -> Optional[str]:
     """Returns why it could not be built."""
     system = Path("/usr/bin/python3")
-    needed = ["python3-torch", "python3-venv", "python3-dev", "pybind11-dev", "cmake", "g++", "libopenmpi-dev"]
+    needed = ["python3-torch", "libtorch-dev", "python3-venv", "python3-dev", "pybind11-dev", "cmake", "g++", "libopenmpi-dev"]
     if not _apt(*needed):
         return "apt-get cannot install " + " ".join(needed)
     say("building Horovod (7 minutes on a quiet machine)")

@@ -55,6 +55,9 @@ class Job:
         self._server.bind(str(self._folder / "s"))
         self._server.listen(ranks)
         self._processes = self._start(pin)
+        if nice:
+            for process in self._processes:
+                be_nice(process.pid, nice)
         try:
             self._welcome(pin)
         except (Lost, OSError) as error:
