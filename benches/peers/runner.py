@@ -22,9 +22,8 @@ from .workloads import Work
 
 # A library that is lost so often with a number of ranks is left out from then on.
 LOST_MAX = 2
-# A way that is so many times slower than the library's best in the first round is not gone again, unless it is the
-# first that the library names.
-HOPELESS = 3.0
+# Calls that take longer than this leave no trace of the one before in the caches, so a block needs no warm-up.
+COLD_SECONDS = 0.02
 # With less memory than this share of what is free, all libraries keep their tensors for all rounds.
 KEEP_SHARE = 0.4
 
@@ -36,6 +35,11 @@ class Plan:
     samples_least: int
     samples_most: int
     answer_seconds: float
+    # In how many of the rounds carole-perf runs, which has to start its ranks each time.
+    perf_rounds: int
+    # A way that is at first so many times slower than the library's best is not gone again, unless it is the first that
+    # the library names.
+    hopeless: float
     # No new work is begun after so long.
     seconds: float
     pin: bool = False
@@ -172,7 +176,7 @@ def _one_work(crew: _Crew, work: Work, plan: Plan, perf: Optional[Launch]) -> Li
                 _one_round(crew, launch, work, plan, found, pace, None if keep else order)
             except Lost:
                 found[launch.name, ""] = _result(crew, launch, work, "", crew.notes[launch.name])
-        if perf is not None and perf_result is not None:
+        if perf is not None and perf_result is not None and turn < plan.perf_rounds:
             _perf_block(perf, work, plan, crew.ranks, perf_result)
     for name in list(crew.jobs):
         try:
@@ -209,13 +213,13 @@ def _one_round(
     best = min(pace[launch.name, way] for way in ways)
     for place, way in enumerate(ways):
         result, seconds = found[launch.name, way], pace[launch.name, way]
-        if place > 0 and result.blocks and seconds > HOPELESS * best:
-            result.note = f"gone once only: over {HOPELESS:.0f} times slower than another way"
+        if place > 0 and seconds > plan.hopeless * best:
+            result.note = "given up: slower than another way"
             continue
         # The first call after a pause is no measure, so the pace is that of the block before.
         count = int(plan.block_seconds / max(seconds * work.repeats, 1e-7))
         count = max(plan.samples_least, min(plan.samples_most, count))
-        warm = 1 if count < 10 else max(2, min(50, count // 10) * work.repeats)
+        warm = int(seconds < COLD_SECONDS) if count < 10 else min(50, count // 10) * work.repeats
         times = _block(crew, launch.name, way, count, work.repeats, warm)
         result.blocks.append(times)
         pace[launch.name, way] = statistics.median(times) / 1e9

@@ -140,6 +140,8 @@ def main() -> None:
     library = join(sys.argv[1])
     line = StartLine(os.environ["PEERS_LINE"], library.rank, library.ranks)
     say({"rank": library.rank, "ranks": library.ranks, "pid": os.getpid(), "version": library.version})
+    # What was imported stays: looking through it takes longer than most blocks.
+    gc.freeze()
     rank = Rank(library, line)
     for text in lines:
         order = json.loads(text)
