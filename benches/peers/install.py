@@ -32,7 +32,9 @@ def environment(venv: Optional[Path]) -> Path:
         say(f"making {folder}")
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     probe = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
-    missing = subprocess.run([python, "-c", probe, *PACKAGES], check=True, capture_output=True, text=True).stdout.split()
+    missing = subprocess.run(
+        [python, "-c", probe, *PACKAGES], check=True, capture_output=True, text=True
+    ).stdout.split()
     if missing:
         say(f"installing {', '.join(missing)} into {folder} (torch is 3 GB)")
         pip(python, *[PACKAGES[name] for name in missing])
@@ -139,7 +141,12 @@ def _mpi(name: str, python: str, launcher: Path, library: Path) -> List[Launch]:
         tcp_environment: Dict[str, str] = {}
     else:
         start = tcp = [str(launcher), "-launcher", "fork"]
-        tcp_environment = {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo", "FI_PROVIDER": "tcp"}
+        tcp_environment = {
+            "MPIR_CVAR_NOLOCAL": "1",
+            "UCX_TLS": "tcp,self",
+            "UCX_NET_DEVICES": "lo",
+            "FI_PROVIDER": "tcp",
+        }
     return [
         Launch(name, "mpi", "shm", python, lambda ranks: [*start, "-np", str(ranks)], common),
         Launch(f"{name}-tcp", "mpi", "tcp", python, lambda ranks: [*tcp, "-np", str(ranks)], {**common, **tcp_environment}),
@@ -187,7 +194,13 @@ def horovod(wanted: str) -> List[Launch]:
     ]  # fmt: skip
     mpirun = shutil.which("mpirun.openmpi")
     if mpirun is not None:
-        start = [mpirun, "--oversubscribe", "--bind-to", "none", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+        start = [
+            mpirun,
+            "--oversubscribe",
+            "--bind-to",
+            "none",
+            *(["--allow-run-as-root"] if os.geteuid() == 0 else []),
+        ]
         on_mpi = {**tuned, "HOROVOD_CONTROLLER": "mpi", "HOROVOD_CPU_OPERATIONS": "mpi"}
         launches.append(
             Launch(
@@ -201,7 +214,16 @@ def horovod(wanted: str) -> List[Launch]:
 def _build_horovod(folder: Path, python: Path) -> Optional[str]:
     """Returns why it could not be built."""
     system = Path("/usr/bin/python3")
-    needed = ["python3-torch", "libtorch-dev", "python3-venv", "python3-dev", "pybind11-dev", "cmake", "g++", "libopenmpi-dev"]
+    needed = [
+        "python3-torch",
+        "libtorch-dev",
+        "python3-venv",
+        "python3-dev",
+        "pybind11-dev",
+        "cmake",
+        "g++",
+        "libopenmpi-dev",
+    ]
     if not _apt(*needed):
         return "apt-get cannot install " + " ".join(needed)
     say("building Horovod (7 minutes on a quiet machine)")

@@ -44,7 +44,9 @@ def draw(found: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("bus bandwidth, GB/s (bands: least to most of the blocks)")
-    figure.suptitle(f"{found['processor']}, {found['processors']} processors, {found['date']}, commit {found['commit']}")
+    figure.suptitle(
+        f"{found['processor']}, {found['processors']} processors, {found['date']}, commit {found['commit']}"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
