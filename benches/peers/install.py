@@ -147,10 +147,11 @@ def _mpi(name: str, python: str, launcher: Path, library: Path) -> List[Launch]:
             "UCX_NET_DEVICES": "lo",
             "FI_PROVIDER": "tcp",
         }
+    over_tcp = {**common, **tcp_environment}
     return [
         Launch(name, "mpi", "shm", python, lambda ranks: [*start, "-np", str(ranks)], common),
-        Launch(f"{name}-tcp", "mpi", "tcp", python, lambda ranks: [*tcp, "-np", str(ranks)], {**common, **tcp_environment}),
-    ]  # fmt: skip
+        Launch(f"{name}-tcp", "mpi", "tcp", python, lambda ranks: [*tcp, "-np", str(ranks)], over_tcp),
+    ]
 
 
 def _apt(*packages: str) -> bool:
@@ -167,8 +168,8 @@ def _apt(*packages: str) -> bool:
 
 
 def horovod(wanted: str) -> List[Launch]:
-    """Horovod on Gloo and on MPI. Its last release builds against old versions of torch only, so it gets Debian's, in an
-    environment of its own. `wanted`: "no", "if-built", "build"."""
+    """Horovod on Gloo and on MPI. Its last release builds against old versions of torch only, so it gets Debian's,
+    in an environment of its own. `wanted`: "no", "if-built", "build"."""
     folder = TARGET / "horovod"
     python = folder / "bin" / "python"
     built = python.exists() and subprocess.run(

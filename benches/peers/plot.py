@@ -15,8 +15,17 @@ import matplotlib.pyplot as plt  # noqa: E402
 from . import workloads  # noqa: E402
 from .report import ORDER, OURS, TITLES  # noqa: E402
 
-COLOURS = {"Carole": "#c1121f", "Carole from Rust": "#f4978e", "Open MPI": "#1d4e89", "MPICH": "#00b2ca", "Gloo": "#e07a00",
-           "Horovod/Gloo": "#7b2d8b", "Horovod/MPI": "#b388c9", "copying at once": "black", "raw stream": "black"}  # fmt: skip
+COLOURS = {
+    "Carole": "#c1121f",
+    "Carole from Rust": "#f4978e",
+    "Open MPI": "#1d4e89",
+    "MPICH": "#00b2ca",
+    "Gloo": "#e07a00",
+    "Horovod/Gloo": "#7b2d8b",
+    "Horovod/MPI": "#b388c9",
+    "copying at once": "black",
+    "raw stream": "black",
+}
 LIMITS = ("copy", "stream")
 
 

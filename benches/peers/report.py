@@ -6,9 +6,20 @@ from typing import Dict, List, Optional, Tuple
 
 from . import targets, workloads
 
-TITLES = {"carole": "Carole", "carole-tcp": "Carole", "carole-perf": "Carole from Rust", "openmpi": "Open MPI",
-          "openmpi-tcp": "Open MPI", "mpich": "MPICH", "mpich-tcp": "MPICH", "gloo": "Gloo", "copy": "copying at once",
-          "stream": "raw stream", "horovod-gloo": "Horovod/Gloo", "horovod-mpi": "Horovod/MPI"}  # fmt: skip
+TITLES = {
+    "carole": "Carole",
+    "carole-tcp": "Carole",
+    "carole-perf": "Carole from Rust",
+    "openmpi": "Open MPI",
+    "openmpi-tcp": "Open MPI",
+    "mpich": "MPICH",
+    "mpich-tcp": "MPICH",
+    "gloo": "Gloo",
+    "horovod-gloo": "Horovod/Gloo",
+    "horovod-mpi": "Horovod/MPI",
+    "copy": "copying at once",
+    "stream": "raw stream",
+}
 ORDER = list(TITLES)
 OURS = ("carole", "carole-tcp")
 NOT_PEERS = (*OURS, "carole-perf", "copy", "stream")
@@ -36,13 +47,17 @@ def markdown(found: dict) -> str:
         for transport in ("shm", "tcp"):
             text.append(_table(found["results"], ranks, transport, loads, missed))
     met = "Every target measured here is met." if not missed else "Behind a target: " + "; ".join(missed) + "."
-    notes = sorted({f"{TITLES[row['library']]}, {row['ranks']} ranks, {row['work']}{', ' + row['way'] if row['way'] else ''}"
-                    f": {row['note']}" for row in found["results"] if row["note"] and not _trivial(row)})  # fmt: skip
+    notes = sorted({_note(row) for row in found["results"] if row["note"] and not _trivial(row)})
     text += [met, *(["Notes:\n" + "\n".join(f"- {note}" for note in notes)] if notes else [])]
     skipped = [f"{load['work']} ({load['ranks']} ranks)" for load in found["loads"] if "skipped" in load]
     if skipped:
         text.append("Not measured, for lack of time: " + ", ".join(skipped) + ".")
     return "\n\n".join(part for part in text if part) + "\n"
+
+
+def _note(row: Row) -> str:
+    way = f", {row['way']}" if row["way"] else ""
+    return f"{TITLES[row['library']]}, {row['ranks']} ranks, {row['work']}{way}: {row['note']}"
 
 
 def _trivial(row: Row) -> bool:
