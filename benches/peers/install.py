@@ -36,7 +36,7 @@ def environment(venv: Optional[Path]) -> Path:
         [python, "-c", probe, *PACKAGES], check=True, capture_output=True, text=True
     ).stdout.split()
     if missing:
-        say(f"installing {', '.join(missing)} into {folder} (torch is 3 GB)")
+        say(f"installing {', '.join(missing)} into {folder}" + (" (torch is 3 GB)" if "torch" in missing else ""))
         pip(python, *[PACKAGES[name] for name in missing])
     return python
 

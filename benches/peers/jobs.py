@@ -64,6 +64,9 @@ class Job:
             words = self.last_words()
             self.kill()
             raise Lost(f"{error}; {words}") from error
+        except BaseException:
+            self.kill()
+            raise
         if nice:
             for pid in self.pids:
                 be_nice(pid, nice)
@@ -103,7 +106,7 @@ class Job:
             self._server.settimeout(0.2)
             try:
                 channel = _Channel(self._server.accept()[0])
-            except TimeoutError:
+            except socket.timeout:
                 if time.monotonic() > deadline or any(one.poll() is not None for one in self._processes):
                     raise Lost(f"only {len(arrived)} of {self.ranks} ranks started") from None
                 continue
