@@ -185,7 +185,13 @@ def horovod(wanted: str) -> List[Launch]:
             return []
     run = str(folder / "bin" / "horovodrun")
     # As fast as it can be tuned: by default it wakes up once in a millisecond only.
-    tuned = {"HOROVOD_CYCLE_TIME": "0.1", "HOROVOD_FUSION_THRESHOLD": str(32 << 20), "PYTHONNOUSERSITE": "1"}
+    tuned = {
+        "HOROVOD_CYCLE_TIME": "0.1",
+        "HOROVOD_FUSION_THRESHOLD": str(32 << 20),
+        # It counts the time for which it is stopped.
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": "3600",
+        "PYTHONNOUSERSITE": "1",
+    }
     launches = [
         Launch(
             "horovod-gloo", "horovod", "shm", str(python),
