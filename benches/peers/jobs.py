@@ -142,7 +142,7 @@ class Job:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         # A launcher goes on talking after the rank that failed.
         lines = [line for line in lines if "Error" in line] or lines
-        return f"its last words: {lines[-1][:200]} ({self._log})" if lines else "it said nothing"
+        return f"its last words: {lines[-1][:200]} ({self._log.name})" if lines else "it said nothing"
 
     def _pause(self) -> None:
         if self.launch.polls_when_idle:
