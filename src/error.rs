@@ -154,6 +154,9 @@ impl fmt::Display for Cause {
 
 impl std::error::Error for Error {}
 
+/// The result of a call.
+pub type Result<T> = std::result::Result<T, Error>;
+
 const IS_BROKEN: &str = " is broken: ";
 const HAS_SHUT_DOWN: &str = " has shut down, and this operation needs it";
 
@@ -198,6 +201,3 @@ mod tests {
         }
     }
 }
-
-/// The result of a call.
-pub type Result<T> = std::result::Result<T, Error>;
