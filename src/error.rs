@@ -154,6 +154,9 @@ impl fmt::Display for Cause {
 
 impl std::error::Error for Error {}
 
+/// The result of a call.
+pub type Result<T> = std::result::Result<T, Error>;
+
 const IS_BROKEN: &str = " is broken: ";
 const HAS_SHUT_DOWN: &str = " has shut down, and this operation needs it";
 
@@ -168,9 +171,6 @@ pub fn named_culprit(line: &str) -> Option<Rank> {
     let (head, _) = line.rsplit_once(HAS_SHUT_DOWN)?;
     number(head.rsplit_once("rank ")?.1)
 }
-
-/// The result of a call.
-pub type Result<T> = std::result::Result<T, Error>;
 
 #[cfg(test)]
 mod tests {

@@ -53,7 +53,9 @@
 //!   process sets that overlap cannot deadlock. Control never waits for payload.
 //! * No byte of a connection is believed before it has proven (job, rank, epoch); no length is believed
 //!   before it was held against [`limits`].
-//! * A failure ends the *epoch*: first cause wins, everybody gets the same [`error::Broken`].
+//! * A failure ends the *epoch*: everybody gets the same [`error::Broken`], the gravest cause of those that were
+//!   noticed at once ([`membership`]). Only a rank to which there is a link is missed, so the ranks hang together
+//!   from the first traffic on.
 //! * After a shape is first seen nothing is allocated.
 //! * [`memory`] is the one place where a name of memory becomes an address.
 //!
