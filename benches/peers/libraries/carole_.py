@@ -1,0 +1,70 @@
+"""Carole, through the face for PyTorch that has Horovod's names."""
+
+from __future__ import annotations
+
+from typing import Dict
+
+import carole
+import carole.torch as hvd
+
+from . import Library, Tensors, Way
+
+
+class Carole(Library):
+    def __init__(self) -> None:
+        hvd.init()
+        self.rank, self.ranks = hvd.rank(), hvd.size()
+        self.version = carole.__version__
+
+    def ways(self, kind: str, inputs: Tensors, outputs: Tensors) -> Dict[str, Way]:
+        return {
+            "allreduce": self._allreduce,
+            "set": self._set,
+            "allgather": self._allgather,
+            "reducescatter": self._reducescatter,
+            "broadcast": self._broadcast,
+            "alltoall": self._alltoall,
+        }[kind](inputs, outputs)
+
+    def _allreduce(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
+        tensor = inputs[0]
+
+        def by_name() -> None:
+            hvd.allreduce_(tensor, op=hvd.Sum, name="one")
+
+        return {"by name": by_name}
+
+    def _set(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
+        names = [f"gradient.{i}" for i in range(len(inputs))]
+
+        def each() -> None:
+            handles = [hvd.allreduce_async_(tensor, op=hvd.Sum, name=name) for tensor, name in zip(inputs, names)]
+            for handle in handles:
+                hvd.synchronize(handle)
+
+        def grouped() -> None:
+            hvd.grouped_allreduce_(inputs, op=hvd.Sum, name="all")
+
+        return {"each": each, "grouped": grouped}
+
+    def _allgather(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
+        # There is no out= for an allgather: the output is new memory each time, and what its pages cost counts.
+        return {"new output": lambda: [hvd.allgather(inputs[0], name="one")]}
+
+    def _reducescatter(self, inputs: Tensors, outputs: Tensors) -> Dict[str, Way]:
+        def into_output() -> None:
+            carole.reducescatter(inputs[0], carole.Sum, name="one", out=outputs[0])
+
+        return {"into output": into_output}
+
+    def _broadcast(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
+        def by_name() -> None:
+            hvd.broadcast_(inputs[0], 0, name="one")
+
+        return {"by name": by_name}
+
+    def _alltoall(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
+        return {"new output": lambda: [hvd.alltoall(inputs[0], name="one")]}
+
+    def leave(self) -> None:
+        hvd.shutdown()
