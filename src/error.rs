@@ -169,6 +169,9 @@ pub fn named_culprit(line: &str) -> Option<Rank> {
     number(head.rsplit_once("rank ")?.1)
 }
 
+/// The result of a call.
+pub type Result<T> = std::result::Result<T, Error>;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,6 +201,3 @@ mod tests {
         }
     }
 }
-
-/// The result of a call.
-pub type Result<T> = std::result::Result<T, Error>;

@@ -17,6 +17,7 @@ mod job;
 mod matrix;
 mod oracle;
 mod order;
+mod ptx;
 mod random;
 mod sim;
 mod strict;
@@ -58,6 +59,8 @@ enum Task {
     Huge(huge::Settings),
     /// Coverage-guided fuzzing of the decoders; installs cargo-fuzz if it is missing.
     Fuzz(fuzz::Settings),
+    /// Compiles kernels/ to kernels/ptx with NVRTC from PyPI; no device is needed.
+    Ptx,
     /// Installs libcarole, carole.h and carole.pc.
     InstallC {
         /// Where to.
@@ -106,6 +109,7 @@ fn main() {
         Task::Figures(settings) => figures::run(&settings),
         Task::Huge(settings) => huge::run(&settings),
         Task::Fuzz(settings) => fuzz::run(&settings),
+        Task::Ptx => ptx::run(),
         Task::InstallC { prefix } => install_c::run(&prefix),
         Task::Rank(rank) => std::process::exit(run_rank(rank)),
     };

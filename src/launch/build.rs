@@ -30,6 +30,7 @@ pub fn report() -> String {
         "Available Tensor Operations",
         &[(false, "NCCL"), (false, "CUDA"), (false, "MPI"), (true, "Shared memory"), (true, "TCP")],
     );
+    let _ = writeln!(out, "{}", crate::device::cuda::describe());
     match &python {
         None => out.push_str("Frameworks: no python3 was found, so none can be used from here.\n"),
         Some((name, _)) if !has("carole") => {

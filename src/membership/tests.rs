@@ -228,7 +228,8 @@ fn two_deaths(seed: u64) -> Vec<Option<Arc<Broken>>> {
     // What happens when: an abort that arrives, or the end of a link to a dead rank.
     let mut events: Vec<(u64, Rank, Option<Broken>, Rank)> = Vec::new();
     for (place, &who) in dead.iter().enumerate() {
-        for &at in live.iter().filter(|_| below(2) == 0) {
+        let linked: Vec<Rank> = live.iter().copied().filter(|_| below(2) == 0).collect();
+        for at in linked {
             machines.get_mut(&at).unwrap().link_up(who, Time(0));
             events.push((1 + place as u64 * below(6 * MS) + below(2 * MS), at, None, who));
         }

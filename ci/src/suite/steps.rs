@@ -104,9 +104,16 @@ pub fn all(long: bool) -> Vec<Step> {
     steps.extend(processes(long));
     steps.extend(bindings());
     steps.push(
-        Step::new("cuda", "cargo nextest run -p carole --features cuda")
-            .needs(Need::Device("/dev/nvidia0"), "no device")
-            .needs(Need::File("src/device/cuda"), "no CUDA device is implemented yet"),
+        Step::new("CUDA kernels as host C++", "cargo test -p carole --test kernels")
+            .needs(Need::Program("c++"), "no C++ compiler"),
+    );
+    steps.push(Step::new(
+        "CUDA device without a driver",
+        "cargo test -p carole --features cuda --lib device::cuda",
+    ));
+    steps.push(
+        Step::new("CUDA on a device", "cargo test -p carole --features cuda --test kernels on_a_device")
+            .needs(Need::Device("/dev/nvidia0"), "no device"),
     );
     steps
 }

@@ -31,7 +31,7 @@ mod stream;
 mod table;
 #[cfg(test)]
 mod tests;
-mod walk;
+pub(super) mod walk;
 
 use super::{Device, DeviceOrder, Finish, Reduction, Token};
 use crate::error::Cause;
@@ -39,6 +39,8 @@ use crate::memory::Memory;
 use crate::types::DType;
 pub use level::{Level, available, level, set_level};
 pub use stream::copy_streaming;
+#[cfg(test)]
+pub(super) use table::{elements, reals, reductions};
 use walk::Position;
 
 /// The device of ordinary memory. Every order is complete when [`Device::post`] returns.

@@ -84,8 +84,8 @@ pub fn finish(dtype: DType, src: &[u8], post: f64, divisor: u32) -> Vec<u8> {
     encode_all(dtype, decode_all(dtype, src).into_iter().map(|x| finish_value(dtype, x, post, divisor)))
 }
 
-/// Adasum of two whole tensors. Scalar products in f64, in eight partial sums (element `i` goes to sum
-/// `i % 8`), then 0+4, 1+5, 2+6, 3+7, then even and odd ones.
+/// Adasum of two whole tensors. Scalar products in f64, in chunks of 1024 elements with eight partial sums each
+/// (element `i` goes to sum `i % 8`); the canonical tree over the partial sums of all chunks, in their order.
 #[must_use]
 pub fn adasum(dtype: DType, a: &[u8], b: &[u8]) -> Vec<u8> {
     let real = |value: &Value| match *value {
@@ -95,12 +95,18 @@ pub fn adasum(dtype: DType, a: &[u8], b: &[u8]) -> Vec<u8> {
     };
     let (x, y) = (decode_all(dtype, a), decode_all(dtype, b));
     let product = |x: &[Value], y: &[Value]| {
-        let mut parts = [0.0f64; 8];
+        let mut sums = vec![0.0f64; x.len().div_ceil(1024) * 8];
         for (i, (x, y)) in x.iter().zip(y).enumerate() {
-            parts[i % 8] += real(x) * real(y);
+            sums[i / 1024 * 8 + i % 8] += real(x) * real(y);
         }
-        let [p0, p1, p2, p3, p4, p5, p6, p7] = parts;
-        ((p0 + p4) + (p2 + p6)) + ((p1 + p5) + (p3 + p7))
+        fn total(sums: &[f64]) -> f64 {
+            match sums {
+                [] => 0.0,
+                [one] => *one,
+                _ => total(&sums[..split(sums.len())]) + total(&sums[split(sums.len())..]),
+            }
+        }
+        total(&sums)
     };
     let dot = product(&x, &y);
     let share = |norm: f64| {

@@ -241,3 +241,35 @@ pub(super) unsafe fn identity(reduction: Reduction, dst: *mut u8, bytes: usize) 
     // SAFETY: the caller's promise.
     unsafe { with_reductions!(match_reduction!(reduction, identity_as(dst, bytes))) }
 }
+
+#[cfg(test)]
+macro_rules! list_reductions {
+    (() $($dtype:ident => $element:ty { $($op:ident),* })*) => {
+        vec![$($((DType::$dtype, ReduceOp::$op, stringify!($element).replace(' ', "")),)*)*]
+    };
+}
+
+#[cfg(test)]
+macro_rules! list_elements {
+    (() $($dtype:ident => $element:ty,)*) => {
+        vec![$((DType::$dtype, stringify!($element).replace(' ', "")),)*]
+    };
+}
+
+/// The rows of the table, for tests that hold other tables against it.
+#[cfg(test)]
+pub(in crate::device) fn reductions() -> Vec<(DType, ReduceOp, String)> {
+    with_reductions!(list_reductions!())
+}
+
+/// Which element scales which type.
+#[cfg(test)]
+pub(in crate::device) fn elements() -> Vec<(DType, String)> {
+    with_elements!(list_elements!())
+}
+
+/// Which element carries out Adasum of which type.
+#[cfg(test)]
+pub(in crate::device) fn reals() -> Vec<(DType, String)> {
+    with_reals!(list_elements!())
+}

@@ -5,7 +5,7 @@ use crate::memory::{Memory, Piece, PieceRange, RunId};
 
 /// How far a list of pieces has been walked.
 #[derive(Clone, Copy, Default, Debug)]
-pub(super) struct Position {
+pub(in crate::device) struct Position {
     /// The piece.
     piece: usize,
     /// Bytes of it that are done.
@@ -14,12 +14,18 @@ pub(super) struct Position {
 
 impl Position {
     /// Bytes left in the current piece; none at the end of the list.
-    pub(super) fn left(&self, pieces: &[Piece]) -> Option<u64> {
+    pub(in crate::device) fn left(&self, pieces: &[Piece]) -> Option<u64> {
         pieces.get(self.piece).map(|piece| piece.len - self.done)
     }
 
     /// The address of the next `len` bytes, which must be left in the current piece; moves past them.
-    pub(super) fn take(&mut self, pieces: &[Piece], len: u64, memory: &Memory, run: RunId) -> *mut u8 {
+    pub(in crate::device) fn take(
+        &mut self,
+        pieces: &[Piece],
+        len: u64,
+        memory: &Memory,
+        run: RunId,
+    ) -> *mut u8 {
         let piece = &pieces[self.piece];
         let address =
             memory.address(run, &Piece { region: piece.region, offset: piece.offset + self.done, len });

@@ -1,0 +1,59 @@
+//! Device memory: orders become launches of our own kernels (`kernels/`), which the driver translates from the
+//! PTX that is embedded; no toolkit, no NCCL and nothing but the driver is needed.
+//!
+//! # What is where
+//! * [`table`], [`launch`], [`lower`], [`source`] are pure and always here: which kernels there are, what they are
+//!   told, which of them an order takes, and what their PTX is made from (`cargo run -p ci -- ptx`).
+//! * `driver`, `memory`, `registered`, `device` and `ptx` come with the feature `cuda`: the driver's objects,
+//!   device, pinned and peers' memory, and the implementation of [`crate::device::Device`].
+//!
+//! # What has been proven, and what has not
+//! `tests/kernels.rs` compiles the kernels as host C++ and holds them, with the launches that [`lower`] makes,
+//! against the host device to the bit: all operations, types, lengths around vectors and tiles, misalignments, in
+//! place, and with threads in both orders; each access is checked against the memory that its order names. Two
+//! instructions are not seen so: the conversions of f16, which a device does by itself. The PTX is assembled
+//! without a device.
+//!
+//! **Nothing here has run on a GPU yet.** Not the driver's calls, not the speed of a kernel, not the order between
+//! streams or processes. No engine posts to this device yet: links between processes that share device memory,
+//! staging through pinned memory and the bindings' tensors are still to come, so that ranks with CUDA tensors are
+//! refused as before.
+//!
+//! # Rules
+//! * No kernel waits for another process: the host launches when all inputs are marked ready. An allreduce in one
+//!   shot is [`crate::device::DeviceOrder::ReduceMany`] over peers' memory; in two shots it is that for one part,
+//!   and a copy of the others' parts after the host has seen the peers' marks.
+//! * No context is made but on the device that the user's memory lies on, and there it is the primary one.
+//! * An allocation is known by the driver's number for it, checked at each use, never by its address alone.
+
+pub mod launch;
+pub mod lower;
+pub mod source;
+pub mod table;
+
+#[cfg(feature = "cuda")]
+pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
+#[cfg(feature = "cuda")]
+pub mod memory;
+#[cfg(feature = "cuda")]
+pub mod ptx;
+#[cfg(feature = "cuda")]
+pub mod registered;
+
+/// A sentence on what of this is here, for `--check-build`.
+#[must_use]
+pub fn describe() -> String {
+    #[cfg(feature = "cuda")]
+    match driver::version() {
+        Ok(version) => format!(
+            "CUDA: driver {}.{}; the kernels are built in, but collectives of CUDA tensors are not there yet.",
+            version / 1000,
+            version % 1000 / 10
+        ),
+        Err(why) => format!("CUDA: {why}."),
+    }
+    #[cfg(not(feature = "cuda"))]
+    "CUDA: not built in (the cargo feature cuda).".to_owned()
+}
