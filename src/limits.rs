@@ -24,9 +24,9 @@ pub const UNNAMED_RING: u32 = 1024;
 /// Children of one node of a coordinator's tree: latency grows with the depth, load with the width.
 pub const TREE_FAN_IN: usize = 8;
 /// Payload at or below this many bytes may travel before it is asked for, while landing space lasts.
-pub const EAGER_BYTES_MAX: usize = 8 << 10;
+pub const EAGER_BYTES_MAX: usize = 32 << 10;
 /// Landing space for eager payload, per link and direction.
-pub const EAGER_CREDIT_BYTES: usize = 128 << 10;
+pub const EAGER_CREDIT_BYTES: usize = 256 << 10;
 /// Payload is cut into frames of at most this many bytes, so that lanes share and control is not held up.
 pub const FRAME_BYTES_MAX: usize = 256 << 10;
 /// One direction of a shared-memory link: large enough to stream, small enough to stay in cache.
@@ -37,8 +37,8 @@ pub const SHM_CONTROL_BYTES: usize = 64 << 10;
 pub const TCP_LANES_MAX: usize = 16;
 /// Agreement messages kept for process sets that this rank has not made yet.
 pub const EARLY_MESSAGES_MAX: usize = 4096;
-/// Windows of one batch in flight.
-pub const WINDOWS_MAX: u32 = 64;
+/// Windows of one batch.
+pub const WINDOWS_MAX: u32 = 256;
 /// Reasons and messages that come from a peer are cut to this many bytes.
 pub const REASON_BYTES_MAX: usize = 2048;
 

@@ -11,7 +11,7 @@ use std::fmt::Write;
 /// The default for `window_bytes`: a ring of four then passes 1 MiB at a time, which stays in a core's cache.
 pub const WINDOW_BYTES: u64 = 4 << 20;
 /// A window is never cut below this: its messages would cost more than they overlap.
-const WINDOW_BYTES_MIN: u64 = 128 << 10;
+const WINDOW_BYTES_MIN: u64 = 256 << 10;
 
 /// What is to be run.
 #[derive(Clone, Copy, Debug)]

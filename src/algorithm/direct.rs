@@ -27,7 +27,7 @@ pub(super) fn chunks(query: &Query) -> u32 {
     if query.bytes.saturating_mul(others) <= ONE_STEP_BYTES { 1 } else { query.size() }
 }
 
-pub(super) fn allreduce(b: &mut Builder, _: &Query) {
+pub(super) fn allreduce(b: &mut Builder, query: &Query) {
     if b.chunks() == 1 {
         for to in others(b) {
             b.send(to, b.all());
@@ -35,7 +35,7 @@ pub(super) fn allreduce(b: &mut Builder, _: &Query) {
         reduce_all(b, b.all());
         return;
     }
-    reduce_own_part(b);
+    reduce_own_part(b, query);
     for to in others(b) {
         b.send(to, own(b));
     }
@@ -44,8 +44,8 @@ pub(super) fn allreduce(b: &mut Builder, _: &Query) {
     }
 }
 
-pub(super) fn reducescatter(b: &mut Builder, _: &Query) {
-    reduce_own_part(b);
+pub(super) fn reducescatter(b: &mut Builder, query: &Query) {
+    reduce_own_part(b, query);
 }
 
 pub(super) fn reduce(b: &mut Builder, query: &Query) {
@@ -58,7 +58,7 @@ pub(super) fn reduce(b: &mut Builder, query: &Query) {
         }
         return;
     }
-    reduce_own_part(b);
+    reduce_own_part(b, query);
     if b.me() == root {
         for from in senders(b) {
             b.recv(from, from..from + 1);
@@ -90,9 +90,16 @@ pub(super) fn broadcast(b: &mut Builder, query: &Query) {
 }
 
 /// Part `i` of everybody's vector goes to member `i`, which reduces it.
-fn reduce_own_part(b: &mut Builder) {
+fn reduce_own_part(b: &mut Builder, query: &Query) {
     for to in others(b) {
         b.send(to, to..to + 1);
+    }
+    if query.size() == 2 && !query.prescaled && !query.dtype.is_half() {
+        // One other operand is reduced as it arrives. (Of a prescaled value or a 16-bit one, whose final scale
+        // belongs into the accumulator, that would be another rounding.)
+        b.recv_reduce(1 - b.me(), own(b));
+        b.finish(own(b));
+        return;
     }
     reduce_all(b, own(b));
 }

@@ -169,7 +169,9 @@ impl Engine {
         let plan = Arc::clone(flight.plan.as_ref().expect("a flight has a plan"));
         let set = &self.sets[&flight.set];
         let stream = |window: u32, step: u32| {
-            batch_stream(flight.set, flight.sequence, window, plan.program.ordinal(step))
+            // The windows of one slot run one after another on every member, so their messages meet in order.
+            let slot = window % plan.program.in_flight;
+            batch_stream(flight.set, flight.sequence, slot, plan.program.ordinal(step))
         };
         let mut failure = None;
         while let Some(order) = orders.pop() {
@@ -316,6 +318,7 @@ impl Engine {
 
     /// Ends the epoch because something failed here.
     pub(super) fn break_epoch_with(&mut self, culprit: Option<Rank>, cause: Cause) {
+        self.quiet_until = None;
         self.membership.break_here(culprit, cause);
     }
 
@@ -413,12 +416,12 @@ fn stand_in(sizes: &Sizes, reduction: Reduction, collective: Collective, flight:
     }
 }
 
-/// The name of one message of a batch, which both sides compute alike.
-fn batch_stream(set: SetId, sequence: u64, window: u32, ordinal: u32) -> Stream {
+/// The stream of the messages of one step in the windows of one slot, which both sides compute alike.
+fn batch_stream(set: SetId, sequence: u64, slot: u32, ordinal: u32) -> Stream {
     Stream(
         u128::from(set.0) << 96
             | u128::from(sequence & 0xFFFF_FFFF_FFFF) << 48
-            | u128::from(window) << 32
+            | u128::from(slot) << 32
             | u128::from(ordinal),
     )
 }

@@ -227,7 +227,7 @@ impl Driver {
         let limit = now.after_ns(limits::SHUTDOWN_MS * 1_000_000);
         *lock(&self.shared.failure) = Some(Error::Shutdown(None));
         loop {
-            let moved = self.shared.turn(&mut engine);
+            let moved = self.shared.turn(&mut engine, None);
             let now = self.shared.now();
             if engine.is_gone() || now >= limit {
                 break;
@@ -294,11 +294,15 @@ impl Shared {
         }
     }
 
-    /// One turn of the engine. A panic in it (a bug of ours) breaks the epoch and leaves no waiter behind.
-    fn turn(&self, engine: &mut Engine) -> bool {
+    /// One turn of the engine, which may begin with the news that somebody waits for an operation. A panic in it
+    /// (a bug of ours) breaks the epoch and leaves no waiter behind.
+    fn turn(&self, engine: &mut Engine, waits_for: Option<OpId>) -> bool {
         let now = self.now();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             let mut moved = self.read_mail(engine, now);
+            if let Some(op) = waits_for {
+                engine.wait_for(op, now);
+            }
             moved |= engine.turn(now);
             self.report(engine);
             moved
@@ -329,7 +333,7 @@ impl Shared {
         let now = self.now();
         // The invariant that broke may be anywhere; what can still be done is done, each part by itself.
         let _ = catch_unwind(AssertUnwindSafe(|| {
-            engine.membership.break_here(Some(engine.me), cause);
+            engine.break_epoch_with(Some(engine.me), cause);
             engine.turn(now);
         }));
         let _ = catch_unwind(AssertUnwindSafe(|| self.report(engine)));
@@ -352,7 +356,8 @@ impl Shared {
     }
 
     fn read_mail(&self, engine: &mut Engine, now: Time) -> bool {
-        if !self.has_mail.swap(false, Ordering::SeqCst) {
+        // Looked at before it is taken: a waiter comes by often, and mail seldom.
+        if !self.has_mail.load(Ordering::SeqCst) || !self.has_mail.swap(false, Ordering::SeqCst) {
             return false;
         }
         let mut mail = std::mem::take(&mut *lock(&self.mail));
@@ -422,15 +427,10 @@ impl Shared {
         let mut spin = lock(&self.spin);
         // The background thread's arming is undone: this thread looks by itself.
         engine.disarm();
-        let mut waited = false;
+        let mut waits_for = self.handles.index(handle).ok().map(OpId);
         let mut idle_since = None;
         loop {
-            let mut moved = self.turn(&mut engine);
-            if !waited && let Ok(index) = self.handles.index(handle) {
-                waited = true;
-                engine.wait_for(OpId(index), self.now());
-                moved |= self.turn(&mut engine);
-            }
+            let moved = self.turn(&mut engine, waits_for.take());
             let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
             if moved && let Some(since) = idle_since.take() {
                 spin.found(self.now().since(since));
@@ -520,7 +520,7 @@ impl Shared {
             // Only who drives may clear the eventfd: a caller that sleeps on it would miss its wake.
             self.waker.clear();
             engine.disarm();
-            if self.turn(&mut engine) {
+            if self.turn(&mut engine, None) {
                 continue;
             }
             if engine.is_busy() {

@@ -34,6 +34,7 @@ pub struct MessageSubmission {
 impl Engine {
     /// Takes a point-to-point message.
     pub fn submit_message(&mut self, m: &MessageSubmission, shape: &[u64]) -> Result<()> {
+        self.quiet_until = None;
         match self.admit(m.set, m.op) {
             _ if self.broken.is_none() && self.has_departed(m.peer) => {
                 return Err(Error::Shutdown(Some(m.peer)));

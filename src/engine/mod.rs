@@ -116,6 +116,8 @@ pub struct Engine {
     departing: Vec<Rank>,
     /// Neighbours whose links this rank waits for only to say goodbye.
     unmet: Vec<Rank>,
+    /// Until when there is nothing to do but to look at the links, unless something happens.
+    quiet_until: Option<Time>,
     /// Whether the links to the neighbours in the global tree have been asked for.
     hangs_together: bool,
     // Buffers that are used again at each turn.
@@ -163,6 +165,7 @@ impl Engine {
             left: None,
             departing: Vec::new(),
             unmet: Vec::new(),
+            quiet_until: None,
             hangs_together: false,
             events: Events::default(),
             changes: Vec::new(),
@@ -181,6 +184,7 @@ impl Engine {
 
     /// Takes an operation. What goes wrong later is told through [`Engine::ended`].
     pub fn submit(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
+        self.quiet_until = None;
         self.admit(submission.set, submission.op)?;
         let coordinator = self.coordinator_of(submission.set).expect("admitted sets have a coordinator");
         let accepted = coordinator.submit(
@@ -210,6 +214,7 @@ impl Engine {
 
     /// Somebody waits for this operation: the batching window closes now.
     pub fn wait_for(&mut self, op: OpId, now: Time) {
+        self.quiet_until = None;
         let Some(set) = self.ops.get(&op).map(|o| o.set) else { return };
         if let Some(coordinator) = self.coordinator_of(set) {
             coordinator.wait_for(op, now);
@@ -225,6 +230,11 @@ impl Engine {
             self.linger(&mut changes);
             self.changes = changes;
             return moved;
+        }
+        if !moved && changes.is_empty() && self.quiet_until.is_some_and(|until| now < until) {
+            // A waiter that looks again and again comes by here, and its next look must be soon.
+            self.changes = changes;
+            return false;
         }
         for change in changes.drain(..) {
             moved = true;
@@ -253,6 +263,8 @@ impl Engine {
         if self.agrees() {
             moved |= self.turn_coordinators(now);
         }
+        let settled = !moved && self.departing.is_empty() && self.unmet.is_empty();
+        self.quiet_until = settled.then(|| self.poll_timeout().unwrap_or(Time(u64::MAX)));
         moved
     }
 
@@ -265,6 +277,7 @@ impl Engine {
             let peer = self.links.up()[place];
             events.clear();
             moved |= self.links.progress(place, &self.memory, now, &mut events, &mut self.changes);
+            moved |= !events.list.is_empty();
             for event in &events.list {
                 self.hear(peer, event, &events.control, now);
             }

@@ -39,14 +39,14 @@ pub(super) fn run(
     let tensors = [TensorArg { input, output, dtype, shape: &shape }];
     // SAFETY: the buffers are borrowed for the whole of this call, which waits for the outcome without a
     // limit; after any outcome the engine touches them no more.
-    let handle = unsafe { runtime::submit(&Request { tensors: &tensors, ..*request }, None) }?;
+    let handle = unsafe { runtime::submit_to_wait(&Request { tensors: &tensors, ..*request }, None) }?;
     runtime::wait(handle, None).result
 }
 
 /// No rank leaves before all have entered.
 pub(super) fn barrier() -> Result<()> {
     // SAFETY: a barrier has no buffers.
-    let handle = unsafe { runtime::submit(&Request::default(), None) }?;
+    let handle = unsafe { runtime::submit_to_wait(&Request::default(), None) }?;
     runtime::wait(handle, None).result.map(drop)
 }
 

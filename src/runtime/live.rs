@@ -383,7 +383,11 @@ fn porter_options(config: &Config) -> PorterOptions {
 
 /// Spinning pays only where every rank of the host has a processor of its own.
 fn patience(config: &Config, world: &World) -> Patience {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    // Ranks that are bound to a processor each share the machine and not that processor. What the machine (or the
+    // container) has is what its first process may use.
+    let all =
+        rustix::thread::sched_getaffinity(Some(rustix::process::Pid::INIT)).map_or(1, |set| set.count());
+    let processors = std::thread::available_parallelism().map_or(1, usize::from).max(all as usize);
     let crowded = world.local_size as usize > processors;
     let processor =
         config.thread_affinity.get(world.local_rank as usize).map(|&processor| processor as usize);

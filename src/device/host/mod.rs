@@ -27,6 +27,7 @@ mod level;
 mod mode;
 mod number;
 pub mod oracle;
+mod stream;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ use crate::error::Cause;
 use crate::memory::Memory;
 use crate::types::DType;
 pub use level::{Level, available, level, set_level};
+pub use stream::copy_streaming;
 #[cfg(test)]
 pub(super) use table::{elements, reals, reductions};
 use walk::Position;

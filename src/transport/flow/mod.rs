@@ -20,6 +20,7 @@
 
 mod control;
 mod frame;
+mod hash;
 mod landing;
 #[allow(unsafe_code)]
 mod pieces;
@@ -44,8 +45,9 @@ use std::os::fd::RawFd;
 
 /// Announcements that a peer may have waiting for orders of this side: as many as operations in flight.
 const PROMISES_MAX: usize = crate::limits::IN_FLIGHT_MAX;
-/// Bytes that one lane moves per call of progress and direction, so that the other links get their turn.
-const LANE_BUDGET_BYTES: usize = 1 << 20;
+/// Bytes that one lane moves per call of progress and direction: few enough that the peer, which waits for room or
+/// for bytes, and the other links soon get their turn.
+const LANE_BUDGET_BYTES: usize = 256 << 10;
 
 /// Control frames that are read per call of progress.
 const CONTROL_FRAMES_PER_CALL: usize = 4096;
@@ -95,6 +97,8 @@ pub struct FlowLink {
     recvs: Recvs,
     heard: Time,
     control_ended: bool,
+    /// The lanes were not read in the last call.
+    put_off: bool,
     /// When the first pipe ended.
     ended_at: Option<Time>,
     dead: Option<Cause>,
@@ -125,6 +129,7 @@ impl FlowLink {
             recvs: Recvs::new(options.eager_bytes_max as u64),
             heard: Time(0),
             control_ended: false,
+            put_off: false,
             ended_at: None,
             dead: None,
         }
@@ -144,12 +149,18 @@ impl FlowLink {
 
     fn advance(&mut self, memory: &Memory, now: Time, events: &mut Events) -> Result<bool, Cause> {
         let mut moved = self.recvs.settle(memory, &mut self.outbox, events);
+        let known = events.control.len();
         let mut heard = self.read_control(events)?;
         moved |= self.sends.settle(&mut self.outbox, events);
         self.write_control()?;
+        // What the engine is told first may make it post the receives of what waits in the lanes: then that needs
+        // no landing. But never twice in a row, or a peer that talks all the time would hold payload up.
+        self.put_off = events.control.len() > known && !self.put_off;
         for at in 0..self.lanes.len() {
             moved |= self.write_lane(at, memory, events)?;
-            heard |= self.read_lane(at, memory, events)?;
+            if !self.put_off {
+                heard |= self.read_lane(at, memory, events)?;
+            }
         }
         moved |= self.recvs.settle(memory, &mut self.outbox, events);
         moved |= self.sends.settle(&mut self.outbox, events);

@@ -7,7 +7,7 @@ use crate::transport::Pipe;
 use std::io::IoSlice;
 
 /// Bytes that are reduced before the pipe gets their room back: the peer goes on writing meanwhile.
-const REDUCE_BYTES: usize = 32 << 10;
+const REDUCE_BYTES: usize = 16 << 10;
 
 /// A position in a list of pieces.
 #[derive(Clone, Copy, Default, Debug)]

@@ -3,6 +3,7 @@
 
 use super::control::Outbox;
 use super::frame::{FrameKind, HEADER_BYTES, Header, misbehaved};
+use super::hash::Table;
 use super::landing::{Chain, Landing, landing_cost};
 use super::pieces::{Target, TargetCursor};
 use super::slab::Slab;
@@ -13,7 +14,6 @@ use crate::error::Cause;
 use crate::limits::{EAGER_CREDIT_BYTES, FRAME_BYTES_MAX};
 use crate::memory::{Memory, RunId};
 use crate::transport::{Events, LinkEvent, Pipe, Stream};
-use std::collections::HashMap;
 
 struct Message {
     token: Token,
@@ -79,7 +79,7 @@ impl Incoming {
 /// The receiving half of a link.
 pub struct Recvs {
     messages: Slab<Message>,
-    table: HashMap<Key, Entry>,
+    table: Table<Key, Entry>,
     wanted: usize,
     streams: Streams,
     landing: Landing,
@@ -96,7 +96,7 @@ impl Recvs {
     pub fn new(eager_max: u64) -> Recvs {
         Recvs {
             messages: Slab::new(),
-            table: HashMap::new(),
+            table: Table::default(),
             wanted: 0,
             streams: Streams::default(),
             landing: Landing::new(),

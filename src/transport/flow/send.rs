@@ -3,6 +3,7 @@
 
 use super::control::Outbox;
 use super::frame::{FrameKind, HEADER_BYTES, Header, misbehaved};
+use super::hash::Table;
 use super::landing::landing_cost;
 use super::pieces::Cursor;
 use super::slab::Slab;
@@ -13,7 +14,7 @@ use crate::error::Cause;
 use crate::limits::{EAGER_CREDIT_BYTES, FRAME_BYTES_MAX};
 use crate::memory::{Memory, PieceRange, RunId};
 use crate::transport::{Events, LinkEvent, Pipe, Stream};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io::IoSlice;
 
 /// Slices that are handed to a pipe at once.
@@ -55,7 +56,7 @@ pub struct Outgoing {
 /// The sending half of a link.
 pub struct Sends {
     messages: Slab<Message>,
-    table: HashMap<Key, Entry>,
+    table: Table<Key, Entry>,
     granted: usize,
     streams: Streams,
     /// Small messages that have credit. They go ahead of data; credit bounds them.
@@ -74,7 +75,7 @@ impl Sends {
     pub fn new(eager_max: u64) -> Sends {
         Sends {
             messages: Slab::new(),
-            table: HashMap::new(),
+            table: Table::default(),
             granted: 0,
             streams: Streams::default(),
             eager: VecDeque::new(),

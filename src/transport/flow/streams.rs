@@ -4,9 +4,10 @@
 
 use super::control::Outbox;
 use super::frame::{FrameKind, misbehaved};
+use super::hash::Table;
 use crate::error::Cause;
 use crate::transport::Stream;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 /// Idle streams that are kept before the older half of them is proposed for retirement.
 pub const IDLE_STREAMS_MAX: usize = 1024;
@@ -27,7 +28,7 @@ struct Count {
 /// The streams of one direction, at one side.
 #[derive(Default)]
 pub struct Streams {
-    counts: HashMap<Stream, Count>,
+    counts: Table<Stream, Count>,
     idle: VecDeque<Stream>,
     frozen: bool,
 }

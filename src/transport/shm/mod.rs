@@ -1,5 +1,6 @@
 //! Shared memory between two processes of one host: rings that a peer reads where they lie.
 
+mod distance;
 #[cfg(all(test, loom))]
 mod loom;
 mod ring;
@@ -9,9 +10,11 @@ mod tests;
 
 pub use segment::{SEGMENT_BYTES, create_segment};
 
+use crate::device::host::copy_streaming;
 use crate::error::Cause;
 use crate::transport::Pipe;
 use crate::transport::wake::{self, Waker};
+use distance::Distance;
 use ring::{Consumer, Producer, WANTS_DATA, WANTS_ROOM, go_to_sleep, must_wake};
 use rustix::net::RecvFlags;
 use segment::{RingId, Segment};
@@ -21,7 +24,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// Bytes that are copied before the other side is shown them: small enough that both work at the same time.
-const PUBLISH_BYTES: usize = 32 << 10;
+const PUBLISH_BYTES: usize = 16 << 10;
+/// What one core takes from another at once.
+const CACHE_LINE_BYTES: usize = 64;
 /// Looks at an empty ring between two looks at the socket, which costs a system call.
 const LOOKS_PER_CHECK: u32 = 512;
 /// Times that the owner wakes between two looks at the socket.
@@ -46,6 +51,8 @@ struct Shared {
     /// Kept alive: the peer writes to (its copy of) it.
     _waker: Waker,
     peer_waker: OwnedFd,
+    /// Whether the processor is one on which handing lines back pays.
+    hands_back: bool,
 }
 
 /// One of a segment's two pipes: a ring in each direction.
@@ -55,6 +62,7 @@ pub struct ShmPipe {
     rx: RingId,
     producer: Producer,
     consumer: Consumer,
+    distance: Distance,
     /// What happened since the last flush that a sleeping peer may wait for.
     offers: u64,
     looks: u32,
@@ -79,7 +87,8 @@ pub fn open(
         Side::Creator => 0,
         Side::Joiner => 1,
     };
-    let shared = Arc::new(Shared { segment, side, socket, _waker: waker, peer_waker });
+    let shared =
+        Arc::new(Shared { segment, side, socket, _waker: waker, peer_waker, hands_back: hands_back() });
     Ok((ShmPipe::new(shared.clone(), false), ShmPipe::new(shared, true)))
 }
 
@@ -92,6 +101,7 @@ impl ShmPipe {
             rx,
             producer: Producer::new(tx.size()),
             consumer: Consumer::new(rx.size()),
+            distance: Distance::default(),
             offers: 0,
             looks: 0,
             armed: false,
@@ -114,7 +124,14 @@ impl ShmPipe {
             }
             // SAFETY: position + n <= size, so the destination lies in the ring; the ring's index logic gives
             // these bytes to the producer alone; private memory and the mapping do not overlap.
-            unsafe { std::ptr::copy_nonoverlapping(part[done..].as_ptr(), ring.add(position), n) };
+            unsafe {
+                let (src, dst) = (part[done..].as_ptr(), ring.add(position));
+                if self.distance.is_far() {
+                    copy_streaming(dst, src, n);
+                } else {
+                    std::ptr::copy_nonoverlapping(src, dst, n);
+                }
+            }
             self.producer.publish(segment.tail(self.tx), n);
             done += n;
         }
@@ -134,9 +151,29 @@ impl ShmPipe {
         }
     }
 
+    /// Makes the lines that are about to be released this core's own, by a store to each. A line that was only
+    /// read stays shared, and the producer, to overwrite it, must ask every core that may hold it; to fetch a line
+    /// that one core has changed is far quicker. Measured on AMD Zen 4: the producer copies 44 GB/s into a ring
+    /// that is in cache instead of 9, and 17 instead of 2 where the two cores share no third-level cache.
+    fn hand_back(&self, n: usize) {
+        let (ring, position) = (self.shared.segment.bytes(self.rx), self.consumer.position());
+        let end = position + n;
+        assert!(end <= self.rx.size(), "what is released was shown in a row");
+        let mut at = position;
+        while at < end {
+            // SAFETY: at < end <= size, so the byte lies in the ring, and it is the consumer's until it is
+            // released. Its value is of no use to anybody. Volatile, or the store would be left out.
+            unsafe { ring.add(at).write_volatile(0) };
+            at = (at + CACHE_LINE_BYTES) & !(CACHE_LINE_BYTES - 1);
+        }
+    }
+
     /// Bytes that can be read in a row.
     fn readable(&mut self) -> Result<usize, Cause> {
         let segment = &self.shared.segment;
+        if let Some(known) = self.consumer.drained_at() {
+            self.distance.look(segment.tail(self.rx), known);
+        }
         // Asks for everything, so that what is shown never lags behind what is there.
         let mut there = self.consumer.available(segment.tail(self.rx), self.rx.size())?;
         if there == 0 {
@@ -153,6 +190,19 @@ impl ShmPipe {
         }
         Ok(there.min(self.rx.size() - self.consumer.position()))
     }
+}
+
+/// Whether handing lines back pays on this processor: on AMD's. Others have not been measured, and may fetch a
+/// changed line more slowly than they take over a shared one.
+fn hands_back() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let leaf = std::arch::x86_64::__cpuid(0);
+        let vendor = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
+        [*b"AuthenticAMD", *b"HygonGenuine"].iter().any(|known| vendor.as_flattened() == known)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 impl Pipe for ShmPipe {
@@ -183,6 +233,10 @@ impl Pipe for ShmPipe {
 
     fn consume(&mut self, n: usize) {
         if n > 0 {
+            // A line that was streamed past the caches is nobody's, and best stays so.
+            if self.shared.hands_back && !self.distance.is_far() {
+                self.hand_back(n);
+            }
             self.consumer.release(self.shared.segment.head(self.rx), n);
             self.offers |= WANTS_ROOM;
         }

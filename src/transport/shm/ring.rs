@@ -116,6 +116,11 @@ impl Consumer {
         Ok(known as usize)
     }
 
+    /// The producer's index when it was last looked at, if all up to there has been consumed.
+    pub fn drained_at(&self) -> Option<u64> {
+        (self.head == self.tail_seen).then_some(self.tail_seen)
+    }
+
     /// Gives the room of `n` bytes back to the producer.
     pub fn release<W: Word>(&mut self, head: &W, n: usize) {
         self.head += n as u64;
