@@ -7,7 +7,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from .. import _arrays, _native
+from .. import _arrays, _native, _timeline
 from .._errors import BrokenError, HorovodInternalError, MismatchError, ShutdownError
 from .._sets import ProcessSet, global_process_set, set_id
 from .._submit import ALLGATHER, ALLREDUCE, ALLTOALL, BROADCAST, REDUCESCATTER, Average, Sum
@@ -22,15 +22,21 @@ _CODES = {
     if hasattr(torch, name)
 }  # fmt: skip
 
+# As the timeline calls the collectives, by their codes.
+_OPERATIONS = ("ALLREDUCE", "ALLGATHER", "BROADCAST", "REDUCESCATTER", "ALLTOALL", "REDUCE", "GATHER", "SCATTER",
+               "BARRIER", "JOIN")  # fmt: skip
+
 
 class Handle:
     """An operation in flight, for `poll` and `synchronize`."""
 
-    __slots__ = ("_native", "_finish", "__weakref__")
+    __slots__ = ("_native", "_finish", "_lane", "__weakref__")
 
-    def __init__(self, native: _native.Handle, finish: Callable[[Any], Any]) -> None:
+    def __init__(self, native: _native.Handle, finish: Callable[[Any], Any], lane: Optional[int] = None) -> None:
         self._native: Optional[_native.Handle] = native
         self._finish = finish
+        # Where the timeline shows it.
+        self._lane = lane
 
 
 def handle_average_backwards_compatibility(op: Optional[int], average: Optional[bool]) -> int:
@@ -59,9 +65,28 @@ def synchronize(handle: Handle) -> Any:
         outcome = native.wait()
     except (BrokenError, MismatchError, ShutdownError) as error:
         handle._native = None
+        _note_end(handle, True)
         raise HorovodInternalError(str(error)) from error
     handle._native = None
+    if handle._lane is not None:
+        _note_end(handle, False)
     return handle._finish(outcome)
+
+
+def _note_end(handle: Handle, failed: bool) -> None:
+    timeline = _timeline.active
+    if timeline is not None and handle._lane is not None:
+        timeline.end(handle._lane, failed)
+
+
+def _note_begin(collective: int, name: Optional[str], inputs: Sequence[Any]) -> Optional[int]:
+    timeline = _timeline.active
+    if timeline is None:
+        return None
+    operation = _OPERATIONS[collective]
+    dtype = str(inputs[0].dtype).rpartition(".")[2] if inputs else "none"
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    return timeline.begin(name or f"{operation.lower()}.noname", operation, dtype, shapes)
 
 
 def _refusal(tensors: Sequence[Any]) -> Optional[str]:
@@ -110,7 +135,9 @@ def submit(
     native = _native.submit_raw(
         collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits
     )
-    return Handle(native, finish)
+    if _timeline.active is None:
+        return Handle(native, finish)
+    return Handle(native, finish, _note_begin(collective, name, inputs))
 
 
 def _named(operation: str, name: Optional[str]) -> Optional[str]:
