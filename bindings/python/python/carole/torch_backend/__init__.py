@@ -1,0 +1,69 @@
+"""Carole as a backend of `torch.distributed`.
+
+    import carole.torch_backend
+    torch.distributed.init_process_group("carole")
+
+Works under torchrun, carolerun, or any other way in which `init_process_group` finds its store. Tensors are in host
+memory. Everything in torch that goes through process groups goes through Carole then: DDP, FSDP, DTensor, pipelines.
+
+Where no launcher of ours gave the ranks a secret, they exchange one through torch's store, which is trusted as far
+as that store is. Errors name the rank at fault; after a timeout or the loss of a rank the job is broken, as with
+other backends.
+
+On torch before 2.0 process groups written in Python have no `*_coalesced`, all-to-all, gather, scatter or reduce.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from .group import CaroleProcessGroup
+from .start import ensure_set, join
+
+__all__ = ["CaroleProcessGroup"]
+
+
+def _create(options: Any, backend_options: Any = None) -> CaroleProcessGroup:
+    del backend_options
+    ranks = list(options.global_ranks_in_group)
+    timeout_s = options.timeout.total_seconds()
+    if not ranks:
+        join(options.store, options.group_rank, options.group_size, timeout_s)
+        ranks = list(range(options.group_size))
+    return CaroleProcessGroup(options.store, options.group_rank, ranks, timeout_s, ensure_set(ranks))
+
+
+def _make_sets_with_all_ranks() -> None:
+    """All ranks call `new_group`, but torch calls a backend on the group's members only, and a process set of the
+    engine is made by all. So the function that all ranks come through is wrapped."""
+    inner = distributed_c10d._new_process_group_helper
+
+    @functools.wraps(inner)
+    def helper(group_size, group_rank, global_ranks_in_group, backend, *args, **kwargs):
+        ranks = list(global_ranks_in_group or ())
+        if ranks and "carole" in str(backend).lower() and dist.is_initialized():
+            ensure_set(ranks)
+        return inner(group_size, group_rank, global_ranks_in_group, backend, *args, **kwargs)
+
+    distributed_c10d._new_process_group_helper = helper
+
+
+def _register() -> None:
+    if hasattr(dist.Backend, "CAROLE"):
+        return
+    try:
+        dist.Backend.register_backend("carole", _create, extended_api=True, devices=["cpu"])
+    except TypeError:
+        # Before torch 2.0 a backend serves all devices.
+        dist.Backend.register_backend("carole", _create, extended_api=True)
+    _make_sets_with_all_ranks()
+
+
+if not dist.is_available():
+    raise ImportError(f"this build of torch ({torch.__version__}) has no torch.distributed")
+_register()
