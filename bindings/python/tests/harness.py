@@ -12,6 +12,7 @@ imported it, and has done nothing else.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -29,7 +30,11 @@ from typing import Any, Callable, Collection, Dict, List, Optional
 
 # Long, since a test machine may be busy with other things; no test should come near it.
 TIMEOUT_S = float(os.environ.get("TEST_TIMEOUT_S", "180"))
-PRELOADED = ("torch", "torch.distributed", "carole", "carole.torch")
+# What takes long to import; some of it is not in every torch.
+PRELOADED = (
+    "torch", "torch.distributed", "carole", "carole.torch", "torch.optim", "torch._dynamo", "torch.distributed.tensor",
+    "torch.distributed.fsdp", "torch.distributed.checkpoint",
+)  # fmt: skip
 
 
 class Failed(AssertionError):
@@ -137,7 +142,8 @@ def _fork_all(commands: List[List[str]], environments: List[Dict[str, str]], out
 def _serve() -> None:
     """Forks ranks on request, and answers how they ended."""
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
         commands, environments, outputs, timeout_s = json.loads(line)
         pids = []

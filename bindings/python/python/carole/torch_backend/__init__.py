@@ -48,7 +48,11 @@ def _make_sets_with_all_ranks() -> None:
         ranks = list(global_ranks_in_group or ())
         if ranks and "carole" in str(backend).lower() and dist.is_initialized():
             ensure_set(ranks)
-        return inner(group_size, group_rank, global_ranks_in_group, backend, *args, **kwargs)
+        made = inner(group_size, group_rank, global_ranks_in_group, backend, *args, **kwargs)
+        group = made[0] if isinstance(made, tuple) else made
+        if isinstance(group, CaroleProcessGroup):
+            group.ready()
+        return made
 
     distributed_c10d._new_process_group_helper = helper
 

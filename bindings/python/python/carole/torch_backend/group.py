@@ -64,10 +64,16 @@ class CaroleProcessGroup(dist.ProcessGroup):
         self._set = number
         # Members of a set are in the order of their ranks; a group may have them in another.
         self._ascending = sorted(ranks) == ranks
+        # While torch sets the group up, it takes a group with devices for one of C++ and asks for its parts.
+        self._devices: List[torch.device] = []
         self._name = ""
         self._desc = ""
         self._tag = ""
         self._counters: Dict[Tuple[int, Any, int], List[Any]] = {}
+
+    def ready(self) -> None:
+        """Torch has set the group up."""
+        self._devices = [torch.device("cpu")]
 
     # What torch asks about the group itself.
 
@@ -100,6 +106,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
 
     group_desc = property(lambda self: self._desc)
     bound_device_id = property(lambda self: None)
+    _device_types = property(lambda self: self._devices)
     supports_coalescing = property(lambda self: False)
     supports_splitting = property(lambda self: False)
     supports_shrinking = property(lambda self: False)
