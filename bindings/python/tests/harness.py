@@ -142,7 +142,7 @@ def _fork_all(commands: List[List[str]], environments: List[Dict[str, str]], out
 def _serve() -> None:
     """Forks ranks on request, and answers how they ended."""
     for name in PRELOADED:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):
             importlib.import_module(name)
     for line in sys.stdin:
         commands, environments, outputs, timeout_s = json.loads(line)
