@@ -137,7 +137,7 @@ class CaroleWork(c10d.Work):
     def get_future(self) -> torch.futures.Future:
         if self._future is None:
             self._future = torch.futures.Future()
-            _completer.take(self)
+            _completer().take(self)
         return self._future
 
     def settle(self, timeout_s: float) -> bool:
@@ -181,9 +181,10 @@ class CoalescedWork(DoneWork):
 
 
 class _Completer:
-    """The thread that waits for operations that a future was asked for."""
+    """A thread that waits for operations that a future was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: int) -> None:
+        self._level = level
         self._queue: "queue.SimpleQueue[CaroleWork]" = queue.SimpleQueue()
         self._thread: Optional[threading.Thread] = None
         self._lock = threading.Lock()
@@ -198,6 +199,7 @@ class _Completer:
         self._queue.put(work)
 
     def _run(self) -> None:
+        _here.level = self._level
         waiting: Deque[CaroleWork] = collections.deque()
         while True:
             if not waiting:
@@ -211,4 +213,16 @@ class _Completer:
                 waiting = collections.deque(w for w in waiting if not (w.is_completed() and w.settle(_TURN_S)))
 
 
-_completer = _Completer()
+_here = threading.local()
+_completers: List[_Completer] = []
+_growing = threading.Lock()
+
+
+def _completer() -> _Completer:
+    """The thread for futures that this thread asks for. A callback runs on such a thread and may itself wait for
+    another future (PowerSGD's does), so that one belongs to the next thread."""
+    level = getattr(_here, "level", -1) + 1
+    with _growing:
+        while len(_completers) <= level:
+            _completers.append(_Completer(len(_completers)))
+        return _completers[level]
