@@ -104,3 +104,8 @@ pub mod engine;
 pub mod runtime;
 pub mod launch;
 pub mod perf;
+
+/// The README's program, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -39,6 +39,7 @@ pub fn run(settings: &Settings) -> Verdict {
             args: vec!["figures".to_owned()],
             size: settings.ranks,
             hosts: 1,
+            places: Vec::new(),
             knobs: vec![("CAROLE_TRANSPORT", transport.to_owned())],
             limit: Duration::from_secs(120),
         };

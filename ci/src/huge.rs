@@ -45,6 +45,7 @@ pub fn run(settings: &Settings) -> Verdict {
             args: vec!["huge".to_owned(), "--elements".to_owned(), settings.elements.to_string()],
             size: RANKS,
             hosts: 1,
+            places: Vec::new(),
             knobs: vec![("CAROLE_TRANSPORT", transport.to_owned())],
             limit: Duration::from_secs(900),
         };

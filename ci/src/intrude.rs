@@ -29,6 +29,7 @@ pub fn run(settings: &Settings) -> Verdict {
         args,
         size: settings.ranks,
         hosts: 1,
+        places: Vec::new(),
         knobs: vec![("CAROLE_TRANSPORT", "tcp".to_owned())],
         limit: Duration::from_secs(60),
     };

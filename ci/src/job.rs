@@ -16,6 +16,8 @@ pub struct Plan {
     pub size: u32,
     /// Hosts to pretend, each with a run of ranks; 1 means the truth.
     pub hosts: u32,
+    /// The network namespace of each host; none means this one.
+    pub places: Vec<String>,
     /// Knobs of all ranks.
     pub knobs: Vec<(&'static str, String)>,
     /// Longer than this, and it hangs.
@@ -44,7 +46,7 @@ impl Plan {
     /// The variables that rank `rank` is started with.
     fn variables(&self, rank: u32, meeting: &str) -> Vec<(String, String)> {
         let hosts = self.hosts.clamp(1, self.size);
-        let host = |rank: u32| rank * hosts / self.size;
+        let host = |rank: u32| self.host(rank);
         let local = (0..rank).filter(|&r| host(r) == host(rank)).count();
         let on_host = (0..self.size).filter(|&r| host(r) == host(rank)).count();
         let mut variables = vec![
@@ -66,11 +68,24 @@ impl Plan {
         variables
     }
 
+    fn host(&self, rank: u32) -> u32 {
+        rank * self.hosts.clamp(1, self.size) / self.size
+    }
+
+    /// This program, where the rank belongs.
+    fn command(&self, rank: u32) -> Result<Command, String> {
+        let program = std::env::current_exe().map_err(|e| format!("this program cannot find itself: {e}"))?;
+        let Some(place) = self.places.get(self.host(rank) as usize) else { return Ok(Command::new(program)) };
+        // It becomes the program, so signals reach it.
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", place]).arg(program);
+        Ok(command)
+    }
+
     /// Starts all ranks.
     pub fn start(&self) -> Result<Job, String> {
         let meeting = tempfile::tempdir().map_err(|e| format!("no temporary directory: {e}"))?;
         write_secret(&meeting.path().join("secret")).map_err(|e| format!("no secret can be written: {e}"))?;
-        let program = std::env::current_exe().map_err(|e| format!("this program cannot find itself: {e}"))?;
         let (sender, lines) = channel();
         let mut job = Job {
             ranks: Vec::new(),
@@ -80,7 +95,7 @@ impl Plan {
             _meeting: meeting,
         };
         for rank in 0..self.size {
-            let mut command = Command::new(&program);
+            let mut command = self.command(rank)?;
             command.arg("rank").args(&self.args).stdin(Stdio::null()).stdout(Stdio::piped());
             for (name, _) in std::env::vars_os().filter(|(name, _)| is_knob(name)) {
                 command.env_remove(name);

@@ -9,6 +9,7 @@ mod call;
 mod chaos;
 mod figures;
 mod fuzz;
+mod hosts;
 mod huge;
 mod install_c;
 mod intrude;
@@ -49,6 +50,8 @@ enum Task {
     Chaos(chaos::Settings),
     /// Garbage, scans and half-open connections on the ports of a running job.
     Intrude(intrude::Settings),
+    /// Several hosts, as network namespaces around a router; takes root.
+    Hosts(hosts::Settings),
     /// Threads and memory of a process, and of simulated engines.
     Figures(figures::Settings),
     /// One tensor of more than 2^31 elements.
@@ -99,6 +102,7 @@ fn main() {
         Task::Order(settings) => order::run(&settings),
         Task::Chaos(settings) => chaos::run(&settings),
         Task::Intrude(settings) => intrude::run(&settings),
+        Task::Hosts(settings) => hosts::run(&settings),
         Task::Figures(settings) => figures::run(&settings),
         Task::Huge(settings) => huge::run(&settings),
         Task::Fuzz(settings) => fuzz::run(&settings),

@@ -44,6 +44,7 @@ pub fn run(settings: &Settings) -> Verdict {
         args,
         size: settings.ranks,
         hosts: 1,
+        places: Vec::new(),
         knobs: Vec::new(),
         limit: Duration::from_secs(120 + 10 * settings.steps),
     };

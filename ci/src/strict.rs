@@ -73,6 +73,7 @@ fn one_run(
         args: ["strict", "--order"].map(str::to_owned).into_iter().chain([order.to_string()]).collect(),
         size: ranks,
         hosts: hosts(algorithm, transport, ranks),
+        places: Vec::new(),
         knobs: vec![
             ("CAROLE_TRANSPORT", transport.to_owned()),
             ("CAROLE_ALGORITHM", algorithm.to_owned()),

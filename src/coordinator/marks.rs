@@ -36,6 +36,7 @@ impl Coordinator {
         mark.say(me, &signature, submission.call.len());
         if let Some(reason) = submission.refused {
             mark.refuse(me, reason);
+            mark.refused_here = true;
         }
         if !submission.call.is_empty() {
             mark.call.push((me, mark.values.len() as u32));

@@ -347,7 +347,7 @@ impl Coordinator {
         }
         let row = self.table.find(submission.name);
         if let Some(row) = row.filter(|&row| self.table.rows[row as usize].mark.op.is_some()) {
-            if !submission.hold_if_busy {
+            if !submission.hold_if_busy && !self.table.rows[row as usize].is_refused_here() {
                 return Err(SubmitError::DuplicateName);
             }
             self.ops.insert(submission.op, row);

@@ -61,6 +61,8 @@ pub enum Passed {
 pub struct Mark {
     /// The operation submitted here.
     pub op: Option<OpId>,
+    /// It was refused here: its caller has the error, waits for nothing, and may submit the name again.
+    pub refused_here: bool,
     /// Sources that have marked it, as bits.
     pub marked: u32,
     /// Every source has marked it or joined.
@@ -138,7 +140,8 @@ impl Mark {
     }
 }
 
-/// An unnamed operation that waits until the former of its name has completed.
+/// An operation that waits until the former of its name has completed: an unnamed one, or one submitted after
+/// a call of the same name that was refused.
 #[derive(Debug)]
 pub struct Held {
     /// The operation.
@@ -160,9 +163,16 @@ pub struct Row {
     pub in_flight: bool,
     /// The marks.
     pub mark: Mark,
-    /// Unnamed operations behind it.
+    /// Operations behind it.
     pub held: VecDeque<Held>,
     keys: Vec<u32>,
+}
+
+impl Row {
+    /// Whether all that is in flight here under the name was refused here.
+    pub fn is_refused_here(&self) -> bool {
+        self.mark.refused_here && self.held.iter().all(|held| held.refused.is_some())
+    }
 }
 
 #[derive(Debug)]

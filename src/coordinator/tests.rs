@@ -380,6 +380,35 @@ fn announcements_beyond_a_message_are_split() {
 }
 
 #[test]
+fn a_refused_call_can_be_repeated_at_once() {
+    let mut cluster = Cluster::new(&hosts(3, 0), rules(), 4);
+    let x = signature(Collective::Allreduce, &[1]);
+    for _ in 0..2 {
+        cluster.try_submit(1, "x", false, &x, &[], Some("no memory")).unwrap();
+    }
+    let again = cluster.try_submit(1, "x", false, &x, &[], None).unwrap();
+    assert_eq!(cluster.try_submit(1, "x", false, &x, &[], None), Err(SubmitError::DuplicateName));
+    let mut ops = vec![Vec::new(), vec![again], Vec::new()];
+    let mut refused = vec![Vec::new(); 3];
+    for m in [0, 2] {
+        for _ in 0..2 {
+            let op = cluster.try_submit(m, "x", true, &x, &[], None).unwrap();
+            refused[m].push(op);
+        }
+        ops[m].push(cluster.try_submit(m, "x", true, &x, &[], None).unwrap());
+    }
+    cluster.settle();
+    for (m, refused) in refused.iter().enumerate() {
+        for op in refused {
+            let Some(Outcome::Failed(text)) = cluster.outcomes[m].get(op) else { panic!() };
+            assert!(text.contains("refused it: no memory"), "{text}");
+        }
+    }
+    check_all_ran(&cluster, &ops);
+    cluster.check_finished();
+}
+
+#[test]
 fn duplicate_names_are_refused_and_unnamed_ones_are_held_in_order() {
     let mut cluster = Cluster::new(&hosts(3, 0), rules(), 4);
     let x = signature(Collective::Allreduce, &[1]);

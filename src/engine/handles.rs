@@ -93,9 +93,12 @@ struct Names {
 }
 
 impl Names {
-    /// Names of a ring may be in flight twice, and messages have none.
+    /// Names of a ring may be in flight twice, messages have none, and a refused call leaves its name to the next.
     fn hash(&self, submitted: &Submitted) -> Option<u128> {
-        let named = !submitted.hold && submitted.message.is_none() && !submitted.name.is_empty();
+        let named = !submitted.hold
+            && submitted.refused.is_none()
+            && submitted.message.is_none()
+            && !submitted.name.is_empty();
         let half = |key: &RandomState| u128::from(key.hash_one((submitted.set, &submitted.name)));
         named.then(|| half(&self.keys[0]) << 64 | half(&self.keys[1]))
     }

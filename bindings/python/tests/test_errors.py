@@ -72,6 +72,8 @@ def body_refused(which):
         text = catch(carole.MismatchError, right)
         assert "rank 1" in text, text
     assert which in text, text
+    # The name is free again at once, also on a rank whose refusal the others have not heard of yet.
+    assert (carole.allreduce(np.ones(2), carole.Sum, name="t") == carole.size()).all()
     assert (carole.allreduce(np.ones(2), carole.Sum, name="after") == carole.size()).all()
     return text
 

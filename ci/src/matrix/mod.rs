@@ -12,7 +12,8 @@ mod check;
 
 use crate::job::Plan;
 use crate::{Count, Verdict};
-use case::{Case, cases};
+use case::Case;
+pub use case::cases;
 use clap::Args;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -111,6 +112,7 @@ fn run_job(
         size: ranks,
         hosts: hosts(algorithm, transport, ranks),
         knobs: vec![("CAROLE_TRANSPORT", transport.to_owned()), ("CAROLE_ALGORITHM", algorithm.to_owned())],
+        places: Vec::new(),
         limit: Duration::from_secs(if settings.full { 1800 } else { 180 }),
     };
     let lines = plan.run()?;
@@ -119,7 +121,7 @@ fn run_job(
 }
 
 /// Compares what the ranks printed: each case on each rank, no wrong element, equal hashes where results are equal.
-fn judge(cases: &[Case], lines: &[Vec<String>]) -> Result<u64, String> {
+pub fn judge(cases: &[Case], lines: &[Vec<String>]) -> Result<u64, String> {
     let mut hashes: BTreeMap<usize, Vec<(usize, String)>> = BTreeMap::new();
     for (rank, lines) in lines.iter().enumerate() {
         for line in lines {

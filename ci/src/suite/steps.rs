@@ -97,7 +97,7 @@ pub fn all(long: bool) -> Vec<Step> {
             .with("CARGO_TARGET_DIR", "target/loom"),
     );
     steps.push(
-        Step::task("simulator", pick("sim --seeds 300", "sim --seeds 200000"))
+        Step::task("simulator", pick("sim --seeds 2000", "sim --seeds 200000"))
             .within(Duration::from_secs(if long { 8 * 3600 } else { 900 })),
     );
     steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));
@@ -134,15 +134,15 @@ fn processes(long: bool) -> Vec<Step> {
     let hours = |n: u64| Duration::from_secs(n * 3600);
     let mut steps = vec![
         Step::task("result matrix", pick("matrix", "matrix --full")).within(hours(if long { 12 } else { 1 })),
-        Step::task("strict mode", pick("strict --runs 12 --ranks 3,4", "strict --runs 20 --full"))
-            .within(hours(6)),
-        Step::task("random orders", pick("order --steps 20", "order --steps 1000")).within(hours(6)),
+        Step::task("strict mode", pick("strict --runs 20", "strict --runs 20 --full")).within(hours(6)),
+        Step::task("random orders", pick("order --steps 1000", "order --steps 20000")).within(hours(6)),
         Step::task(
             "killed and stopped ranks",
             pick("chaos --kills 6 --stops 2", "chaos --kills 200 --stops 50"),
         )
         .within(hours(4)),
         Step::task("intruders", pick("intrude", "intrude --connections 300")),
+        Step::task("several hosts", "hosts"),
         Step::task("threads and memory", pick("figures", "figures --simulated 64,1024")),
     ];
     if long {
