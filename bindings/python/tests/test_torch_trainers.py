@@ -33,7 +33,8 @@ def train(model, rank=0, size=1, parameters=None, forward=None):
     losses = []
     for x, y in zip(*data()):
         optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss((forward or model)(x[rank::size]), y[rank::size])
+        output = (model if forward is None else forward)(x[rank::size])
+        loss = torch.nn.functional.mse_loss(output, y[rank::size])
         loss.backward()
         optimizer.step()
         shown = loss.detach().clone()
