@@ -277,6 +277,19 @@ def body_elastic():
     assert calls == [5, 5, 5] and len(resets) == 2 and hvd.size() == size
 
 
+def body_mutation():
+    x = torch.ones(100)
+    hvd.detect_mutation()
+    handle = hvd.allreduce_async_(x, name="m")
+    x[3] = 7
+    assert "was written 1 times" in catch(hvd.HorovodInternalError, lambda: hvd.synchronize(handle))
+    assert (hvd.allreduce(torch.ones(3), op=hvd.Sum) == hvd.size()).all()
+    hvd.detect_mutation(False)
+    handle = hvd.allreduce_async_(x, name="m")
+    x[3] = 7
+    hvd.synchronize(handle)
+
+
 def body_timeline(folder):
     me = hvd.rank()
     path = os.path.join(folder, "trace.json")
@@ -296,14 +309,16 @@ def body_timeline(folder):
     size = os.path.getsize(mine)
     hvd.allreduce(torch.ones(4), name="x")
     assert os.path.getsize(mine) == size
-    hvd.start_timeline(path)
+    hvd.shutdown()
+    os.environ["HOROVOD_TIMELINE"] = path
+    hvd.init()
     hvd.barrier()
     if me == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    "body", [body_groups, body_optimizers, body_lbfgs, body_scaler, body_compression, body_elastic],
+    "body", [body_groups, body_optimizers, body_lbfgs, body_scaler, body_compression, body_elastic, body_mutation],
     ids=lambda body: body.__name__[5:],
 )  # fmt: skip
 def test_two_ranks(body):

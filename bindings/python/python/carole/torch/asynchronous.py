@@ -30,13 +30,15 @@ _OPERATIONS = ("ALLREDUCE", "ALLGATHER", "BROADCAST", "REDUCESCATTER", "ALLTOALL
 class Handle:
     """An operation in flight, for `poll` and `synchronize`."""
 
-    __slots__ = ("_native", "_finish", "_lane", "__weakref__")
+    __slots__ = ("_native", "_finish", "_lane", "_watched", "__weakref__")
 
     def __init__(self, native: _native.Handle, finish: Callable[[Any], Any], lane: Optional[int] = None) -> None:
         self._native: Optional[_native.Handle] = native
         self._finish = finish
         # Where the timeline shows it.
         self._lane = lane
+        # What was submitted and how often it had been written by then, where that is looked at.
+        self._watched: Sequence[Tuple[torch.Tensor, int]] = ()
 
 
 def handle_average_backwards_compatibility(op: Optional[int], average: Optional[bool]) -> int:
@@ -70,7 +72,28 @@ def synchronize(handle: Handle) -> Any:
     handle._native = None
     if handle._lane is not None:
         _note_end(handle, False)
+    if handle._watched:
+        _check_unwritten(handle)
     return handle._finish(outcome)
+
+
+_watches = False
+
+
+def detect_mutation(enabled: bool = True) -> None:
+    """Debugging: `synchronize` raises HorovodInternalError where a tensor was written by torch while it was on its way,
+    which would make sums silently wrong. A write to another part of the same storage counts, too."""
+    global _watches
+    _watches = enabled
+
+
+def _check_unwritten(handle: Handle) -> None:
+    for number, (tensor, version) in enumerate(handle._watched):
+        if tensor._version != version:
+            raise HorovodInternalError(
+                f"tensor {number} (shape {tuple(tensor.shape)}, {tensor.dtype}) was written {tensor._version - version} "
+                "times while it was being reduced or sent: its result is not to be trusted; call synchronize() before"
+            )
 
 
 def _note_end(handle: Handle, failed: bool) -> None:
@@ -135,9 +158,12 @@ def submit(
     native = _native.submit_raw(
         collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits
     )
-    if _timeline.active is None:
+    if _timeline.active is None and not _watches:
         return Handle(native, finish)
-    return Handle(native, finish, _note_begin(collective, name, inputs))
+    handle = Handle(native, finish, _note_begin(collective, name, inputs))
+    if _watches:
+        handle._watched = [(tensor, tensor._version) for tensor in inputs]
+    return handle
 
 
 def _named(operation: str, name: Optional[str]) -> Optional[str]:
