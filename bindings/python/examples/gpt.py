@@ -120,7 +120,9 @@ def main():
         alone = train(GPT(options), options, 0, 1)
         difference = max(abs(a - b) for a, b in zip(losses, alone))
         tokens = options.steps * options.batch * options.length
-        print(f"{options.wrap} on {size} ranks: loss {losses[0]:.4f} to {losses[-1]:.4f}, {tokens / seconds:.0f} tokens/s")
+        print(
+            f"{options.wrap} on {size} ranks: loss {losses[0]:.4f} to {losses[-1]:.4f}, {tokens / seconds:.0f} tokens/s"
+        )
         verdict = "agrees" if difference < 1e-3 else "DISAGREES"
         print(f"largest difference to the losses of one process: {difference:.2g}: {verdict}", flush=True)
     dist.barrier()

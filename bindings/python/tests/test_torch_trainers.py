@@ -89,7 +89,9 @@ def body_ddp(kind):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["plain", "small buckets", "find_unused", "views", "own hook", "fp16 hook", "powerSGD"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "small buckets", "find_unused", "views", "own hook", "fp16 hook", "powerSGD"]
+)
 def test_ddp(kind):
     run_c10d(2, body_ddp, kind)
 

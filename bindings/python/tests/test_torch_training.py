@@ -112,6 +112,22 @@ def body_optimizers():
     assert torch.equal(weights(model), weights(twin))
 
 
+def body_compiled():
+    if not hasattr(torch, "compile"):
+        return "skipped"
+    me, size = hvd.rank(), hvd.size()
+    model, alone = network(), network()
+    optimizer, reference = sgd(model, groups=2), torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
+    compiled = torch.compile(model, backend="aot_eager")
+    for batch in batches():
+        for one, its, rows in ((compiled, optimizer, batch[me::size]), (alone, reference, batch)):
+            its.zero_grad()
+            one(rows).pow(2).mean().backward()
+            its.step()
+    assert torch.allclose(weights(model), weights(alone), atol=1e-5)
+    return "done"
+
+
 def body_lbfgs():
     me, size = hvd.rank(), hvd.size()
 
@@ -318,12 +334,13 @@ def body_timeline(folder):
 
 
 @pytest.mark.parametrize(
-    "body", [body_groups, body_optimizers, body_lbfgs, body_scaler, body_compression, body_elastic, body_mutation],
+    "body", [body_groups, body_optimizers, body_lbfgs, body_scaler, body_compression, body_elastic, body_mutation,
+     body_compiled],
     ids=lambda body: body.__name__[5:],
 )  # fmt: skip
 def test_two_ranks(body):
     if run(2, body)[0] == "skipped":
-        pytest.skip(f"torch {torch.__version__} has no GradScaler for the CPU")
+        pytest.skip(f"torch {torch.__version__} has no GradScaler for the CPU, and no torch.compile")
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -82,16 +82,18 @@ _watches = False
 
 def detect_mutation(enabled: bool = True) -> None:
     """Debugging: `synchronize` raises HorovodInternalError where a tensor was written by torch while it was on its way,
-    which would make sums silently wrong. A write to another part of the same storage counts, too."""
+    which
+    makes sums silently wrong. A write to another part of the same storage counts, too."""
     global _watches
     _watches = enabled
 
 
 def _check_unwritten(handle: Handle) -> None:
     for number, (tensor, version) in enumerate(handle._watched):
-        if tensor._version != version:
+        writes = tensor._version - version
+        if writes:
             raise HorovodInternalError(
-                f"tensor {number} (shape {tuple(tensor.shape)}, {tensor.dtype}) was written {tensor._version - version} "
+                f"tensor {number} (shape {tuple(tensor.shape)}, {tensor.dtype}) was written {writes} "
                 "times while it was being reduced or sent: its result is not to be trusted; call synchronize() before"
             )
 

@@ -122,9 +122,7 @@ class Reducer:
             self.waiting[parameter] = self.start_sparse(parameter, name)
             return
         if self.exchanging is not None:
-            finish = self.exchanging.exchange(
-                parameter.grad, name, self.op, self.pre, self.post, self.process_set
-            )
+            finish = self.exchanging.exchange(parameter.grad, name, self.op, self.pre, self.post, self.process_set)
             self.waiting[parameter] = lambda: parameter.grad.copy_(finish())
             return
         sent, ctx = self.dense(parameter)

@@ -22,7 +22,7 @@ def run(
                         ("host_discovery_script", host_discovery_script), ("hostfile", hostfile),
                         ("min_num_proc", min_num_proc or min_np), ("max_num_proc", max_num_proc or max_np)):  # fmt: skip
         if value:
-            raise carole.UsageError(f"horovod.run({name}={value!r}) is not supported; horovodrun starts jobs on hosts")
+            raise carole.UsageError(f"horovod.run({name}={value!r}) is not supported; horovodrun starts jobs")
     names = [part.partition(":")[0] for part in hosts.split(",")] if hosts else []
     if any(name not in ("localhost", "127.0.0.1") for name in names):
         raise carole.UsageError(f"horovod.run(hosts={hosts!r}) works on this host only; use horovodrun -H {hosts}")
