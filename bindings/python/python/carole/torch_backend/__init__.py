@@ -16,12 +16,15 @@ On torch before 2.0 process groups written in Python have no `*_coalesced`, all-
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .. import _arrays
+from . import group, start, work
 from .group import CaroleProcessGroup
 from .start import ensure_set, join
 
@@ -57,9 +60,37 @@ def _make_sets_with_all_ranks() -> None:
     distributed_c10d._new_process_group_helper = helper
 
 
+def _keep_from_compiler() -> None:
+    """torch.compile looks at every Python frame that runs beside a graph, and takes process groups for objects of C++
+    without attributes. Our functions are to run as they are."""
+    try:
+        from torch._C._dynamo import eval_frame
+
+        # Not by torch._dynamo, whose import takes seconds.
+        strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+        set_strategy = eval_frame.set_code_exec_strategy
+    except (ImportError, AttributeError):
+        # An older torch, whose compiler does not look into process groups.
+        return
+
+    def skip(code: types.CodeType) -> None:
+        set_strategy(code, strategy)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                skip(constant)
+
+    for module in (group, start, work, _arrays):
+        for value in vars(module).values():
+            members = vars(value).values() if isinstance(value, type) else [value]
+            for member in members:
+                if isinstance(member, types.FunctionType) and member.__module__ == module.__name__:
+                    skip(member.__code__)
+
+
 def _register() -> None:
     if hasattr(dist.Backend, "CAROLE"):
         return
+    _keep_from_compiler()
     try:
         dist.Backend.register_backend("carole", _create, extended_api=True, devices=["cpu"])
     except TypeError:
