@@ -108,10 +108,7 @@ impl fmt::Display for Error {
             Error::Mismatch(m) => write!(f, "{}", m.message),
             Error::Broken(broken) => broken.fmt(f),
             Error::Shutdown(Some(rank)) => {
-                write!(
-                    f,
-                    "{rank} has shut down, and this operation needs it; submit no operation after a rank's last one"
-                )
+                write!(f, "{rank}{HAS_SHUT_DOWN}; submit no operation after a rank's last one")
             }
             Error::Shutdown(None) => {
                 f.write_str("Carole has been shut down on this rank; call init() again to go on")
@@ -124,8 +121,8 @@ impl fmt::Display for Error {
 impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.culprit {
-            Some(rank) => write!(f, "epoch {} is broken: {rank} {}", self.epoch.0, self.cause)?,
-            None => write!(f, "epoch {} is broken: {}", self.epoch.0, self.cause)?,
+            Some(rank) => write!(f, "epoch {}{IS_BROKEN}{rank} {}", self.epoch.0, self.cause)?,
+            None => write!(f, "epoch {}{IS_BROKEN}{}", self.epoch.0, self.cause)?,
         }
         f.write_str("; call shutdown() and init() to form a new group")
     }
@@ -156,6 +153,51 @@ impl fmt::Display for Cause {
 }
 
 impl std::error::Error for Error {}
+
+const IS_BROKEN: &str = " is broken: ";
+const HAS_SHUT_DOWN: &str = " has shut down, and this operation needs it";
+
+/// The rank at fault by the words of [`Broken`] or [`Error::Shutdown`], wherever they stand in a line. So the
+/// launcher tells the first cause from those who report it, whatever language they report it in.
+#[must_use]
+pub fn named_culprit(line: &str) -> Option<Rank> {
+    let number = |text: &str| text.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok().map(Rank);
+    if let Some((head, tail)) = line.rsplit_once(IS_BROKEN) {
+        return head.contains("epoch ").then(|| number(tail.strip_prefix("rank ")?)).flatten();
+    }
+    let (head, _) = line.rsplit_once(HAS_SHUT_DOWN)?;
+    number(head.rsplit_once("rank ")?.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_culprit_is_read_from_the_words_of_the_error() {
+        let broken = |culprit| {
+            Error::Broken(Arc::new(Broken {
+                epoch: Epoch(3),
+                culprit,
+                cause: Cause::Silent { for_ms: 3000 },
+            }))
+        };
+        for (error, culprit) in [
+            (broken(Some(Rank(12))), Some(Rank(12))),
+            (broken(None), None),
+            (Error::Shutdown(Some(Rank(7))), Some(Rank(7))),
+            (Error::Shutdown(None), None),
+            (Error::usage("the pipe is broken: rank 3"), None),
+        ] {
+            assert_eq!(named_culprit(&error.to_string()), culprit, "{error}");
+            assert_eq!(
+                named_culprit(&format!("carole.CaroleError: {error} (see above)")),
+                culprit,
+                "{error}"
+            );
+        }
+    }
+}
 
 /// The result of a call.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -1,27 +1,15 @@
 //! `carolerun` from outside: what users and scripts see. The ranks are shells, so no part of the runtime is
 //! needed.
 
+mod launched;
+
 use assert_cmd::cargo::cargo_bin;
+use launched::{Job, carolerun, kill, until};
 use std::collections::HashSet;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Write};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
-
-/// Long enough for the most loaded machine; a test that gets here has hung.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn carolerun(arguments: &[&str]) -> Command {
-    let mut command = Command::new(cargo_bin("carolerun"));
-    for (name, _) in std::env::vars_os() {
-        let name = name.to_string_lossy().into_owned();
-        if name.starts_with("CAROLE_") || name.starts_with("HOROVOD_") {
-            command.env_remove(name);
-        }
-    }
-    command.args(arguments).stdin(Stdio::null());
-    command
-}
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 fn run(arguments: &[&str]) -> Output {
     carolerun(arguments).output().expect("carolerun runs")
@@ -43,86 +31,6 @@ fn sorted_lines(bytes: &[u8]) -> Vec<String> {
     let mut lines: Vec<String> = text(bytes).lines().map(str::to_string).collect();
     lines.sort();
     lines
-}
-
-/// Waits until `holds`, or panics.
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// A job in the background whose processes all carry a mark in their environment, by which they are found
-/// wherever they have gone.
-struct Job {
-    child: Child,
-    mark: String,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-impl Job {
-    fn start(name: &str, arguments: &[&str]) -> Job {
-        let mark = format!("{name}-{}", std::process::id());
-        let mut command = carolerun(arguments);
-        command.env("CAROLE_TEST_MARK", &mark).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("carolerun starts");
-        let lines = BufReader::new(child.stdout.take().expect("stdout is piped"));
-        Job { child, mark, lines }
-    }
-
-    fn pid(&self) -> i32 {
-        self.child.id() as i32
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.lines.read_line(&mut line).expect("stdout can be read");
-        line.trim_end().to_string()
-    }
-
-    /// Living processes of the job, the launcher and its guard included.
-    fn processes(&self) -> HashSet<i32> {
-        let wanted = format!("CAROLE_TEST_MARK={}", self.mark);
-        let entries = std::fs::read_dir("/proc").expect("/proc").flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let ours = |pid: &i32| {
-            let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
-        };
-        pids.filter(ours).collect()
-    }
-
-    fn wait(mut self) -> (i32, String) {
-        let mut rest = String::new();
-        self.lines.read_to_string(&mut rest).expect("stdout can be read");
-        let mut errors = String::new();
-        self.child
-            .stderr
-            .take()
-            .expect("stderr is piped")
-            .read_to_string(&mut errors)
-            .expect("stderr can be read");
-        let status = self.child.wait().expect("carolerun ends");
-        assert_eq!(self.processes(), HashSet::new(), "something is left behind");
-        (status.code().unwrap_or(-1), errors)
-    }
-}
-
-impl Drop for Job {
-    fn drop(&mut self) {
-        for pid in self.processes() {
-            kill(pid, "KILL");
-        }
-    }
-}
-
-fn kill(pid: i32, signal: &str) {
-    let _ = Command::new("kill")
-        .args([&format!("-{signal}"), "--", &pid.to_string()])
-        .stderr(Stdio::null())
-        .status();
 }
 
 #[test]
@@ -194,7 +102,7 @@ fn eight_ranks_that_flood_lose_nothing_and_mix_no_lines() {
 
 #[test]
 fn a_slow_reader_holds_the_ranks_back_and_a_closed_one_ends_them() {
-    let mut job = Job::start("slow", &["-np", "2", "yes"]);
+    let mut job = Job::start("slow", &["-np", "2", "yes"], &[]);
     assert_eq!(&job.line()[3..], "<stdout>:y");
     let launcher = job.pid();
     let resident = || {
@@ -229,6 +137,34 @@ fn the_first_failure_is_named_with_its_last_words_and_its_code() {
     assert_eq!(errors.matches("carolerun:").count(), 1, "one report, not one per rank: {errors}");
 }
 
+/// What the runtime says of a rank, in the words of its errors.
+const WORDS: &str = "echo 'epoch 0 is broken: rank 1 has ended; call shutdown() and init()' >&2";
+
+#[test]
+fn whoever_names_another_rank_is_not_the_first_that_failed() {
+    // Rank 1 fails and says goodbye; the others hear of it, fail, and are sooner gone.
+    let script = format!("[ $CAROLE_RANK = 1 ] && {{ sleep 0.5; echo mine >&2; exit 7; }}; {WORDS}; exit 1");
+    let output = ranks("3", &script);
+    let errors = text(&output.stderr);
+    assert_eq!(code(&output), 7, "{errors}");
+    assert!(errors.contains("rank 1 failed first: it exited with code 7"), "{errors}");
+    assert!(errors.contains("last line on stderr: mine"), "{errors}");
+    assert_eq!(errors.matches("carolerun:").count(), 1, "{errors}");
+}
+
+#[test]
+fn a_rank_that_is_named_and_does_not_end_is_told_with_its_accuser() {
+    let script = format!("[ $CAROLE_RANK = 1 ] && kill -STOP $$; {WORDS}; exit 5");
+    let job = Job::start("named", &["-np", "3", "sh", "-c", &script], &[]);
+    let (code, errors) = job.wait();
+    assert_eq!(code, 5, "{errors}");
+    assert!(errors.contains("rank 1 failed first, though it still runs"), "{errors}");
+    assert!(
+        errors.contains("which names it, exited with code 5; its last line on stderr: epoch 0"),
+        "{errors}"
+    );
+}
+
 #[test]
 fn a_rank_killed_by_a_signal_is_named_with_it() {
     let output = ranks("2", "[ $CAROLE_RANK = 0 ] && kill -SEGV $$; sleep 600");
@@ -254,7 +190,7 @@ fn others_may_speak_before_they_are_ended() {
 fn ranks_that_ignore_sigterm_or_are_stopped_are_killed() {
     let script = "trap '' TERM INT HUP; [ $CAROLE_RANK = 0 ] && kill -STOP $$; \
                   [ $CAROLE_RANK = 1 ] && { sleep 0.3; exit 9; }; while :; do sleep 1; done";
-    let job = Job::start("stubborn", &["-np", "3", "sh", "-c", script]);
+    let job = Job::start("stubborn", &["-np", "3", "sh", "-c", script], &[]);
     let (code, errors) = job.wait();
     assert_eq!(code, 9, "{errors}");
 }
@@ -263,7 +199,7 @@ fn ranks_that_ignore_sigterm_or_are_stopped_are_killed() {
 fn a_killed_rank_whose_children_hold_its_output_does_not_hang_the_launcher() {
     // A data loader in a session of its own, which even survives signals to the process group.
     let script = "setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' & [ $CAROLE_RANK = 0 ] && kill -KILL $$; wait";
-    let job = Job::start("loader", &["-np", "2", "sh", "-c", script]);
+    let job = Job::start("loader", &["-np", "2", "sh", "-c", script], &[]);
     let (code, errors) = job.wait();
     assert_eq!(code, 137, "{errors}");
     assert!(errors.contains("rank 0 failed first: it was killed by SIGKILL"), "{errors}");
@@ -271,14 +207,14 @@ fn a_killed_rank_whose_children_hold_its_output_does_not_hang_the_launcher() {
 
 #[test]
 fn daemons_that_ranks_leave_behind_are_killed_at_a_good_end_too() {
-    let job = Job::start("daemon", &["-np", "2", "sh", "-c", "setsid sleep 600 & exit 0"]);
+    let job = Job::start("daemon", &["-np", "2", "sh", "-c", "setsid sleep 600 & exit 0"], &[]);
     assert_eq!(job.wait(), (0, String::new()));
 }
 
 /// Starts ranks with children in the group, and grandchildren that have left session and parent.
 fn start_family(name: &str, more: &[&str]) -> Job {
     let script = "sleep 600 & (setsid sleep 600 &) ; echo ready; wait";
-    let mut job = Job::start(name, &[more, &["-np", "2", "sh", "-c", script]].concat());
+    let mut job = Job::start(name, &[more, &["-np", "2", "sh", "-c", script]].concat(), &[]);
     for _ in 0..2 {
         assert!(job.line().ends_with("ready"));
     }
@@ -311,7 +247,7 @@ fn nothing_is_left_when_the_guard_is_killed() {
 #[test]
 fn sigterm_is_passed_on_and_the_ranks_decide() {
     let script = "trap 'echo saved; exit 0' TERM; echo ready; while :; do sleep 0.1; done";
-    let mut job = Job::start("term", &["-np", "2", "sh", "-c", script]);
+    let mut job = Job::start("term", &["-np", "2", "sh", "-c", script], &[]);
     for _ in 0..2 {
         assert!(job.line().ends_with("ready"));
     }
@@ -328,7 +264,7 @@ fn sigterm_is_passed_on_and_the_ranks_decide() {
 #[test]
 fn sigint_twice_does_not_wait_for_ranks_that_ignore_the_first() {
     let script = "trap 'echo no' INT; echo ready; while :; do sleep 0.1; done";
-    let mut job = Job::start("int", &["--kill-after", "3600", "-np", "1", "sh", "-c", script]);
+    let mut job = Job::start("int", &["--kill-after", "3600", "-np", "1", "sh", "-c", script], &[]);
     assert!(job.line().ends_with("ready"));
     kill(job.pid(), "INT");
     assert!(job.line().ends_with("no"));
@@ -352,7 +288,7 @@ fn stopped_ranks_are_killed_after_sigterm() {
 fn sigusr1_goes_to_the_ranks_alone() {
     // The sleeping child would die of SIGUSR1.
     let script = "trap 'echo usr; kill $!; exit 0' USR1; sleep 600 & echo ready; wait";
-    let mut job = Job::start("usr", &["-np", "1", "sh", "-c", script]);
+    let mut job = Job::start("usr", &["-np", "1", "sh", "-c", script], &[]);
     assert!(job.line().ends_with("ready"));
     kill(job.pid(), "USR1");
     assert!(job.line().ends_with("usr"));

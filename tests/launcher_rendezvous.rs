@@ -1,8 +1,9 @@
 //! Ranks that `carolerun` starts find each other through its rendezvous server, with its secret. The ranks are
 //! this test program again.
 
+use carole::config::{Config, environment};
 use carole::rendezvous::client::{Join, join};
-use carole::rendezvous::place::environment;
+use carole::rendezvous::place;
 use carole::types::Epoch;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -13,7 +14,8 @@ const ROLE: &str = "CAROLE_TEST_ROLE";
 #[test]
 fn rank() {
     let Ok(role) = std::env::var(ROLE) else { return };
-    let mut variables = environment();
+    let (config, _) = Config::load(&[], environment()).unwrap();
+    let mut variables = place::environment(environment(), &config);
     if role == "thief" {
         // Another user of this machine knows the port, which is no secret, but not the secret.
         let directory = tempfile::tempdir().unwrap();

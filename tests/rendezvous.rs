@@ -1,177 +1,26 @@
-//! Ranks find, prove and reach each other over real sockets: several ranks as threads of one process.
+//! Ranks find and prove each other over real sockets: several ranks as threads of one process.
 
+mod meeting;
+
+use carole::config::Config;
 use carole::error::{Error, Result};
-use carole::memory::Memory;
-use carole::rendezvous::Warn;
 use carole::rendezvous::client::{Join, Joined, join};
-use carole::rendezvous::place::Environment;
-use carole::rendezvous::porter::{Choice, Porter, PorterFabric, PorterOptions};
+use carole::rendezvous::porter::{Choice, PorterOptions};
 use carole::rendezvous::secret::Secret;
 use carole::rendezvous::server::{Bind, Server, ServerOptions};
-use carole::transport::wake::Waker;
-use carole::transport::{Events, Fabric, FabricEvent, Link, LinkEvent};
-use carole::types::{Epoch, Rank, Time};
+use carole::types::{Epoch, Rank};
+use meeting::{
+    Node, alone, environment, free_port, join_all, mesh, options, private, quiet, rank_environment, stop,
+    unique,
+};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
-
-/// Descriptors are counted, so the tests of this file run one after the other.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-fn alone() -> std::sync::MutexGuard<'static, ()> {
-    ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner())
-}
+use std::sync::Arc;
+use std::time::Duration;
 
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-fn warnings() -> (Warn, Arc<Mutex<Vec<String>>>) {
-    let list = Arc::new(Mutex::new(Vec::new()));
-    let sink = list.clone();
-    (Arc::new(move |text: &str| sink.lock().unwrap().push(text.to_owned())), list)
-}
-
-fn quiet() -> Warn {
-    Arc::new(|_| {})
-}
-
-fn environment(pairs: &[(&str, &str)]) -> Environment {
-    pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
-}
-
-fn unique(what: &str) -> String {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("{what}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
-}
-
-fn rank_environment(rank: u32, size: u32, more: &[(&str, &str)]) -> Environment {
-    let mut environment = environment(more);
-    environment.insert("CAROLE_RANK".into(), rank.to_string());
-    environment.insert("CAROLE_SIZE".into(), size.to_string());
-    environment
-}
-
-/// Joins all ranks at once, each in a thread.
-fn join_all(size: u32, config: impl Fn(u32) -> Join + Sync) -> Vec<Result<Joined>> {
-    std::thread::scope(|scope| {
-        let config = &config;
-        let threads: Vec<_> = (0..size).map(|rank| scope.spawn(move || join(&config(rank)))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
-}
-
-fn private(job: &str, size: u32) -> impl Fn(u32) -> Join + Sync + use<> {
-    let job = job.to_owned();
-    move |rank| Join::new(rank_environment(rank, size, &[("CAROLE_JOB", &job)]), Epoch(0), quiet())
-}
-
-struct Node {
-    porter: Porter,
-    fabric: PorterFabric,
-    waker: Waker,
-    links: Vec<Box<dyn Link>>,
-    failed: Vec<(Rank, String)>,
-}
-
-impl Node {
-    fn start(joined: Joined, options: PorterOptions) -> Node {
-        let waker = Waker::new().unwrap();
-        let (porter, fabric) = Porter::start(joined, options, waker.clone()).unwrap();
-        Node { porter, fabric, waker, links: Vec::new(), failed: Vec::new() }
-    }
-    fn collect(&mut self) {
-        while let Some(event) = self.fabric.poll() {
-            match event {
-                FabricEvent::Up(link) => self.links.push(link),
-                FabricEvent::Failed(rank, cause) => self.failed.push((rank, cause.to_string())),
-            }
-        }
-    }
-}
-
-fn options(choice: Choice, tcp_lanes: usize) -> PorterOptions {
-    PorterOptions { choice, tcp_lanes, ..PorterOptions::default() }
-}
-
-/// Drives all nodes until `done` or a limit that only a hang reaches.
-fn drive(nodes: &mut [Node], mut done: impl FnMut(&mut [Node]) -> bool) {
-    let limit = Instant::now() + Duration::from_secs(40);
-    loop {
-        nodes.iter_mut().for_each(Node::collect);
-        if done(nodes) {
-            return;
-        }
-        let seen: Vec<_> = nodes.iter().map(|n| (n.links.len(), n.failed.clone())).collect();
-        assert!(Instant::now() < limit, "it hangs: {seen:?}");
-        let wakers: Vec<Waker> = nodes.iter().map(|n| n.waker.clone()).collect();
-        let mut fds: Vec<_> =
-            wakers.iter().map(|w| rustix::event::PollFd::new(w, rustix::event::PollFlags::IN)).collect();
-        let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
-        rustix::event::poll(&mut fds, Some(&timeout)).unwrap();
-        wakers.iter().for_each(Waker::clear);
-    }
-}
-
-/// Sends a control message over every link and waits until all have arrived, whole and from the right rank.
-fn talk(nodes: &mut [Node]) {
-    let memory = Memory::default();
-    let all = nodes.len();
-    let mut heard = vec![vec![false; all]; all];
-    for (me, node) in nodes.iter_mut().enumerate() {
-        for link in &mut node.links {
-            let to = link.peer().0;
-            link.tell(format!("from {me} to {to}").as_bytes());
-        }
-    }
-    let limit = Instant::now() + Duration::from_secs(20);
-    let mut events = Events::default();
-    while heard.iter().enumerate().any(|(me, row)| row.iter().enumerate().any(|(peer, h)| me != peer && !h)) {
-        assert!(Instant::now() < limit, "messages are missing: {heard:?}");
-        for (me, node) in nodes.iter_mut().enumerate() {
-            for link in &mut node.links {
-                events.clear();
-                link.progress(&memory, Time(1), &mut events).unwrap();
-                for event in &events.list {
-                    let LinkEvent::Control(range) = event else { panic!("{event:?}") };
-                    let peer = link.peer().0 as usize;
-                    assert_eq!(&events.control[range.clone()], format!("from {peer} to {me}").as_bytes());
-                    assert!(!heard[me][peer], "a message came twice");
-                    heard[me][peer] = true;
-                }
-            }
-        }
-    }
-}
-
-/// All ranks ask for all others, in different orders; one link per pair must come of it.
-fn mesh(joined: Vec<Result<Joined>>, options: PorterOptions, kind: &str) -> Vec<Node> {
-    let mut nodes: Vec<Node> = joined.into_iter().map(|j| Node::start(j.unwrap(), options.clone())).collect();
-    let size = nodes.len() as u32;
-    for (me, node) in nodes.iter_mut().enumerate() {
-        let mut peers: Vec<u32> = (0..size).filter(|peer| *peer != me as u32).collect();
-        peers.rotate_left(me % (size as usize - 1));
-        for peer in peers.iter().chain(&peers) {
-            node.fabric.request(Rank(*peer));
-        }
-    }
-    drive(&mut nodes, |nodes| nodes.iter().all(|n| n.links.len() == size as usize - 1));
-    for node in &nodes {
-        assert!(node.failed.is_empty(), "{:?}", node.failed);
-        assert!(node.links.iter().all(|link| link.kind() == kind), "{kind} was to be used");
-    }
-    talk(&mut nodes);
-    nodes
-}
-
-fn stop(nodes: Vec<Node>) {
-    for node in nodes {
-        drop(node.links);
-        node.porter.shutdown();
-    }
 }
 
 fn secret_file(secret: &Secret) -> tempfile::NamedTempFile {
@@ -298,8 +147,35 @@ fn a_file_is_written_found_and_removed_even_over_a_stale_one() {
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left behind");
 }
 
-fn free_port(loopback: &str) -> u16 {
-    std::net::TcpListener::bind((loopback, 0)).unwrap().local_addr().unwrap().port()
+#[test]
+fn arguments_of_init_and_lines_of_a_file_reach_the_rendezvous() {
+    let _alone = alone();
+    let directory = tempfile::tempdir().unwrap();
+    let secret = secret_file(&Secret::mint().unwrap());
+    let knobs = directory.path().join("knobs");
+    let meet = format!("file://{}/meet", directory.path().display());
+    // The variables name a port that nobody serves, and no secret.
+    let port = free_port("127.0.0.1").to_string();
+    std::fs::write(&knobs, format!("secret_file = {}\nhost_id = of the file\n", secret.path().display()))
+        .unwrap();
+    let joined = join_all(2, |rank| {
+        let own = environment(&[
+            ("CAROLE_CONFIG_FILE", knobs.to_str().unwrap()),
+            ("CAROLE_RENDEZVOUS", &format!("127.0.0.1:{port}")),
+            ("CAROLE_START_TIMEOUT_S", "20"),
+            ("HOROVOD_RANK", &rank.to_string()),
+        ]);
+        // By field, as Python's keywords are, and by variable.
+        let init = [("rendezvous".to_owned(), meet.clone()), ("CAROLE_SIZE".to_owned(), "2".to_owned())];
+        let (config, _) = Config::load(&init, own.clone().into_iter()).unwrap();
+        Join::from_config(&config, own.into_iter(), Epoch(0), quiet())
+    });
+    for joined in joined {
+        let joined = joined.unwrap();
+        assert!(joined.table.cards.iter().all(|card| card.host_id == "of the file"));
+        let job = Secret::from_file(secret.path()).unwrap().job();
+        assert_eq!(joined.table.job, job, "the secret is the file's");
+    }
 }
 
 #[test]
@@ -467,127 +343,4 @@ fn garbage_gets_no_answer() {
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer);
     assert!(answer.is_empty());
-}
-
-#[test]
-fn a_peer_that_is_gone_is_told_at_once() {
-    let _alone = alone();
-    let mut joined: Vec<Joined> =
-        join_all(3, private(&unique("gone"), 3)).into_iter().map(Result::unwrap).collect();
-    drop(joined.remove(1));
-    let mut nodes: Vec<Node> = joined.into_iter().map(|j| Node::start(j, options(Choice::Auto, 1))).collect();
-    for node in &mut nodes {
-        node.fabric.request(Rank(1));
-    }
-    let start = Instant::now();
-    drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
-    assert!(start.elapsed() < Duration::from_secs(5), "a refused connection needs no deadline");
-    for node in &nodes {
-        let (rank, why) = &node.failed[0];
-        assert_eq!(*rank, Rank(1));
-        assert!(why.contains("has ended or shut down"), "{why}");
-    }
-    stop(nodes);
-}
-
-#[test]
-fn a_peer_that_does_not_answer_fails_and_others_do_not_wait() {
-    let _alone = alone();
-    let joined: Vec<Joined> =
-        join_all(3, private(&unique("mute"), 3)).into_iter().map(Result::unwrap).collect();
-    // Rank 1's doors are open, but nobody is home, as with a process that is stopped.
-    let mut nodes = Vec::new();
-    let mut mute = None;
-    for joined in joined {
-        if joined.rank == Rank(1) {
-            mute = Some(joined)
-        } else {
-            nodes.push(Node::start(joined, options(Choice::Auto, 1)))
-        }
-    }
-    nodes[0].fabric.request(Rank(1));
-    nodes[1].fabric.request(Rank(1));
-    nodes[1].fabric.request(Rank(0));
-    drive(&mut nodes, |nodes| nodes.iter().all(|n| n.links.len() == 1));
-    assert!(nodes.iter().all(|n| n.failed.is_empty()), "the link to the living does not wait for the mute");
-    drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
-    drop(mute);
-    stop(nodes);
-}
-
-#[test]
-fn forced_shared_memory_between_hosts_is_refused_and_auto_takes_tcp() {
-    let _alone = alone();
-    let job = unique("hosts");
-    let apart = |rank: u32| {
-        let mut config = private(&job, 2)(rank);
-        config.environment.insert("CAROLE_HOST_ID".into(), format!("host-{rank}"));
-        config
-    };
-    let mut nodes: Vec<Node> =
-        join_all(2, apart).into_iter().map(|j| Node::start(j.unwrap(), options(Choice::Shm, 1))).collect();
-    nodes[1].fabric.request(Rank(0));
-    drive(&mut nodes, |nodes| nodes[1].failed.len() == 1);
-    assert!(nodes[1].failed[0].1.contains("share no memory"), "{:?}", nodes[1].failed);
-    stop(nodes);
-    stop(mesh(join_all(2, apart), options(Choice::Auto, 1), "tcp"));
-}
-
-#[test]
-fn where_shared_memory_fails_auto_takes_tcp_and_warns_once() {
-    let _alone = alone();
-    let (warn, list) = warnings();
-    let job = unique("fallback");
-    let joined: Vec<Joined> = join_all(3, |rank| Join { warn: warn.clone(), ..private(&job, 3)(rank) })
-        .into_iter()
-        .map(|joined| {
-            let mut joined = joined.unwrap();
-            let mut table = (*joined.table).clone();
-            // Nobody listens there, as in another network namespace.
-            table.cards.iter_mut().for_each(|card| card.socket = Some([0xee; 16]));
-            joined.table = Arc::new(table);
-            joined
-        })
-        .collect();
-    stop(mesh(joined.into_iter().map(Ok).collect(), options(Choice::Auto, 1), "tcp"));
-    let list = list.lock().unwrap();
-    // Rank 1 connects to 0, rank 2 to 0 and 1: one warning each.
-    assert_eq!(list.len(), 2, "{list:?}");
-    assert!(list[0].contains("TCP is used instead"), "{list:?}");
-}
-
-#[test]
-fn racing_requests_make_one_link() {
-    let _alone = alone();
-    let job = unique("race");
-    for epoch in 0..15 {
-        let joined = join_all(2, |rank| Join { epoch: Epoch(epoch), ..private(&job, 2)(rank) });
-        let choice = if epoch % 2 == 0 { Choice::Tcp } else { Choice::Auto };
-        let mut nodes: Vec<Node> =
-            joined.into_iter().map(|j| Node::start(j.unwrap(), options(choice, 2))).collect();
-        std::thread::scope(|scope| {
-            for (me, node) in nodes.iter_mut().enumerate() {
-                scope.spawn(move || node.fabric.request(Rank(1 - me as u32)));
-            }
-        });
-        drive(&mut nodes, |nodes| nodes.iter().all(|n| n.links.len() == 1));
-        talk(&mut nodes);
-        nodes.iter_mut().for_each(Node::collect);
-        assert!(nodes.iter().all(|n| n.links.len() == 1 && n.failed.is_empty()));
-        stop(nodes);
-    }
-}
-
-#[test]
-fn the_lower_rank_alone_can_ask() {
-    let _alone = alone();
-    for choice in [Choice::Auto, Choice::Tcp] {
-        let joined = join_all(2, private(&unique("knock"), 2));
-        let mut nodes: Vec<Node> =
-            joined.into_iter().map(|j| Node::start(j.unwrap(), options(choice, 1))).collect();
-        nodes[0].fabric.request(Rank(1));
-        drive(&mut nodes, |nodes| nodes.iter().all(|n| n.links.len() == 1));
-        talk(&mut nodes);
-        stop(nodes);
-    }
 }

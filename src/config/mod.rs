@@ -215,6 +215,15 @@ impl Config {
         rows.map(|(knob, _)| (knob.name, self.show(knob.field))).collect()
     }
 
+    /// Every knob's variable and its value as text; none where nothing was set, so that the default holds.
+    /// What torchrun's variables say is left out: they speak for themselves.
+    pub fn settled(&self) -> impl Iterator<Item = (&'static str, Option<String>)> + '_ {
+        KNOBS.iter().zip(&self.origins).map(|(knob, origin)| {
+            let text = Some(self.show(knob.field)).filter(|text| text != knob.default);
+            (knob.name, text.filter(|_| origin.layer != Layer::Torchrun))
+        })
+    }
+
     /// A table of every knob, its value, and where the value came from.
     #[must_use]
     pub fn print_config(&self) -> String {

@@ -1,5 +1,5 @@
 use super::*;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 fn load(variables: &[(&str, &str)]) -> Result<(Config, Vec<Warning>)> {
     load_over(&[], variables)
@@ -236,4 +236,35 @@ proptest::proptest! {
         let _ = file::parse(&text);
         let _ = load(&[(&format!("CAROLE_{name}"), &text), ("HOROVOD_CYCLE_TIME", &text)]);
     }
+}
+
+#[test]
+fn what_is_settled_is_what_any_source_said_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("knobs");
+    std::fs::write(&path, "secret_file = /a/secret\njob = of the file\n").unwrap();
+    let variables = [
+        ("CAROLE_CONFIG_FILE", path.to_str().unwrap()),
+        ("CAROLE_JOB", "of the variable"),
+        ("CAROLE_HOST_ID", "auto"),
+        ("HOROVOD_RANK", "1"),
+        ("HOROVOD_SIZE", "2"),
+        ("CAROLE_SECRET_FD", ""),
+    ];
+    let (config, _) = load_over(&[("rendezvous", "tcp://a:1,b:2")], &variables).unwrap();
+    let settled: HashMap<&str, Option<String>> = config.settled().collect();
+    let said = |name: &str| settled[name].as_deref();
+    assert_eq!(said("CAROLE_RENDEZVOUS"), Some("tcp://a:1,b:2"));
+    assert_eq!(said("CAROLE_SECRET_FILE"), Some("/a/secret"));
+    assert_eq!(said("CAROLE_JOB"), Some("of the variable"));
+    assert_eq!((said("CAROLE_RANK"), said("CAROLE_SIZE")), (Some("1"), Some("2")));
+    assert_eq!(
+        (said("CAROLE_HOST_ID"), said("CAROLE_SECRET_FD"), said("CAROLE_INSECURE")),
+        (None, None, None)
+    );
+
+    let torch = [("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "7")];
+    let (config, _) = load(&torch).unwrap();
+    assert_eq!(config.rank, Some(1));
+    assert!(config.settled().all(|(_, text)| text.is_none()));
 }

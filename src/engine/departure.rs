@@ -1,4 +1,4 @@
-//! Leaving in an orderly way, here and elsewhere.
+//! Leaving in an orderly way, here and elsewhere; and the links that it takes to notice who leaves otherwise.
 //!
 //! A rank that leaves says goodbye on all its links, everybody passes it on, and it lingers until its peers
 //! have closed their links (they do so when they need nothing more of what it had sent). What was agreed
@@ -14,7 +14,7 @@ use super::Engine;
 use super::batch::Flight;
 use super::links::LinkChange;
 use crate::error::Error;
-use crate::types::{Rank, SetId, Time};
+use crate::types::{GLOBAL_SET, Rank, SetId, Time};
 use crate::wire;
 
 impl Engine {
@@ -38,6 +38,20 @@ impl Engine {
         self.broken.get_or_insert(Error::Shutdown(None));
     }
 
+    /// Asks for links to the neighbours in the tree of the global set, once: with the first traffic of this rank,
+    /// or of any rank, since a new link is traffic, too. Only a rank to which there is a link is missed when
+    /// its process ends or stops, so all ranks must hang together before anybody waits for anybody.
+    pub(super) fn hang_together(&mut self) {
+        if std::mem::replace(&mut self.hangs_together, true) {
+            return;
+        }
+        let Some(set) = self.sets.get(&GLOBAL_SET) else { return };
+        let Some(coordinator) = &set.coordinator else { return };
+        for member in coordinator.neighbours() {
+            self.links.request(set.ranks[member.0 as usize]);
+        }
+    }
+
     /// Asks for links to the neighbours in the trees of agreement that this rank has never needed to talk to. A
     /// rank that vanished without a word to anybody would be taken for a dead one by whoever asks for it next.
     fn meet_neighbours(&mut self) {
@@ -58,7 +72,7 @@ impl Engine {
     pub(super) fn linger(&mut self, changes: &mut Vec<LinkChange>) {
         let clean = self.left.unwrap_or_default();
         for change in changes.drain(..) {
-            let (LinkChange::Up(peer) | LinkChange::Down(peer, _) | LinkChange::Unreachable(peer, _)) =
+            let (LinkChange::Up(peer) | LinkChange::Down(peer, _) | LinkChange::Unreachable { peer, .. }) =
                 change;
             self.unmet.retain(|&rank| rank != peer);
             if let LinkChange::Up(_) = change {
@@ -111,6 +125,10 @@ impl Engine {
 
     /// A rank has left; heard of for the first time.
     pub(super) fn depart(&mut self, who: Rank, clean: bool, now: Time) {
+        if self.links.is_dead(who) {
+            // No link to it could be made, and now it is known why.
+            self.fail_with(who);
+        }
         self.departing.push(who);
         let concerned: Vec<SetId> =
             self.sets.iter().filter(|(_, set)| set.member_of(who).is_some()).map(|(&id, _)| id).collect();

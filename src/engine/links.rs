@@ -44,7 +44,14 @@ pub enum LinkChange {
     /// It was up and is dead.
     Down(Rank, Cause),
     /// It could not be made.
-    Unreachable(Rank, Cause),
+    Unreachable {
+        /// The peer.
+        peer: Rank,
+        /// Who is at fault.
+        culprit: Rank,
+        /// What happened to the culprit.
+        cause: Cause,
+    },
 }
 
 impl Links {
@@ -73,6 +80,12 @@ impl Links {
     #[must_use]
     pub fn is_awaited(&self, peer: Rank) -> bool {
         matches!(self.slots[peer.0 as usize], Slot::Requested(_))
+    }
+
+    /// Whether there is no link to a peer any more, or never will be.
+    #[must_use]
+    pub fn is_dead(&self, peer: Rank) -> bool {
+        matches!(self.slots[peer.0 as usize], Slot::Dead)
     }
 
     /// Asks for a link without giving it anything to do.
@@ -117,7 +130,7 @@ impl Links {
             moved = true;
             match event {
                 FabricEvent::Up(link) => self.rise(link, changes),
-                FabricEvent::Failed(peer, cause) => self.fall(peer, cause, changes),
+                FabricEvent::Failed { peer, culprit, cause } => self.fall(peer, culprit, cause, changes),
             }
         }
         moved
@@ -144,7 +157,7 @@ impl Links {
         changes.push(LinkChange::Up(peer));
     }
 
-    fn fall(&mut self, peer: Rank, cause: Cause, changes: &mut Vec<LinkChange>) {
+    fn fall(&mut self, peer: Rank, culprit: Rank, cause: Cause, changes: &mut Vec<LinkChange>) {
         let slot = &mut self.slots[peer.0 as usize];
         disown(slot);
         let was = std::mem::replace(slot, Slot::Dead);
@@ -152,7 +165,9 @@ impl Links {
         match was {
             Slot::Dead => {}
             Slot::Up(_) => changes.push(LinkChange::Down(peer, cause)),
-            Slot::None | Slot::Requested(_) => changes.push(LinkChange::Unreachable(peer, cause)),
+            Slot::None | Slot::Requested(_) => {
+                changes.push(LinkChange::Unreachable { peer, culprit, cause });
+            }
         }
     }
 
@@ -172,7 +187,7 @@ impl Links {
         match link.progress(memory, now, events) {
             Ok(moved) => moved,
             Err(cause) => {
-                self.fall(peer, cause, changes);
+                self.fall(peer, peer, cause, changes);
                 true
             }
         }
@@ -210,7 +225,7 @@ impl Links {
             match link.arm() {
                 Ok(there) => busy |= there,
                 Err(cause) => {
-                    self.fall(peer, cause, changes);
+                    self.fall(peer, peer, cause, changes);
                     busy = true;
                     continue;
                 }

@@ -51,6 +51,7 @@ impl Engine {
                 super::sets::list(&self.sets[&m.set].ranks)
             )));
         }
+        self.hang_together();
         let mut operation = self.spare_ops.pop().unwrap_or_default();
         operation.set = m.set;
         operation.remaining = 1;

@@ -116,6 +116,8 @@ pub struct Engine {
     departing: Vec<Rank>,
     /// Neighbours whose links this rank waits for only to say goodbye.
     unmet: Vec<Rank>,
+    /// Whether the links to the neighbours in the global tree have been asked for.
+    hangs_together: bool,
     // Buffers that are used again at each turn.
     events: Events,
     changes: Vec<LinkChange>,
@@ -161,6 +163,7 @@ impl Engine {
             left: None,
             departing: Vec::new(),
             unmet: Vec::new(),
+            hangs_together: false,
             events: Events::default(),
             changes: Vec::new(),
             orders: Vec::new(),
@@ -201,6 +204,7 @@ impl Engine {
         operation.name.clear();
         operation.name.push_str(submission.name);
         self.ops.insert(submission.op, operation);
+        self.hang_together();
         Ok(())
     }
 
@@ -214,21 +218,9 @@ impl Engine {
 
     /// Does what can be done now. Returns whether anything moved; call again until it does not.
     pub fn turn(&mut self, now: Time) -> bool {
+        let mut moved = self.links.poll_fabric(&mut self.changes);
+        moved |= self.turn_links(now);
         let mut changes = std::mem::take(&mut self.changes);
-        let mut moved = self.links.poll_fabric(&mut changes);
-        let mut events = std::mem::take(&mut self.events);
-        let mut place = 0;
-        while place < self.links.up().len() {
-            let peer = self.links.up()[place];
-            events.clear();
-            moved |= self.links.progress(place, &self.memory, now, &mut events, &mut changes);
-            for event in &events.list {
-                self.hear(peer, event, &events.control, now);
-            }
-            // A link that died has left the list, and another stands in its place.
-            place += usize::from(self.links.up().get(place) == Some(&peer));
-        }
-        self.events = events;
         if self.left.is_some() {
             self.linger(&mut changes);
             self.changes = changes;
@@ -237,22 +229,49 @@ impl Engine {
         for change in changes.drain(..) {
             moved = true;
             match change {
-                LinkChange::Up(peer) => self.membership.link_up(peer, now),
+                LinkChange::Up(peer) => {
+                    self.membership.link_up(peer, now);
+                    self.hang_together();
+                }
                 LinkChange::Down(peer, cause) => {
                     if self.membership.has_departed(peer) {
                         self.fail_with(peer);
                     }
                     self.membership.link_down(peer, cause);
                 }
-                LinkChange::Unreachable(peer, cause) => self.membership.unreachable(peer, cause, now),
+                LinkChange::Unreachable { peer, culprit, cause } => {
+                    if self.membership.has_departed(peer) {
+                        self.fail_with(peer);
+                    }
+                    self.membership.unreachable(peer, culprit, cause, now);
+                }
             }
         }
         self.changes = changes;
         moved |= self.turn_membership(now);
         self.close_departed();
-        if self.broken.is_none() {
+        if self.agrees() {
             moved |= self.turn_coordinators(now);
         }
+        moved
+    }
+
+    /// Moves bytes on all links, and hears what they tell.
+    fn turn_links(&mut self, now: Time) -> bool {
+        let mut moved = false;
+        let mut events = std::mem::take(&mut self.events);
+        let mut place = 0;
+        while place < self.links.up().len() {
+            let peer = self.links.up()[place];
+            events.clear();
+            moved |= self.links.progress(place, &self.memory, now, &mut events, &mut self.changes);
+            for event in &events.list {
+                self.hear(peer, event, &events.control, now);
+            }
+            // A link that died has left the list, and another stands in its place.
+            place += usize::from(self.links.up().get(place) == Some(&peer));
+        }
+        self.events = events;
         moved
     }
 
@@ -295,7 +314,7 @@ impl Engine {
         body: &[u8],
         now: Time,
     ) -> std::result::Result<(), Cause> {
-        if self.broken.is_some() {
+        if !self.agrees() {
             return Ok(());
         }
         let Some(set) = self.sets.get_mut(&id) else {
@@ -334,6 +353,7 @@ impl Engine {
         }
         let mut moved = false;
         let was_broken = self.broken.is_some();
+        let mut departed = false;
         while let Some(intent) = self.membership.poll() {
             moved = true;
             match intent {
@@ -349,8 +369,15 @@ impl Engine {
                     self.broken = Some(error.clone());
                     self.fail_all(&error);
                 }
-                membership::Intent::Departed { who, clean } => self.depart(who, clean, now),
+                membership::Intent::Departed { who, clean } => {
+                    self.depart(who, clean, now);
+                    departed = true;
+                }
             }
+        }
+        if departed {
+            // As below: whoever ends its process on the news must have passed it on.
+            self.turn_links(now);
         }
         if self.broken.is_some() && !was_broken {
             // The news leaves before anybody here learns of it: a caller may end the process at once, and its
@@ -418,11 +445,17 @@ impl Engine {
         !self.ops.is_empty() || self.flying > 0 || !self.links.drained()
     }
 
+    /// Whether there is still something to agree: the epoch goes on, and this rank has not left.
+    fn agrees(&self) -> bool {
+        self.broken.is_none() && !self.membership.is_over()
+    }
+
     /// When [`Engine::turn`] is to be called at the latest.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        let coordinators =
-            self.sets.values().filter_map(|s| s.coordinator.as_ref()).filter_map(|c| c.poll_timeout());
+        let coordinators = self.sets.values().filter_map(|s| s.coordinator.as_ref());
+        // Those that are not turned any more have nothing to be woken for.
+        let coordinators = coordinators.filter(|_| self.agrees()).filter_map(|c| c.poll_timeout());
         coordinators.chain(self.membership.poll_timeout()).min()
     }
 

@@ -15,6 +15,7 @@ mod processes;
 mod supervise;
 #[allow(unsafe_code)]
 mod sys;
+mod verdict;
 
 use crate::config::{Config, Layer, environment, manual};
 use crate::error::{Error, Result};

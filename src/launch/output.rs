@@ -1,6 +1,8 @@
 //! What ranks write: cut into lines, prefixed, passed on without blocking and without growing without bound.
 #![forbid(unsafe_code)]
 
+use crate::error::named_culprit;
+use crate::types::Rank;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -133,6 +135,8 @@ pub struct Stream {
     file: Option<(File, PathBuf)>,
     /// The beginning of the last line that is not blank.
     last_line: Vec<u8>,
+    /// The rank at fault, by the last error of the runtime that was written.
+    culprit: Option<Rank>,
 }
 
 impl Stream {
@@ -145,6 +149,7 @@ impl Stream {
             timestamps,
             file: None,
             last_line: Vec::new(),
+            culprit: None,
         }
     }
 
@@ -162,6 +167,11 @@ impl Stream {
     /// The last line that is not blank.
     pub fn last_line(&self) -> String {
         String::from_utf8_lossy(&self.last_line).trim().to_string()
+    }
+
+    /// The rank at fault, by the last error of the runtime that was written.
+    pub fn culprit(&self) -> Option<Rank> {
+        self.culprit
     }
 
     /// Reads once and passes on whole lines; `false` when there was nothing to read. A file that cannot be
@@ -198,12 +208,13 @@ impl Stream {
 
     fn pass(&mut self, bytes: &[u8], sink: &mut Sink) {
         let time = if self.timestamps { crate::log::utc(SystemTime::now()) } else { String::new() };
-        let (prefix, last_line) = (&self.prefix, &mut self.last_line);
+        let (prefix, last_line, culprit) = (&self.prefix, &mut self.last_line, &mut self.culprit);
         let emit = |line: &[u8]| {
             sink.push(&[time.as_bytes(), prefix.as_bytes(), line]);
             if !line.trim_ascii().is_empty() {
                 last_line.clear();
                 last_line.extend_from_slice(&line[..line.len().min(LAST_LINE_BYTES_MAX)]);
+                *culprit = std::str::from_utf8(line).ok().and_then(named_culprit).or(*culprit);
             }
         };
         if self.pipe.is_some() {

@@ -5,6 +5,7 @@ use super::guard::{Lines, Order, Report};
 use super::output::{Sink, Stream};
 use super::processes::{descendants, kill_descendants};
 use super::sys::{Signals, signal_name};
+use super::verdict::{Finding, Verdict};
 use super::{args, owns_terminal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, WaitOptions, waitpid};
@@ -70,7 +71,10 @@ pub struct Supervisor {
     sinks: [Sink; 2],
     lines: Lines,
     endings: Vec<Option<Ending>>,
+    verdict: Verdict,
     stage: Stage,
+    /// Whether somebody outside asked for the end, so that what fails then is no failure.
+    asked: bool,
     deadline: Option<Instant>,
     /// The code of the first rank that failed, or what else decides the launcher's code.
     code: Option<i32>,
@@ -92,10 +96,12 @@ impl Supervisor {
         ];
         Ok(Supervisor {
             endings: vec![None; setup.streams.len()],
+            verdict: Verdict::new(setup.streams.len()),
             setup,
             sinks,
             lines: Lines::default(),
             stage: Stage::Running,
+            asked: false,
             deadline: None,
             code: None,
             guard_gone: false,
@@ -265,32 +271,59 @@ impl Supervisor {
         if self.endings[rank].replace(ending).is_some() {
             unreachable!("a rank ends once");
         }
-        let code = match ending {
-            Ending::Exited(code) => code,
-            Ending::Killed(signal) => 128 + signal,
-        };
-        if code != 0 && self.code.is_none() {
-            self.code = Some(code);
-            self.tell_failure(rank, ending);
-            if self.stage == Stage::Running && self.endings.iter().any(Option::is_none) {
-                self.enter(Stage::Ending, Some(GRACE));
-            }
-        } else if self.setup.verbose {
+        let failed = ending.code() != 0;
+        let named = if failed { self.culprit(rank) } else { None };
+        self.verdict.ended(rank, failed, named);
+        if self.setup.verbose {
             self.say(&format!("rank {rank} {}", ending.words()));
+        }
+        match self.verdict.first() {
+            _ if self.code.is_some() => {}
+            Finding::Nobody => {}
+            Finding::First(first) => self.settle(first, None),
+            // It is about to end, and its ending says more than what others heard of it.
+            Finding::Named { .. } if self.stage == Stage::Running => self.enter(Stage::Ending, Some(GRACE)),
+            Finding::Named { .. } if self.asked => self.settle_now(),
+            Finding::Named { .. } => {}
         }
         if self.endings.iter().all(Option::is_some) {
             self.finish();
         }
     }
 
-    /// Says which rank failed first, and why, with its own last words.
-    fn tell_failure(&mut self, rank: usize, ending: Ending) {
-        // What it wrote before it ended is in the pipe; children of it may go on writing.
-        for _ in 0..READS_BEFORE_REPORT {
-            if self.sinks[1].is_full() || !self.read(rank, 1) {
-                break;
+    /// Whom a rank that has ended held to be at fault.
+    fn culprit(&mut self, rank: usize) -> Option<usize> {
+        // What it wrote before it ended is in the pipes; children of it may go on writing.
+        for index in 0..2 {
+            for _ in 0..READS_BEFORE_REPORT {
+                if self.sinks[index].is_full() || !self.read(rank, index) {
+                    break;
+                }
             }
         }
+        let [out, err] = &self.setup.streams[rank];
+        err.culprit().or(out.culprit()).map(|rank| rank.0 as usize)
+    }
+
+    /// Ends the wait for a rank that was named, if there is one.
+    fn settle_now(&mut self) {
+        if let (None, Finding::Named { culprit, by }) = (self.code, self.verdict.first()) {
+            self.settle(by, Some(culprit));
+        }
+    }
+
+    /// The verdict: this rank failed first, or a rank that it names and that still runs.
+    fn settle(&mut self, rank: usize, named: Option<usize>) {
+        let ending = self.endings[rank].expect("only who has ended has failed");
+        self.code = Some(ending.code());
+        self.tell_failure(rank, ending, named);
+        if self.stage == Stage::Running && self.endings.iter().any(Option::is_none) {
+            self.enter(Stage::Ending, Some(GRACE));
+        }
+    }
+
+    /// Says which rank failed first, and why, with its own last words.
+    fn tell_failure(&mut self, rank: usize, ending: Ending, named: Option<usize>) {
         let last = self.setup.streams[rank][1].last_line();
         let last = if last.is_empty() { String::new() } else { format!("; its last line on stderr: {last}") };
         let running = self.endings.iter().filter(|ending| ending.is_none()).count();
@@ -299,15 +332,28 @@ impl Supervisor {
             1 => "; ending the other one".to_string(),
             n => format!("; ending the other {n}"),
         };
-        let first =
-            if self.endings.len() > 1 && self.stage == Stage::Running { " failed first: it" } else { "" };
-        self.say(&format!("rank {rank}{first} {}{last}{others}", ending.words()));
+        let first = match named {
+            Some(culprit) => format!(
+                "rank {culprit} failed first, though it still runs (stopped, or stuck?): rank {rank}, which names it,"
+            ),
+            None if self.endings.len() > 1 && !self.asked => format!("rank {rank} failed first: it"),
+            None => format!("rank {rank}"),
+        };
+        self.say(&format!("{first} {}{last}{others}", ending.words()));
     }
 
     fn on_signal(&mut self, signal: i32) {
         match signal {
             libc::SIGCHLD | libc::SIGTTOU => {}
             libc::SIGUSR1 | libc::SIGUSR2 => self.signal_all(signal, false),
+            _ => self.on_call_to_end(signal),
+        }
+    }
+
+    fn on_call_to_end(&mut self, signal: i32) {
+        self.settle_now();
+        self.asked = true;
+        match signal {
             _ if self.stage >= Stage::Finishing => {
                 // The ranks are being killed already; who asks again does not want to wait for output either.
                 self.drained_by = Some(Instant::now());
@@ -332,6 +378,7 @@ impl Supervisor {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             match self.stage {
                 Stage::Ending => {
+                    self.settle_now();
                     self.signal_all(libc::SIGTERM, true);
                     self.enter(Stage::Terminated, Some(TERM_GRACE));
                 }
@@ -353,6 +400,7 @@ impl Supervisor {
     /// The reader of our output has gone, as in `carolerun ... | head`.
     fn on_sink_closed(&mut self, index: usize) {
         if index == 0 && self.stage == Stage::Running {
+            self.asked = true;
             self.say("standard output was closed by its reader; ending the job");
             self.code = self.code.or(Some(128 + libc::SIGPIPE));
             self.signal_all(libc::SIGTERM, true);
@@ -364,6 +412,7 @@ impl Supervisor {
     fn on_guard_gone(&mut self) {
         self.guard_gone = true;
         self.deadline = None;
+        self.settle_now();
         if self.stage != Stage::Finishing {
             self.stage = Stage::Finishing;
             self.say("the guard process was killed; ending the job");
@@ -451,6 +500,14 @@ enum Ready {
 }
 
 impl Ending {
+    /// The exit code that stands for it, as in a shell.
+    fn code(self) -> i32 {
+        match self {
+            Ending::Exited(code) => code,
+            Ending::Killed(signal) => 128 + signal,
+        }
+    }
+
     fn words(self) -> String {
         match self {
             Ending::Exited(code) => format!("exited with code {code}"),

@@ -1,7 +1,13 @@
 //! Who is in this epoch, and what ends it. A machine without I/O: facts about neighbours in (a *neighbour* is
 //! a rank to which there is a link), intents out.
 //!
-//! The first cause wins: it is told once ([`Intent::Broke`]) and flooded to all neighbours, who do the same.
+//! The first cause is flooded to all neighbours, who do the same, and told a moment later, once
+//! ([`Intent::Broke`]). In that moment a rank notices nothing more by itself, but a *graver* cause that others
+//! had noticed at the same time takes the place of its own and is passed on ([`gravity`]). So where two ranks
+//! die at once (a host is lost, say), their survivors still end with one error: each rank brings at most one
+//! cause, the one that it had when it learned that the epoch is over, and the gravest of these reaches all,
+//! provided that a message reaches all within half of [`SETTLE_NS`] and the survivors' links hang together.
+//! Where they do not, only a round of votes over new links could settle it.
 //! Causes are normalised, so that several ranks that notice one death say the same words: whatever error a
 //! transport reports for a link that ends, the peer *has ended*; a silence is as long as the limit, however
 //! late it was noticed; texts are cut to what the wire carries.
@@ -16,11 +22,13 @@ mod tests;
 use crate::error::{Broken, Cause};
 use crate::limits::{HEARTBEAT_MS, SILENCE_MS};
 use crate::types::{Epoch, Rank, Time};
-use crate::wire::failure::normalised;
+use crate::wire::failure::{normalised, put_broken};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 const MS: u64 = 1_000_000;
+/// How long a rank that knows that the epoch is over waits for a graver cause.
+const SETTLE_NS: u64 = 50 * MS;
 /// How long a failure to connect waits for news of the peer's death.
 const BETTER_CAUSE_NS: u64 = 200 * MS;
 
@@ -72,6 +80,21 @@ pub enum Intent {
 }
 
 #[derive(Debug)]
+struct Unreachable {
+    at: Time,
+    peer: Rank,
+    culprit: Rank,
+    cause: Cause,
+}
+
+#[derive(Debug)]
+struct Settling {
+    gravest: Arc<Broken>,
+    /// Unknown until the time is told.
+    until: Option<Time>,
+}
+
+#[derive(Debug)]
 struct Neighbour {
     heard: Time,
     told: Time,
@@ -88,9 +111,11 @@ pub struct Membership {
     neighbours: BTreeMap<Rank, Neighbour>,
     /// Who has left, and whether it had nothing in flight.
     departed: BTreeMap<Rank, bool>,
-    /// A rank to which no link could be made. Mostly it has died, and a neighbour of it knows better; so this
-    /// cause waits a little for a better one.
-    unreachable: Option<(Time, Rank, Cause)>,
+    /// Ranks to which no link could be made, in order of time. Mostly such a rank has died or left, and a
+    /// neighbour of it knows better; so this cause waits a little for a better one.
+    unreachable: Vec<Unreachable>,
+    /// The epoch is over, and why is about to be settled.
+    settling: Option<Settling>,
     broken: Option<Arc<Broken>>,
     intents: VecDeque<Intent>,
 }
@@ -107,7 +132,8 @@ impl Membership {
             rules,
             neighbours: BTreeMap::new(),
             departed: BTreeMap::new(),
-            unreachable: None,
+            unreachable: Vec::new(),
+            settling: None,
             broken: None,
             intents: VecDeque::new(),
         }
@@ -117,7 +143,8 @@ impl Membership {
     pub fn link_up(&mut self, rank: Rank, now: Time) {
         assert!(rank != self.me && rank.0 < self.size);
         self.neighbours.insert(rank, Neighbour { heard: now, told: now });
-        match &self.broken {
+        let known = self.broken.as_ref().or(self.settling.as_ref().map(|settling| &settling.gravest));
+        match known {
             // It may have no other neighbour who knows.
             Some(broken) => self.intents.push_back(Intent::Abort { to: rank, broken: broken.clone() }),
             None => {
@@ -154,10 +181,11 @@ impl Membership {
         self.end(Some(rank), cause, None);
     }
 
-    /// A link that is needed could not be made.
-    pub fn unreachable(&mut self, rank: Rank, cause: Cause, now: Time) {
-        if !self.departed.contains_key(&rank) && self.unreachable.is_none() {
-            self.unreachable = Some((now.after_ns(BETTER_CAUSE_NS), rank, cause));
+    /// A link to `peer` that is needed could not be made, which is the fault of `culprit`: one of its two ends.
+    pub fn unreachable(&mut self, peer: Rank, culprit: Rank, cause: Cause, now: Time) {
+        if !self.departed.contains_key(&peer) && !self.is_over() {
+            let at = now.after_ns(BETTER_CAUSE_NS);
+            self.unreachable.push(Unreachable { at, peer, culprit, cause });
         }
     }
 
@@ -167,7 +195,7 @@ impl Membership {
             self.end(Some(from), Cause::Misbehaved("a goodbye of a rank that does not exist".into()), None);
             return;
         }
-        if who == self.me || self.broken.is_some() || self.departed.contains_key(&who) {
+        if who == self.me || self.is_over() || self.departed.contains_key(&who) {
             return;
         }
         self.departed.insert(who, clean);
@@ -186,18 +214,28 @@ impl Membership {
     /// This rank ends the epoch: a coordinator's `Break`, a failure of the operating system, a panic.
     pub fn break_here(&mut self, culprit: Option<Rank>, cause: Cause) {
         self.end(culprit, cause, None);
+        if culprit == Some(self.me) {
+            // A rank that fails knows best, and may not get much farther.
+            self.conclude();
+        }
     }
 
     /// Lets time pass.
     pub fn handle_timeout(&mut self, now: Time) {
-        if self.broken.is_some() {
+        if let Some(settling) = &mut self.settling {
+            let until = *settling.until.get_or_insert(now.after_ns(SETTLE_NS));
+            if until <= now {
+                self.conclude();
+            }
+        }
+        if self.is_over() {
             return;
         }
-        if let Some((_, rank, cause)) = self.unreachable.take_if(|(at, _, _)| *at <= now) {
-            if !self.departed.contains_key(&rank) {
-                self.end(Some(rank), cause, None);
-            }
-            return;
+        // Whoever has said goodbye meanwhile is not missed.
+        self.unreachable.retain(|missed| !self.departed.contains_key(&missed.peer));
+        if self.unreachable.first().is_some_and(|first| first.at <= now) {
+            let missed = self.unreachable.remove(0);
+            return self.end(Some(missed.culprit), missed.cause, None);
         }
         let mut silent = None;
         for (&rank, neighbour) in &mut self.neighbours {
@@ -219,6 +257,9 @@ impl Membership {
     /// When to call `handle_timeout`.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
+        if let Some(settling) = &self.settling {
+            return Some(settling.until.unwrap_or_default());
+        }
         if self.broken.is_some() {
             return None;
         }
@@ -226,7 +267,7 @@ impl Membership {
         let due = |n: &Neighbour| {
             n.heard.after_ns(self.rules.silence_ns).min(n.told.after_ns(self.rules.heartbeat_ns))
         };
-        let unreachable = self.unreachable.as_ref().map(|(at, _, _)| *at);
+        let unreachable = self.unreachable.first().map(|missed| missed.at);
         alive.map(|(_, neighbour)| due(neighbour)).chain(unreachable).min()
     }
 
@@ -247,14 +288,56 @@ impl Membership {
         self.departed.contains_key(&rank)
     }
 
+    /// Whether the epoch is over, though the reason may not be settled yet: nothing more is to be agreed.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.settling.is_some() || self.broken.is_some()
+    }
+
+    /// There is a cause for the epoch's end: noticed here, or told by a neighbour.
     fn end(&mut self, culprit: Option<Rank>, cause: Cause, from: Option<Rank>) {
         if self.broken.is_some() {
             return;
         }
         let broken = Arc::new(normalised(&Broken { epoch: self.epoch, culprit, cause }));
-        self.broken = Some(broken.clone());
-        self.intents.push_back(Intent::Broke(broken.clone()));
+        if let Some(settling) = &mut self.settling {
+            if from.is_none() || gravity(&broken) >= gravity(&settling.gravest) {
+                return;
+            }
+            settling.gravest = broken.clone();
+        } else {
+            self.settling = Some(Settling { gravest: broken.clone(), until: None });
+        }
         let others = self.neighbours.keys().filter(|&&to| Some(to) != from);
         self.intents.extend(others.map(|&to| Intent::Abort { to, broken: broken.clone() }));
+        // Between two ranks there is nobody who could know more.
+        if self.size == 2 {
+            self.conclude();
+        }
     }
+
+    /// The verdict.
+    fn conclude(&mut self) {
+        if let Some(Settling { gravest, .. }) = self.settling.take() {
+            self.broken = Some(gravest.clone());
+            self.intents.push_back(Intent::Broke(gravest));
+        }
+    }
+}
+
+/// The order of causes, gravest first; total, so that every rank prefers the same one. What a rank said of itself
+/// goes before what others saw of it, and what was seen before what was only missed.
+fn gravity(broken: &Broken) -> (u8, u32, Vec<u8>) {
+    let kind = match broken.cause {
+        Cause::Aborted(_) => 0,
+        Cause::Misbehaved(_) => 1,
+        Cause::System(_) => 2,
+        Cause::Exited => 3,
+        Cause::Silent { .. } => 4,
+        Cause::Stalled { .. } => 5,
+        Cause::Unreachable(_) => 6,
+    };
+    let mut words = Vec::new();
+    put_broken(&mut words, broken);
+    (kind, broken.culprit.map_or(u32::MAX, |rank| rank.0), words)
 }

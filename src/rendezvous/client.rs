@@ -11,6 +11,7 @@ use super::secret::{SECRET_BYTES, Secret};
 use super::server::{self, Bind, PRIVATE_SOCKET, Server, ServerOptions};
 use super::topology::Topology;
 use super::{Warn, build};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::limits::{HANDSHAKE_MS, TABLE_BYTES_MAX};
 use crate::types::{Epoch, Rank};
@@ -77,6 +78,22 @@ impl Join {
     pub fn new(environment: Environment, epoch: Epoch, warn: Warn) -> Join {
         let start_timeout_ms = START_TIMEOUT_MS;
         Join { environment, epoch, knobs: Vec::new(), simd: 0, secret: None, start_timeout_ms, warn }
+    }
+
+    /// The join of this process as its configuration has settled it. Whatever the configuration knows comes
+    /// from there, so that an argument of init() or a line of a file counts here as a variable does.
+    #[must_use]
+    pub fn from_config(
+        config: &Config,
+        own: impl Iterator<Item = (String, String)>,
+        epoch: Epoch,
+        warn: Warn,
+    ) -> Join {
+        Join {
+            knobs: config.agreed().into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            start_timeout_ms: config.start_timeout_s.saturating_mul(1000),
+            ..Join::new(place::environment(own, config), epoch, warn)
+        }
     }
 }
 

@@ -1,18 +1,28 @@
 //! Who this process is and how it finds the others, read from variables. A pure function of them.
 #![forbid(unsafe_code)]
 
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::limits::RANKS_MAX;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// The variables that count: the process's own, with init() arguments already laid over them.
+/// The variables that count: the process's own, with what the configuration has settled laid over them.
 pub type Environment = BTreeMap<String, String>;
 
-/// The variables of this process. Names and values that are not UTF-8 are left out.
+/// The variables that count. A knob says what the configuration has settled, from whatever source; the
+/// process's own variables say the rest (other launchers' names, the user's directories).
 #[must_use]
-pub fn environment() -> Environment {
-    std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect()
+pub fn environment(own: impl Iterator<Item = (String, String)>, config: &Config) -> Environment {
+    let mut environment: Environment = own.collect();
+    for (name, value) in config.settled() {
+        match value {
+            Some(value) => drop(environment.insert(name.to_owned(), value)),
+            // It may stand there empty, or as "auto".
+            None => drop(environment.remove(name)),
+        }
+    }
+    environment
 }
 
 /// Who this process is, as the one that started it says.

@@ -3,8 +3,9 @@
 //! this thread's timers.
 //!
 //! Of two ranks **the higher one connects**, always and alone. A lower one that wants a link *knocks*: it proves
-//! itself at the higher one's door, and the higher one then connects as if its own engine had asked. So
-//! there is one connector for each pair, which has at most one attempt under way and none after success:
+//! itself at the higher one's door, and the higher one then connects as if its own engine had asked. The
+//! knock stays open until the link is there: on it the higher one says that it is still trying, or why there
+//! will be no link, so that both fail alike and at one time (`hall/knocks.rs`). So there is one connector for each pair, which has at most one attempt under way and none after success:
 //! however requests race, at most one link forms. An attempt has a number that its connections carry in
 //! their proofs; the accepting side assembles the newest attempt only, and takes it as done at the
 //! connector's last word (*go*), which is sent when everything else has been proven.
@@ -16,7 +17,7 @@ mod share;
 
 use super::client::Joined;
 use crate::error::Cause;
-use crate::limits::TCP_LANES_MAX;
+use crate::limits::{SILENCE_MS, TCP_LANES_MAX};
 use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;
 use crate::transport::{Fabric, FabricEvent};
@@ -47,11 +48,19 @@ pub struct PorterOptions {
     pub tcp_lanes: usize,
     /// Options of each TCP connection.
     pub tcp: TcpOptions,
+    /// A peer whose doors take connections and that does not answer for so long is held to be stopped. The same
+    /// as for a link that is up, so that it makes no difference whether there is one already.
+    pub silence_ms: u64,
 }
 
 impl Default for PorterOptions {
     fn default() -> Self {
-        PorterOptions { choice: Choice::Auto, tcp_lanes: 1, tcp: TcpOptions::default() }
+        PorterOptions {
+            choice: Choice::Auto,
+            tcp_lanes: 1,
+            tcp: TcpOptions::default(),
+            silence_ms: SILENCE_MS,
+        }
     }
 }
 
@@ -126,16 +135,14 @@ impl Fabric for PorterFabric {
     fn poll(&mut self) -> Option<FabricEvent> {
         if let Some(peer) = self.failed.pop() {
             self.asked.remove(&peer);
-            return Some(FabricEvent::Failed(
-                peer,
-                Cause::Unreachable("links are no longer made here".into()),
-            ));
+            let cause = Cause::Unreachable("links are no longer made here".into());
+            return Some(FabricEvent::Failed { peer, culprit: peer, cause });
         }
         let event = self.events.try_recv().ok()?;
         match &event {
             // A link is there once in an epoch; after a failure the engine may ask again.
             FabricEvent::Up(link) => drop(self.asked.insert(link.peer())),
-            FabricEvent::Failed(peer, _) => drop(self.asked.remove(peer)),
+            FabricEvent::Failed { peer, .. } => drop(self.asked.remove(peer)),
         }
         Some(event)
     }

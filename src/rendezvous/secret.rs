@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use std::fmt;
 use std::io::Read;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -140,7 +140,7 @@ impl Secret {
         // SAFETY: the descriptor is open (just seen), and the launcher made it for this reader alone; it is
         // closed here and its number never used again.
         let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
-        let secret = read_hex(std::fs::File::from(descriptor)).map_err(refuse)?;
+        let secret = read_hex(FromStart { file: descriptor.into(), at: 0 }).map_err(refuse)?;
         read.push((number, secret.clone()));
         Ok(secret)
     }
@@ -175,9 +175,28 @@ impl Secret {
     }
 }
 
-fn read_hex(file: std::fs::File) -> std::result::Result<Secret, String> {
+/// A file read from its start, wherever others who hold the same open file have moved its position: a rank may
+/// be a shell that starts one program after another.
+struct FromStart {
+    file: std::fs::File,
+    at: u64,
+}
+
+impl Read for FromStart {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = match self.file.read_at(buffer, self.at) {
+            // A pipe has no positions, and one reader.
+            Err(e) if e.raw_os_error() == Some(libc::ESPIPE) => self.file.read(buffer)?,
+            result => result?,
+        };
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+fn read_hex(from: impl Read) -> std::result::Result<Secret, String> {
     let mut text = Vec::with_capacity(TEXT_BYTES_MAX);
-    file.take(TEXT_BYTES_MAX as u64).read_to_end(&mut text).map_err(|e| format!("cannot be read: {e}"))?;
+    from.take(TEXT_BYTES_MAX as u64).read_to_end(&mut text).map_err(|e| format!("cannot be read: {e}"))?;
     let secret = match std::str::from_utf8(&text) {
         Ok(text) => Secret::from_hex(text).map_err(str::to_owned),
         Err(_) => Err("a secret has only hexadecimal digits".into()),
@@ -239,6 +258,18 @@ mod tests {
         assert_eq!(Secret::from_descriptor(number).unwrap().expose(), minted.expose());
         let error = Secret::from_descriptor(900).unwrap_err().to_string();
         assert!(error.contains("CAROLE_SECRET_FD=900"), "{error}");
+    }
+
+    #[test]
+    fn every_reader_of_an_inherited_descriptor_gets_the_secret() {
+        let minted = Secret::mint().unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(minted.to_hex().as_bytes()).unwrap();
+        // Copies share the position, as those of a parent and its children do; it stands at the end.
+        for _ in 0..3 {
+            let number = file.try_clone().unwrap().into_raw_fd();
+            assert_eq!(Secret::from_descriptor(number).unwrap().expose(), minted.expose());
+        }
     }
 
     #[test]

@@ -16,9 +16,7 @@ use crate::log;
 use crate::membership;
 use crate::memory::Region;
 use crate::rendezvous::client::{Join, Joined, join};
-use crate::rendezvous::place;
 use crate::rendezvous::porter::{self, Porter, PorterOptions};
-use crate::rendezvous::secret::Secret;
 use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;
 use crate::types::{Collective, Epoch, GLOBAL_SET, Rank, SetId, TensorSignature};
@@ -41,8 +39,6 @@ pub(super) struct Live {
 
 /// How often this process has joined a job: the number of the next epoch.
 static EPOCH: AtomicU32 = AtomicU32::new(0);
-/// The secret that came through a descriptor, which can be read only once.
-static SECRET: Mutex<Option<Secret>> = Mutex::new(None);
 
 const MS: u64 = 1_000_000;
 /// Shapes whose plans are kept.
@@ -76,7 +72,7 @@ impl Live {
             warn_once(warning.message);
         }
         let epoch = Epoch(EPOCH.load(Ordering::SeqCst));
-        let mut joined = find_the_others(options, &config, epoch)?;
+        let mut joined = find_the_others(&config, epoch)?;
         EPOCH.store(epoch.0 + 1, Ordering::SeqCst);
         let world = world(&joined);
         log::set_rank(world.rank);
@@ -310,21 +306,10 @@ impl Live {
     }
 }
 
-fn find_the_others(options: &Options, config: &Config, epoch: Epoch) -> Result<Joined> {
-    let mut environment = place::environment();
-    environment.extend(options.knobs.iter().cloned());
+fn find_the_others(config: &Config, epoch: Epoch) -> Result<Joined> {
     let warn = Arc::new(|words: &str| log::warn(format_args!("{words}")));
-    let inherits = environment.contains_key("CAROLE_SECRET_FD");
-    let mut how = Join::new(environment, epoch, warn);
-    how.knobs = config.agreed().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    how.simd = widest(config).code();
-    how.start_timeout_ms = config.start_timeout_s * 1000;
-    how.secret = lock(&SECRET).clone();
-    let joined = join(&how)?;
-    if inherits {
-        *lock(&SECRET) = Some(joined.secret.clone());
-    }
-    Ok(joined)
+    let how = Join::from_config(config, config::environment(), epoch, warn);
+    join(&Join { simd: widest(config).code(), ..how })
 }
 
 /// The widest instructions that this processor has and the knob allows.
@@ -387,6 +372,7 @@ fn porter_options(config: &Config) -> PorterOptions {
             TransportChoice::Tcp => porter::Choice::Tcp,
         },
         tcp_lanes: config.tcp_lanes as usize,
+        silence_ms: config.timeout_ms,
         tcp: TcpOptions {
             congestion: config.tcp_congestion.clone(),
             user_timeout_ms: 2 * config.timeout_ms,

@@ -174,6 +174,13 @@ pub trait Fabric: Send {
 pub enum FabricEvent {
     /// A link is up and proven.
     Up(Box<dyn Link>),
-    /// The peer cannot be reached, or could not prove who it is.
-    Failed(Rank, Cause),
+    /// There will be no link to the peer.
+    Failed {
+        /// The peer.
+        peer: Rank,
+        /// Who is at fault: the peer, or this rank where it is this one that cannot be reached.
+        culprit: Rank,
+        /// What happened to the culprit.
+        cause: Cause,
+    },
 }

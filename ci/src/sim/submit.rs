@@ -44,9 +44,10 @@ pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: T
     let engine = node.engine.as_mut().expect("live nodes submit");
     match engine.submit(&submission, now) {
         Err(error) => node.results[op] = Some(Err(error)),
-        // What completes the agreement at once frees its name at once.
+        // What completes the agreement at once frees its name at once; a refused call leaves it to the next.
         Ok(())
             if twice
+                && submission.refused.is_none()
                 && planned.kind == Kind::Collective
                 && !planned.hold
                 && engine.explain(submission.op, now).is_some_and(|why| !why.starts_with("it is not")) =>

@@ -5,7 +5,10 @@ use super::Choice;
 use crate::rendezvous::card::Card;
 use crate::types::Rank;
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// The least that a connection to one of several addresses waits for an answer.
+const SHARE_MS: u64 = 250;
 
 /// A place where a peer may be reached.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -36,8 +39,10 @@ pub struct Dial {
     pub at: usize,
     /// The attempt being made: its number, which all its connections carry.
     pub attempt: u64,
-    /// When it is given up.
-    pub deadline: Instant,
+    /// When it is given up, whatever happens.
+    pub limit: Instant,
+    /// A door of it has taken a connection, and it has until then to give a sign of life.
+    pub answer_by: Option<Instant>,
     /// The next round of targets begins then.
     pub retry: Option<Instant>,
     /// Whether every target of this round has refused the connection.
@@ -46,6 +51,24 @@ pub struct Dial {
     pub last: String,
     /// Why shared memory was not possible.
     pub shm_failure: Option<String>,
+}
+
+impl Dial {
+    /// When something is to be done about it.
+    pub fn deadline(&self) -> Instant {
+        [self.answer_by, self.retry].into_iter().flatten().fold(self.limit, Instant::min)
+    }
+
+    /// How long one connection waits for an answer. A unix socket of a random name is the peer's; behind one of
+    /// several TCP addresses there may be somebody else, so each gets its share.
+    pub fn patience(&self, silence: Duration) -> Duration {
+        match &self.targets[self.at] {
+            Target::Tcp(_) if self.targets.len() > 1 => {
+                (silence / self.targets.len() as u32).max(Duration::from_millis(SHARE_MS))
+            }
+            _ => silence,
+        }
+    }
 }
 
 /// Where `peer` may be reached by this rank, or why nowhere.

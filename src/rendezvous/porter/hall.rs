@@ -21,13 +21,14 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+mod knocks;
 mod outgoing;
 mod stages;
 
 /// How long one TCP address may take to accept a connection before the next is tried.
 const CONNECT_MS: u64 = 1500;
-/// How long a link may take in all, from the request.
-pub const LINK_MS: u64 = 10_000;
+/// How long a link may take in all, from the request, when no door takes the connection.
+const LINK_MS: u64 = 10_000;
 /// Between two rounds over a peer's addresses.
 const RETRY_MS: u64 = 100;
 /// A door that could not be opened for want of descriptors is left alone this long.
@@ -67,7 +68,9 @@ pub struct Hall {
     /// Links that are up.
     up: HashSet<Rank>,
     /// Peers that the engine has asked for and not been told about.
-    wanted: HashMap<Rank, Instant>,
+    wanted: HashSet<Rank>,
+    /// Peers whose links the engine was told will not be, without its asking.
+    missed: HashSet<Rank>,
     warned_shm: bool,
 }
 
@@ -88,6 +91,10 @@ enum Stage {
     Waiting { peer: Rank, purpose: Purpose, attempt: u64 },
     /// We connect: the segment is offered.
     Offered { peer: Rank, attempt: u64, segment: Option<std::os::fd::OwnedFd>, refused: bool },
+    /// We knocked: proven, and the peer is about to connect.
+    Knocked { peer: Rank, attempt: u64 },
+    /// The peer has knocked, and hears here how it goes.
+    Knocking { peer: Rank },
     /// Somebody has come in.
     Accepting(Handshake),
     /// It is proven and will offer a segment.
@@ -131,7 +138,8 @@ impl Hall {
             dials: HashMap::new(),
             assemblies: HashMap::new(),
             up: HashSet::new(),
-            wanted: HashMap::new(),
+            wanted: HashSet::new(),
+            missed: HashSet::new(),
             warned_shm: false,
         };
         hall.watch_doors(true)?;
@@ -270,7 +278,11 @@ impl Hall {
                     connection.watching_write = wants;
                 }
             }
-            Step::Close(why) => self.drop_connection(number, &why, false),
+            Step::Close(why) => {
+                // It was closed, which somebody who is stopped does not do.
+                self.heard(number, None);
+                self.drop_connection(number, &why, false);
+            }
             Step::Gone => drop(self.leave(number)),
         }
     }
@@ -283,6 +295,7 @@ impl Hall {
         match connection.stage {
             Stage::Dialing { peer, attempt, .. }
             | Stage::Waiting { peer, attempt, .. }
+            | Stage::Knocked { peer, attempt }
             | Stage::Offered { peer, attempt, .. } => {
                 drop(connection.channel);
                 self.attempt_failed(peer, attempt, why, refused);
@@ -298,8 +311,7 @@ impl Hall {
 
     fn next_deadline(&self) -> Option<Instant> {
         let connections = self.connections.values().map(|c| c.deadline);
-        let dials = self.dials.values().map(|d| d.retry.map_or(d.deadline, |retry| retry.min(d.deadline)));
-        connections.chain(dials).chain(self.wanted.values().copied()).chain(self.relief).min()
+        connections.chain(self.dials.values().map(Dial::deadline)).chain(self.relief).min()
     }
 
     fn expire(&mut self) {
@@ -307,13 +319,23 @@ impl Hall {
         let late: Vec<Number> =
             self.connections.iter().filter(|(_, c)| c.deadline <= now).map(|(number, _)| *number).collect();
         for number in late {
-            self.drop_connection(number, "no answer came in time (stopped, overrun or cut off)", false);
+            match self.connections.get(&number).map(|connection| &connection.stage) {
+                Some(Stage::Knocking { .. }) => self.still_trying(number),
+                _ => self.drop_connection(
+                    number,
+                    "no answer came in time (stopped, overrun or cut off)",
+                    false,
+                ),
+            }
         }
-        let given_up: Vec<Rank> =
-            self.dials.iter().filter(|(_, d)| d.deadline <= now).map(|(peer, _)| *peer).collect();
-        for peer in given_up {
-            let last = self.dials.get(&peer).map(|d| d.last.clone()).unwrap_or_default();
-            self.fail(peer, Cause::Unreachable(last));
+        for peer in self.dials.keys().copied().collect::<Vec<Rank>>() {
+            let Some(dial) = self.dials.get(&peer) else { continue };
+            if dial.answer_by.is_some_and(|by| by <= now) {
+                self.fail(peer, Cause::Silent { for_ms: self.options.silence_ms });
+            } else if dial.limit <= now {
+                let last = dial.last.clone();
+                self.fail(peer, Cause::Unreachable(last));
+            }
         }
         let retries: Vec<Rank> = self
             .dials
@@ -324,25 +346,24 @@ impl Hall {
         for peer in retries {
             self.try_target(peer);
         }
-        let unanswered: Vec<Rank> =
-            self.wanted.iter().filter(|(_, d)| **d <= now).map(|(peer, _)| *peer).collect();
-        for peer in unanswered {
-            let why = format!("it was asked to connect and has not done so within {} s", LINK_MS / 1000);
-            self.fail(peer, Cause::Unreachable(why));
-        }
         if self.relief.is_some_and(|relief| relief <= now) && self.watch_doors(true).is_ok() {
             self.relief = None;
         }
     }
 
-    /// Tells the engine, if it had asked, that there will be no link.
+    /// There will be no link, which is the peer's fault.
     fn fail(&mut self, peer: Rank, cause: Cause) {
+        self.fail_for(peer, peer, cause);
+    }
+
+    /// Tells the engine and the peer, if it has knocked, that there will be no link. If only the peer had asked,
+    /// its call fails all the same, and with it the epoch; so the engine is told then, too, but once.
+    fn fail_for(&mut self, peer: Rank, culprit: Rank, cause: Cause) {
         self.dials.remove(&peer);
         self.close_attempts(peer);
-        if self.wanted.remove(&peer).is_some() {
-            self.tell(FabricEvent::Failed(peer, cause));
-        } else {
-            (self.joined.warn)(&format!("{peer} asked for a link, but it {cause}"));
+        self.answer_knocks(peer, culprit, &cause);
+        if self.wanted.remove(&peer) || self.missed.insert(peer) {
+            self.tell(FabricEvent::Failed { peer, culprit, cause });
         }
     }
 
@@ -353,6 +374,7 @@ impl Hall {
             let ours = match &connection.stage {
                 Stage::Dialing { peer: p, .. }
                 | Stage::Waiting { peer: p, .. }
+                | Stage::Knocked { peer: p, .. }
                 | Stage::Offered { peer: p, .. } => *p == peer,
                 _ => false,
             };
@@ -361,6 +383,10 @@ impl Hall {
             }
             !ours
         });
+    }
+
+    fn silence(&self) -> Duration {
+        Duration::from_millis(self.options.silence_ms)
     }
 
     fn tell(&mut self, event: FabricEvent) {

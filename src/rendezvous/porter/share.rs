@@ -1,5 +1,5 @@
 //! What the two ends of a shared-memory link say to each other after the proof: the memory and both
-//! processes' eventfds cross as descriptors.
+//! processes' eventfds cross as descriptors. And the words that follow a knock.
 #![forbid(unsafe_code)]
 
 use crate::error::Cause;
@@ -17,6 +17,8 @@ pub const OFFER: u8 = b'S';
 pub const ACCEPT: u8 = b'A';
 /// Acceptor: it cannot be opened; the reason follows.
 pub const REFUSE: u8 = b'R';
+/// To one that has knocked: the link is still being made.
+pub const TRYING: u8 = b'T';
 /// Connector: the link is up.
 pub const GO: u8 = b'G';
 /// Bytes of a reason, padded with spaces.

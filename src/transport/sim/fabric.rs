@@ -59,7 +59,7 @@ impl transport::Fabric for Fabric {
         state.requests.linked.push(pair);
         let ready = state.now.after_ns(state.delay());
         if state.gone.contains(&peer) {
-            let failed = Some(Cause::Unreachable("its process has ended".to_owned()));
+            let failed = Some(Cause::Exited);
             state.requests.ends.push(Waiting { at: self.rank, peer, ready, pipes: Vec::new(), failed });
             return;
         }
@@ -79,7 +79,7 @@ impl transport::Fabric for Fabric {
         let Waiting { peer, pipes, failed, .. } = state.requests.ends.remove(at);
         drop(state);
         if let Some(cause) = failed {
-            return Some(FabricEvent::Failed(peer, cause));
+            return Some(FabricEvent::Failed { peer, culprit: peer, cause });
         }
         let mut pipes = pipes.into_iter().map(|pipe| Box::new(pipe) as Box<dyn Pipe>);
         let control = pipes.next().expect("a link has a control pipe");

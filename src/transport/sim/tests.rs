@@ -65,7 +65,7 @@ fn up(fabric: &mut Fabric, network: &Network) -> Result<Box<dyn Link>, Cause> {
     network.advance(time);
     match transport::Fabric::poll(fabric).expect("it has happened") {
         FabricEvent::Up(link) => Ok(link),
-        FabricEvent::Failed(_, cause) => Err(cause),
+        FabricEvent::Failed { cause, .. } => Err(cause),
     }
 }
 

@@ -12,7 +12,7 @@ impl Hall {
         if self.up.contains(&peer) {
             return;
         }
-        self.wanted.insert(peer, Instant::now() + Duration::from_millis(LINK_MS));
+        self.wanted.insert(peer);
         self.begin(peer);
     }
 
@@ -27,14 +27,17 @@ impl Hall {
         match targets(&cards[me.0 as usize], &cards[peer.0 as usize], aim, self.options.choice) {
             Err(why) => self.fail(peer, Cause::Unreachable(why)),
             Ok(targets) => {
-                let deadline = Instant::now() + Duration::from_millis(LINK_MS);
+                // Who knocks hears from the peer when that gives up.
+                let patience = LINK_MS * if aim == Aim::Knock { 2 } else { 1 };
+                let limit = Instant::now() + Duration::from_millis(patience);
                 let last = "nothing was tried".to_owned();
                 let dial = Dial {
                     aim,
                     targets,
                     at: 0,
                     attempt: 0,
-                    deadline,
+                    limit,
+                    answer_by: None,
                     retry: None,
                     refused: true,
                     last,
@@ -64,8 +67,13 @@ impl Hall {
 
     /// Opens one connection. What goes wrong here goes the way of what goes wrong later.
     pub(super) fn open(&mut self, peer: Rank, purpose: Purpose, attempt: u64, target: &Target) {
-        let opened =
-            connect(target).map_err(|e| (e.to_string(), e.kind() == io::ErrorKind::ConnectionRefused));
+        let opened = connect(target).map_err(|e| {
+            if e.kind() == io::ErrorKind::WouldBlock {
+                // The door's queue is full, and nobody empties it.
+                self.must_answer(peer);
+            }
+            (e.to_string(), e.kind() == io::ErrorKind::ConnectionRefused)
+        });
         let entered = opened.and_then(|channel| {
             let nonce =
                 proof::nonce().map_err(|e| (format!("the kernel gave no random bytes: {e}"), false))?;
@@ -80,7 +88,10 @@ impl Hall {
                 nonce,
             };
             let handshake = Handshake::connector(&self.joined.secret, hello);
-            let within = if matches!(target, Target::Tcp(_)) { CONNECT_MS } else { HANDSHAKE_MS };
+            let within = match target {
+                Target::Tcp(_) => CONNECT_MS,
+                Target::Unix(_) => self.options.silence_ms,
+            };
             let stage = Stage::Dialing { peer, purpose, attempt, handshake };
             // Room to write tells that TCP has connected.
             self.enter(channel, stage, within, true).ok_or_else(|| ("epoll refused it".to_owned(), false))
@@ -118,9 +129,19 @@ impl Hall {
         if !rounds_end {
             self.try_target(peer);
         } else if all_refused {
-            // Its doors are open from before the table until it shuts down.
-            let why = format!("no door of it is open ({last}); it has ended or shut down");
-            self.fail(peer, Cause::Unreachable(why));
+            // Its doors are open from before the table until it shuts down. On this host the kernel knows; far
+            // away it may be a firewall that refuses.
+            let cards = &self.joined.table.cards;
+            let near = cards[self.joined.rank.0 as usize].host_id == cards[peer.0 as usize].host_id;
+            self.fail(
+                peer,
+                match near {
+                    true => Cause::Exited,
+                    false => Cause::Unreachable(format!(
+                        "no door of it is open ({last}); it has ended or shut down, or a firewall refuses"
+                    )),
+                },
+            );
         }
     }
 
@@ -183,6 +204,7 @@ impl Hall {
     /// A link is up.
     pub(super) fn up(&mut self, peer: Rank, control: Box<dyn Pipe>, lanes: Vec<Box<dyn Pipe>>) {
         self.close_attempts(peer);
+        self.close_knocks(peer);
         self.wanted.remove(&peer);
         if let Some(why) = self.dials.remove(&peer).and_then(|dial| dial.shm_failure)
             && !std::mem::replace(&mut self.warned_shm, true)

@@ -10,6 +10,12 @@ impl Hall {
         match &mut connection.stage {
             Stage::Dialing { .. } => self.dialing(number),
             Stage::Offered { .. } => self.offered(number),
+            Stage::Knocked { .. } => self.knocked(number),
+            // Whoever knocks has nothing more to say; it may give up.
+            Stage::Knocking { .. } => match connection.channel.is_closed() {
+                true => Step::Gone,
+                false => Step::Stay,
+            },
             Stage::Accepting(handshake) => match connection.channel.prove(handshake) {
                 Ok(false) => Step::Stay,
                 Ok(true) => {
@@ -32,6 +38,7 @@ impl Hall {
 
     /// We connect: TCP, then the proof.
     fn dialing(&mut self, number: Number) -> Step {
+        let by = Instant::now() + self.silence();
         let Some(connection) = self.connections.get_mut(&number) else { return Step::Stay };
         let Stage::Dialing { peer, purpose, attempt, handshake } = &mut connection.stage else {
             return Step::Stay;
@@ -44,23 +51,25 @@ impl Hall {
                 return Step::Stay;
             }
         }
-        let deadline = Instant::now() + Duration::from_millis(HANDSHAKE_MS);
         match connection.channel.prove(handshake) {
             Ok(false) => {
                 // It has connected: from here on the peer, not the network, takes its time.
                 if connection.watching_write && !connection.channel.wants_write() {
-                    connection.deadline = deadline;
+                    self.taken_in(number, peer);
                 }
                 return Step::Stay;
             }
-            Ok(true) => connection.deadline = deadline,
+            Ok(true) => connection.deadline = by,
             Err(e) => return Step::Close(e.to_string()),
         }
+        self.heard(number, Some(by));
+        let Some(connection) = self.connections.get_mut(&number) else { return Step::Stay };
         match purpose {
             Purpose::Knock => {
-                // It will connect. Until then the request's own deadline runs.
-                self.dials.remove(&peer);
-                Step::Gone
+                // It will connect, and says here how it goes. The dial's own time runs until then.
+                connection.stage = Stage::Knocked { peer, attempt };
+                connection.deadline = Instant::now() + 2 * Duration::from_millis(LINK_MS);
+                self.knocked(number)
             }
             Purpose::Shm => self.offer(number, peer, attempt),
             _ => {
@@ -150,10 +159,7 @@ impl Hall {
         let peer = hello.rank;
         let attempt = hello.link;
         if hello.purpose == Purpose::Knock {
-            if connects(self.joined.rank, peer) {
-                self.begin(peer);
-            }
-            return Step::Gone;
+            return self.knock(number, peer);
         }
         if connects(self.joined.rank, peer) || self.up.contains(&peer) {
             return Step::Close(ProofError::WrongPurpose(hello.purpose).to_string());
@@ -221,7 +227,7 @@ impl Hall {
                 connection.channel.queue(&share::refusal(&cause.to_string()));
                 let _ = connection.channel.flush();
                 drop(self.leave(number));
-                if self.options.choice == Choice::Shm && self.wanted.contains_key(&peer) {
+                if self.options.choice == Choice::Shm && self.wanted.contains(&peer) {
                     self.fail(peer, Cause::System(format!("CAROLE_TRANSPORT=shm, but its segment: {cause}")));
                 }
                 Step::Stay
