@@ -51,7 +51,10 @@ fn switch(text: &str) -> Result<bool, String> {
 /// the others change nothing that a user could notice.
 pub(super) const WITHOUT_EFFECT: &[(&str, Option<&str>)] = &[
     ("HOROVOD_AUTOTUNE", Some("autotuning does not exist in this version; the choice is made by price")),
-    ("HOROVOD_TIMELINE", Some("the timeline does not exist in this version")),
+    (
+        "HOROVOD_TIMELINE",
+        Some("the engine writes no timeline in this version; carole.torch writes one of its calls"),
+    ),
     ("HOROVOD_ELASTIC", Some("elastic jobs do not exist in this version")),
     ("HOROVOD_TORUS_ALLREDUCE", Some("the torus allreduce needs NCCL, which Carole does not use")),
     (

@@ -8,7 +8,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: carole.torc
 
 import carole  # noqa: E402
 import carole.torch as hvd  # noqa: E402
-from harness import catch, run  # noqa: E402
+from harness import catch  # noqa: E402
+from harness import run_forked as run  # noqa: E402
 
 TYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
          torch.bfloat16]  # fmt: skip

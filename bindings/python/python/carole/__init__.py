@@ -89,6 +89,7 @@ from ._reductions import (
     reducescatter,
     reducescatter_async,
 )
+from ._run import run
 from ._sets import ProcessSet, add_process_set, global_process_set, remove_process_set
 from ._submit import (
     Adasum,
@@ -175,6 +176,7 @@ __all__ = [
     "reducescatter",
     "reducescatter_async",
     "remove_process_set",
+    "run",
     "scatter",
     "scatter_async",
     "send",

@@ -52,3 +52,23 @@ class TimeoutError(Error, builtins.TimeoutError):  # noqa: A001 (the name users 
 
 class HorovodInternalError(Error):
     """What `carole.torch` raises where Horovod raises its error of this name: an operation in flight failed."""
+
+
+class HostsUpdatedInterrupt(RuntimeError):
+    """Hosts came or went: `elastic.run` joins anew with those that are there.
+
+    Attributes:
+        skip_sync: whether no rank is new, so that nothing need be synchronized.
+    """
+
+    def __init__(self, skip_sync: bool = False) -> None:
+        super().__init__("the hosts of the job have changed")
+        self.skip_sync = skip_sync
+
+
+class HorovodVersionMismatchError(ImportError):
+    """A library was built for another version of a framework. Carole is not built against any."""
+
+    def __init__(self, name: str = "", version: str = "", installed_version: str = "") -> None:
+        super().__init__(f"{name} {version} was built in, and {installed_version} is installed")
+        self.name, self.version, self.installed_version = name, version, installed_version

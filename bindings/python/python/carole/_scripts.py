@@ -21,6 +21,11 @@ def carolerun() -> None:
     _main("carolerun", _native.launch)
 
 
+def horovodrun() -> None:
+    """`carolerun` under Horovod's name; the package carole-horovod installs it."""
+    _main("horovodrun", _native.launch)
+
+
 def carole_perf() -> None:
     """Measures and explains collectives."""
     # By its whole path, since it starts itself again on every rank, and the running executable is Python.

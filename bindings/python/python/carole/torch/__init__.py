@@ -2,8 +2,23 @@
 
 from .. import cross_rank, cross_size, is_homogeneous, is_initialized, local_rank, local_size, rank, shutdown
 from .. import size
-from .._errors import HorovodInternalError
+from .._errors import HorovodInternalError, HostsUpdatedInterrupt
 from .._sets import ProcessSet, add_process_set, global_process_set, remove_process_set
+from . import elastic
+from .basics import (
+    ccl_built,
+    cuda_built,
+    ddl_built,
+    gloo_built,
+    gloo_enabled,
+    mpi_built,
+    mpi_enabled,
+    mpi_threads_supported,
+    nccl_built,
+    rocm_built,
+    start_timeline,
+    stop_timeline,
+)
 from .compression import Compression
 from .functions import (
     allgather_object,
@@ -25,6 +40,7 @@ from .ops import (
     HorovodReducescatter,
 )
 from .optimizer import DistributedOptimizer
+from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "Compression",
@@ -38,23 +54,38 @@ __all__ = [
     "HorovodGroupedReducescatter",
     "HorovodInternalError",
     "HorovodReducescatter",
+    "HostsUpdatedInterrupt",
     "ProcessSet",
+    "SyncBatchNorm",
     "add_process_set",
     "allgather_object",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "ccl_built",
     "cross_rank",
     "cross_size",
+    "cuda_built",
+    "ddl_built",
+    "elastic",
     "global_process_set",
+    "gloo_built",
+    "gloo_enabled",
     "init",
     "is_homogeneous",
     "is_initialized",
     "local_rank",
     "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "nccl_built",
     "rank",
     "remove_process_set",
+    "rocm_built",
     "shutdown",
     "size",
+    "start_timeline",
+    "stop_timeline",
 ]
 __all__ += _operations

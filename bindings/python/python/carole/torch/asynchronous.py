@@ -7,7 +7,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from .. import _arrays, _native
+from .. import _arrays, _native, _timeline
 from .._errors import BrokenError, HorovodInternalError, MismatchError, ShutdownError
 from .._sets import ProcessSet, global_process_set, set_id
 from .._submit import ALLGATHER, ALLREDUCE, ALLTOALL, BROADCAST, REDUCESCATTER, Average, Sum
@@ -22,15 +22,23 @@ _CODES = {
     if hasattr(torch, name)
 }  # fmt: skip
 
+# As the timeline calls the collectives, by their codes.
+_OPERATIONS = ("ALLREDUCE", "ALLGATHER", "BROADCAST", "REDUCESCATTER", "ALLTOALL", "REDUCE", "GATHER", "SCATTER",
+               "BARRIER", "JOIN")  # fmt: skip
+
 
 class Handle:
     """An operation in flight, for `poll` and `synchronize`."""
 
-    __slots__ = ("_native", "_finish", "__weakref__")
+    __slots__ = ("_native", "_finish", "_lane", "_watched", "__weakref__")
 
-    def __init__(self, native: _native.Handle, finish: Callable[[Any], Any]) -> None:
+    def __init__(self, native: _native.Handle, finish: Callable[[Any], Any], lane: Optional[int] = None) -> None:
         self._native: Optional[_native.Handle] = native
         self._finish = finish
+        # Where the timeline shows it.
+        self._lane = lane
+        # What was submitted and how often it had been written by then, where that is looked at.
+        self._watched: Sequence[Tuple[torch.Tensor, int]] = ()
 
 
 def handle_average_backwards_compatibility(op: Optional[int], average: Optional[bool]) -> int:
@@ -59,9 +67,51 @@ def synchronize(handle: Handle) -> Any:
         outcome = native.wait()
     except (BrokenError, MismatchError, ShutdownError) as error:
         handle._native = None
+        _note_end(handle, True)
         raise HorovodInternalError(str(error)) from error
     handle._native = None
+    if handle._lane is not None:
+        _note_end(handle, False)
+    if handle._watched:
+        _check_unwritten(handle)
     return handle._finish(outcome)
+
+
+_watches = False
+
+
+def detect_mutation(enabled: bool = True) -> None:
+    """Debugging: `synchronize` raises HorovodInternalError where a tensor was written by torch while it was on its way,
+    which
+    makes sums silently wrong. A write to another part of the same storage counts, too."""
+    global _watches
+    _watches = enabled
+
+
+def _check_unwritten(handle: Handle) -> None:
+    for number, (tensor, version) in enumerate(handle._watched):
+        writes = tensor._version - version
+        if writes:
+            raise HorovodInternalError(
+                f"tensor {number} (shape {tuple(tensor.shape)}, {tensor.dtype}) was written {writes} "
+                "times while it was being reduced or sent: its result is not to be trusted; call synchronize() before"
+            )
+
+
+def _note_end(handle: Handle, failed: bool) -> None:
+    timeline = _timeline.active
+    if timeline is not None and handle._lane is not None:
+        timeline.end(handle._lane, failed)
+
+
+def _note_begin(collective: int, name: Optional[str], inputs: Sequence[Any]) -> Optional[int]:
+    timeline = _timeline.active
+    if timeline is None:
+        return None
+    operation = _OPERATIONS[collective]
+    dtype = str(inputs[0].dtype).rpartition(".")[2] if inputs else "none"
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    return timeline.begin(name or f"{operation.lower()}.noname", operation, dtype, shapes)
 
 
 def _refusal(tensors: Sequence[Any]) -> Optional[str]:
@@ -110,7 +160,12 @@ def submit(
     native = _native.submit_raw(
         collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits
     )
-    return Handle(native, finish)
+    if _timeline.active is None and not _watches:
+        return Handle(native, finish)
+    handle = Handle(native, finish, _note_begin(collective, name, inputs))
+    if _watches:
+        handle._watched = [(tensor, tensor._version) for tensor in inputs]
+    return handle
 
 
 def _named(operation: str, name: Optional[str]) -> Optional[str]:

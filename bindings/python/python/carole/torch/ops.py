@@ -21,6 +21,7 @@ from .asynchronous import (
     alltoall_async,
     broadcast_async,
     broadcast_async_,
+    detect_mutation,
     grouped_allgather_async,
     grouped_allreduce_async,
     grouped_allreduce_async_,
@@ -49,7 +50,7 @@ from .compression import Compression
 __all__ = [
     "Adasum", "Average", "Handle", "Max", "Min", "Product", "Sum", "allgather", "allgather_async",
     "allreduce", "allreduce_", "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async",
-    "barrier", "broadcast", "broadcast_", "broadcast_async", "broadcast_async_", "grouped_allgather",
+    "barrier", "broadcast", "broadcast_", "broadcast_async", "broadcast_async_", "detect_mutation", "grouped_allgather",
     "grouped_allgather_async", "grouped_allreduce", "grouped_allreduce_", "grouped_allreduce_async",
     "grouped_allreduce_async_", "grouped_reducescatter", "grouped_reducescatter_async",
     "handle_average_backwards_compatibility", "join", "poll", "reducescatter", "reducescatter_async",

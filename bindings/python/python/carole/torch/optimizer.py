@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 
@@ -13,172 +14,13 @@ from .._sets import ProcessSet, global_process_set
 from . import ops
 from .compression import Compression
 from .ops import Adasum, Average
+from .reducer import Reducer
 
 # What the methods below keep on the optimizer; one object, so that nothing of the wrapped class is shadowed.
 _STATE = "_carole"
 
-
-class _Group:
-    """Parameters that are reduced as one operation."""
-
-    def __init__(self, number: int, parameters: List[torch.Tensor]) -> None:
-        self.number = number
-        self.parameters = parameters
-        self.ready = 0
-
-
-class _Reducer:
-    """The gradients of one optimizer on their way."""
-
-    def __init__(self, base, named, compression, backward_passes_per_step, op, gradient_predivide_factor, groups,
-                 sparse_as_dense, process_set) -> None:  # fmt: skip
-        # The class whose methods the wrapper extends.
-        self.base = base
-        self.names: Dict[torch.Tensor, str] = {parameter: name for name, parameter in named}
-        self.compression = compression
-        self.backward_passes_per_step = backward_passes_per_step
-        self.op = op
-        # Average divides by the size in any case; the rest of the division is split around the sum.
-        self.pre, self.post = 1.0, 1.0
-        if op == Average:
-            self.pre, self.post = 1.0 / gradient_predivide_factor, gradient_predivide_factor
-        self.sparse_as_dense = sparse_as_dense
-        self.process_set: ProcessSet = process_set
-        self.groups: Dict[torch.Tensor, _Group] = {}
-        for number, members in enumerate(groups or []):
-            group = _Group(number, members)
-            self.groups.update((parameter, group) for parameter in members)
-        self.trained: List[torch.Tensor] = []
-        self.passes_left: Dict[torch.Tensor, int] = {}
-        # For each parameter submitted: a function that waits and puts the result into its gradient.
-        self.waiting: Dict[torch.Tensor, Callable[[], None]] = {}
-        self.synchronized = False
-        self.should_synchronize = True
-        self.keep: List[Any] = []
-
-    def hook(self, parameters: List[torch.Tensor]) -> None:
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                continue
-            self.trained.append(parameter)
-            self.passes_left[parameter] = self.backward_passes_per_step
-            if hasattr(parameter, "register_post_accumulate_grad_hook"):
-                parameter.register_post_accumulate_grad_hook(self.arrived)
-            else:
-                # Before torch 2.1: the node that accumulates the gradient, found through a view, and kept, since
-                # only the graph would.
-                node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
-                node.register_hook(lambda *_, parameter=parameter: self.arrived(parameter))
-                self.keep.append(node)
-
-    def arrived(self, parameter: torch.Tensor) -> None:
-        """A backward pass has accumulated into the gradient of `parameter`."""
-        if self.passes_left[parameter] <= 0 or parameter in self.waiting:
-            raise AssertionError(
-                "gradients were computed more than backward_passes_per_step times before step() or "
-                "synchronize(); raise backward_passes_per_step to accumulate gradients locally"
-            )
-        self.passes_left[parameter] -= 1
-        if self.passes_left[parameter] == 0:
-            self.ready(parameter)
-
-    def ready(self, parameter: torch.Tensor) -> None:
-        group = self.groups.get(parameter)
-        if group is None:
-            self.submit(parameter)
-            return
-        group.ready += 1
-        if group.ready == len(group.parameters):
-            group.ready = 0
-            self.submit_group(group)
-
-    def gradient(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The gradient to send. A rank that did not compute one sends zeros, since others may have one."""
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if parameter.grad.is_sparse and self.sparse_as_dense:
-            parameter.grad = parameter.grad.to_dense()
-        return parameter.grad
-
-    def dense(self, parameter: torch.Tensor) -> Tuple[torch.Tensor, Any]:
-        compressed, ctx = self.compression.compress(self.gradient(parameter))
-        return compressed.detach().contiguous(), ctx
-
-    def submit(self, parameter: torch.Tensor) -> None:
-        name = self.names[parameter]
-        if self.gradient(parameter).is_sparse:
-            if self.op == Average and (self.pre, self.post) != (1.0, 1.0):
-                raise NotImplementedError("gradient_predivide_factor does not go with sparse gradients")
-            finish = ops.sparse_allreduce_async(parameter.grad, name, self.op, self.process_set)
-
-            def put_sparse() -> None:
-                parameter.grad = finish()
-
-            self.waiting[parameter] = put_sparse
-            return
-        sent, ctx = self.dense(parameter)
-        handle = ops.allreduce_async_(
-            sent, name=name, op=self.op, prescale_factor=self.pre, postscale_factor=self.post,
-            process_set=self.process_set,
-        )  # fmt: skip
-
-        def put() -> None:
-            self.put(parameter, ops.synchronize(handle), ctx)
-
-        self.waiting[parameter] = put
-
-    def submit_group(self, group: _Group) -> None:
-        if any(self.gradient(parameter).is_sparse for parameter in group.parameters):
-            raise NotImplementedError("sparse gradients cannot be grouped; use sparse_as_dense=True")
-        pairs = [self.dense(parameter) for parameter in group.parameters]
-        handle = ops.grouped_allreduce_async_(
-            [sent for sent, _ in pairs], name=f"group.{group.number}", op=self.op, prescale_factor=self.pre,
-            postscale_factor=self.post, process_set=self.process_set,
-        )  # fmt: skip
-        reduced: List[torch.Tensor] = []
-        for position, (parameter, (_, ctx)) in enumerate(zip(group.parameters, pairs)):
-
-            def put(position=position, parameter=parameter, ctx=ctx) -> None:
-                if not reduced:
-                    reduced.extend(ops.synchronize(handle))
-                self.put(parameter, reduced[position], ctx)
-
-            self.waiting[parameter] = put
-
-    def put(self, parameter: torch.Tensor, reduced: torch.Tensor, ctx: Any) -> None:
-        reduced = self.compression.decompress(reduced, ctx)
-        # In place of the gradient itself, or of a copy that compression or contiguity had asked for.
-        if reduced.data_ptr() != parameter.grad.data_ptr() or reduced.shape != parameter.grad.shape:
-            parameter.grad.copy_(reduced)
-
-    def synchronize(self) -> None:
-        if self.process_set.included() is False:
-            self.synchronized = True
-            return
-        # In the order of the parameters, which all ranks share. A group is submitted as a whole, or not at all.
-        for parameter in self.trained:
-            if parameter in self.waiting:
-                continue
-            group = self.groups.get(parameter)
-            if group is None:
-                self.submit(parameter)
-            else:
-                self.submit_group(group)
-        try:
-            for parameter in self.trained:
-                self.waiting[parameter]()
-        finally:
-            # After a failure the rest is dropped: the operations end by themselves.
-            self.reset()
-        self.synchronized = True
-
-    def reset(self) -> None:
-        self.waiting.clear()
-        self.synchronized = False
-        for parameter in self.trained:
-            self.passes_left[parameter] = self.backward_passes_per_step
-        for group in self.groups.values():
-            group.ready = 0
+# How `step` takes part in GradScaler's work; see there.
+warnings.filterwarnings("ignore", message="GradScaler is going to stop passing itself", category=FutureWarning)
 
 
 class _DistributedOptimizer(torch.optim.Optimizer):
@@ -210,10 +52,19 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         finally:
             reducer.should_synchronize = True
 
-    def step(self, closure=None):
-        """Waits for the gradients and takes a step of the wrapped optimizer."""
+    # GradScaler then leaves it to `step` to divide the gradients by the scale, which must wait for them.
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None, *, grad_scaler=None):
+        """Waits for the gradients and takes a step of the wrapped optimizer.
+
+        With a closure, it runs as often as the wrapped optimizer wants (LBFGS), and each time the gradients are
+        reduced. `grad_scaler` is what `torch.amp.GradScaler.step` passes.
+        """
         reducer = getattr(self, _STATE)
-        if reducer.should_synchronize:
+        if closure is not None:
+            closure = functools.partial(self._evaluate, closure)
+        elif reducer.should_synchronize:
             if reducer.synchronized:
                 warnings.warn(
                     "step() synchronizes again after synchronize(); use `with optimizer.skip_synchronize(): "
@@ -223,7 +74,40 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             else:
                 reducer.synchronize()
         reducer.synchronized = False
-        return reducer.base.step(self, closure)
+        if grad_scaler is not None and self._overflowed(grad_scaler):
+            return None
+        return reducer.base.step(self) if closure is None else reducer.base.step(self, closure)
+
+    def _evaluate(self, closure):
+        reducer = getattr(self, _STATE)
+        with torch.enable_grad():
+            loss = closure()
+        if reducer.should_synchronize:
+            reducer.synchronize()
+            reducer.synchronized = False
+        return loss
+
+    def _overflowed(self, grad_scaler):
+        """Divides the gradients by the scale, unless that was done, and says whether they are not finite. They are
+        the same on all ranks, and so is the answer."""
+        state = grad_scaler._per_optimizer_states[id(self)]
+        if state["stage"].name == "READY":
+            grad_scaler.unscale_(self)
+        return sum(float(found) for found in state["found_inf_per_device"].values()) > 0
+
+    def add_param_group(self, param_group):
+        """Adds a group of parameters, whose gradients are reduced from the next backward pass on.
+
+        All ranks must do so at the same place. The parameters are named by their position.
+        """
+        reducer = getattr(self, _STATE)
+        reducer.base.add_param_group(self, param_group)
+        number = len(self.param_groups) - 1
+        added = self.param_groups[-1]["params"]
+        for j, parameter in enumerate(added):
+            reducer.names.setdefault(parameter, f"allreduce.noname.{number}.{j}")
+        if reducer.active:
+            reducer.hook(added)
 
     def zero_grad(self, *args, **kwargs):
         """Clears the gradients; an error while they are on their way."""
@@ -353,7 +237,7 @@ def DistributedOptimizer(
     Args:
         optimizer: the optimizer to wrap; use only the result afterwards.
         named_parameters: `model.named_parameters()`. Names must be the same on all ranks.
-        compression: `Compression.none`, `.fp16` or `.bf16`.
+        compression: `Compression.none`, `.fp16`, `.bf16`, `.onebit`, or a compressor of your own.
         backward_passes_per_step: how many backward passes are accumulated before gradients are sent.
         op: Average, Sum, Min, Max, Product, or Adasum (which reduces the steps, and not the gradients).
         gradient_predivide_factor: splits the division of Average: gradients are divided by it before the sum and
@@ -375,11 +259,11 @@ def DistributedOptimizer(
     named = _named(optimizer, named_parameters)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    reducer = _Reducer(
+    reducer = Reducer(
         type(optimizer), named, compression, backward_passes_per_step, op, gradient_predivide_factor,
         _split(groups, trained), sparse_as_dense, process_set,
     )  # fmt: skip
-    several = _native.world()["size"] > 1
+    several = _native.world()["size"] > 1 and process_set.included() is not False
     methods = _DistributedAdasumOptimizer if op == Adasum and several else _DistributedOptimizer
     kept = {key: value for key, value in vars(methods).items() if key not in ("__dict__", "__weakref__")}
     wrapped_class = type(type(optimizer).__name__, (type(optimizer),), kept)
@@ -388,6 +272,6 @@ def DistributedOptimizer(
     # A learning-rate schedule made before leaves its own `step` on the instance, bound to the old object.
     wrapped.__dict__.pop("step", None)
     setattr(wrapped, _STATE, reducer)
-    if several and methods is _DistributedOptimizer and process_set.included() is not False:
+    if several and methods is _DistributedOptimizer:
         reducer.hook(parameters)
     return wrapped

@@ -1,0 +1,29 @@
+"""`HorovodBasics`: the job, as methods of an object."""
+
+import carole
+
+
+class HorovodBasics:
+    """What `horovod.torch` has as functions."""
+
+    Average, Sum, Adasum = carole.Average, carole.Sum, carole.Adasum
+    Min, Max, Product = carole.Min, carole.Max, carole.Product
+
+    def __init__(self, pkg_path=None, *args):
+        del pkg_path, args
+
+    def init(self, comm=None, process_sets=None):
+        """Joins the job."""
+        if comm is not None:
+            raise carole.UsageError("init(comm=...) is not supported; for some of the ranks use process_sets=[...]")
+        carole.init(process_sets=None if process_sets == "dynamic" else process_sets)
+
+    shutdown = staticmethod(carole.shutdown)
+    is_initialized = staticmethod(carole.is_initialized)
+    rank = staticmethod(carole.rank)
+    size = staticmethod(carole.size)
+    local_rank = staticmethod(carole.local_rank)
+    local_size = staticmethod(carole.local_size)
+    cross_rank = staticmethod(carole.cross_rank)
+    cross_size = staticmethod(carole.cross_size)
+    is_homogeneous = staticmethod(carole.is_homogeneous)

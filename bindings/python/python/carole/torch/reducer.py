@@ -1,0 +1,235 @@
+"""The gradients of one optimizer on their way through the ranks."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+
+from .._sets import ProcessSet
+from . import ops
+from .compression import exchanging
+from .ops import Average, Max
+
+# How a gradient is laid out; ranks agree on the largest, so a rank without a gradient learns what others have.
+_DENSE, _SPARSE = 1, 2
+
+
+class Group:
+    """Parameters that are reduced as one operation."""
+
+    def __init__(self, number: int, parameters: List[torch.Tensor]) -> None:
+        self.number = number
+        self.parameters = parameters
+        self.ready = 0
+
+
+class Reducer:
+    """Submits gradients as they are computed, and puts the results in their place."""
+
+    def __init__(self, base, named, compression, backward_passes_per_step, op, gradient_predivide_factor, groups,
+                 sparse_as_dense, process_set) -> None:  # fmt: skip
+        # The class whose methods the wrapper extends.
+        self.base = base
+        self.names: Dict[torch.Tensor, str] = {parameter: name for name, parameter in named}
+        self.compression = compression
+        self.exchanging = exchanging(compression)
+        self.backward_passes_per_step = backward_passes_per_step
+        self.op = op
+        # Average divides by the size in any case; the rest of the division is split around the sum.
+        self.pre, self.post = 1.0, 1.0
+        if op == Average:
+            self.pre, self.post = 1.0 / gradient_predivide_factor, gradient_predivide_factor
+        self.sparse_as_dense = sparse_as_dense
+        self.process_set: ProcessSet = process_set
+        self.groups: Dict[torch.Tensor, Group] = {}
+        for number, members in enumerate(groups or []):
+            group = Group(number, members)
+            self.groups.update((parameter, group) for parameter in members)
+        self.active = False
+        self.trained: List[torch.Tensor] = []
+        self.passes_left: Dict[torch.Tensor, int] = {}
+        # For each parameter submitted: a function that waits and puts the result into its gradient.
+        self.waiting: Dict[torch.Tensor, Callable[[], None]] = {}
+        self.layouts: Optional[Dict[torch.Tensor, int]] = None
+        self.synchronized = False
+        self.should_synchronize = True
+        self.keep: List[Any] = []
+
+    def hook(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Begins to reduce the gradients of these parameters."""
+        self.active = True
+        self.layouts = None
+        # The parameter holds its hook, and must not hold the optimizer with it.
+        me = weakref.ref(self)
+        for parameter in parameters:
+            if not parameter.requires_grad or parameter in self.passes_left:
+                continue
+            self.trained.append(parameter)
+            self.passes_left[parameter] = self.backward_passes_per_step
+            # This one runs before the gradient changes, which may be on its way to the other ranks.
+            parameter.register_hook(lambda _, parameter=weakref.ref(parameter): _expected(me, parameter()))
+            if hasattr(parameter, "register_post_accumulate_grad_hook"):
+                parameter.register_post_accumulate_grad_hook(lambda arrived: _arrived(me, arrived))
+            else:
+                # Before torch 2.1: the node that accumulates the gradient, found through a view, and kept, since
+                # only the graph would.
+                node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+                node.register_hook(lambda *_, parameter=parameter: _arrived(me, parameter))
+                self.keep.append(node)
+
+    def expected(self, parameter: torch.Tensor) -> None:
+        """A backward pass is about to accumulate into the gradient of `parameter`."""
+        if self.passes_left[parameter] <= 0 or parameter in self.waiting:
+            raise AssertionError(
+                "gradients were computed more than backward_passes_per_step times before step() or "
+                "synchronize(); raise backward_passes_per_step to accumulate gradients locally"
+            )
+
+    def arrived(self, parameter: torch.Tensor) -> None:
+        """A backward pass has accumulated into the gradient of `parameter`."""
+        self.passes_left[parameter] -= 1
+        if self.passes_left[parameter] == 0:
+            self.ready(parameter)
+
+    def ready(self, parameter: torch.Tensor) -> None:
+        group = self.groups.get(parameter)
+        if group is None:
+            self.submit(parameter)
+            return
+        group.ready += 1
+        if group.ready == len(group.parameters):
+            self.submit_group(group)
+
+    def gradient(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The gradient to send. A rank that did not compute one sends zeros, since others may have one."""
+        if parameter.grad is None:
+            sparse = self.layouts is not None and self.layouts.get(parameter) == _SPARSE
+            zeros = torch.zeros_like(parameter)
+            parameter.grad = _nothing(parameter) if sparse and not self.sparse_as_dense else zeros
+        if parameter.grad.is_sparse and self.sparse_as_dense:
+            parameter.grad = parameter.grad.to_dense()
+        return parameter.grad
+
+    def dense(self, parameter: torch.Tensor) -> Tuple[torch.Tensor, Any]:
+        compressed, ctx = self.compression.compress(self.gradient(parameter))
+        return compressed.detach().contiguous(), ctx
+
+    def submit(self, parameter: torch.Tensor) -> None:
+        name = self.names[parameter]
+        if self.gradient(parameter).is_sparse:
+            self.waiting[parameter] = self.start_sparse(parameter, name)
+            return
+        if self.exchanging is not None:
+            finish = self.exchanging.exchange(parameter.grad, name, self.op, self.pre, self.post, self.process_set)
+            self.waiting[parameter] = lambda: parameter.grad.copy_(finish())
+            return
+        sent, ctx = self.dense(parameter)
+        handle = ops.allreduce_async_(
+            sent, name=name, op=self.op, prescale_factor=self.pre, postscale_factor=self.post,
+            process_set=self.process_set,
+        )  # fmt: skip
+        self.waiting[parameter] = lambda: self.put(parameter, ops.synchronize(handle), ctx)
+
+    def start_sparse(self, parameter: torch.Tensor, name: str) -> Callable[[], None]:
+        finish = ops.sparse_allreduce_async(parameter.grad, name, self.op, self.process_set)
+
+        def put() -> None:
+            # The two factors of a predivided average cancel, and values are not summed in between.
+            parameter.grad = finish().to(parameter.grad.dtype)
+
+        return put
+
+    def submit_group(self, group: Group) -> None:
+        """Submits a group: the dense gradients as one operation, the sparse ones beside it."""
+        group.ready = 0
+        dense: List[torch.Tensor] = []
+        for parameter in group.parameters:
+            if self.gradient(parameter).is_sparse or self.exchanging is not None:
+                self.submit(parameter)
+            else:
+                dense.append(parameter)
+        if not dense:
+            return
+        pairs = [self.dense(parameter) for parameter in dense]
+        handle = ops.grouped_allreduce_async_(
+            [sent for sent, _ in pairs], name=f"group.{self.names[group.parameters[0]]}", op=self.op,
+            prescale_factor=self.pre, postscale_factor=self.post, process_set=self.process_set,
+        )  # fmt: skip
+        reduced: List[torch.Tensor] = []
+        for position, (parameter, (_, ctx)) in enumerate(zip(dense, pairs)):
+
+            def put(position=position, parameter=parameter, ctx=ctx) -> None:
+                if not reduced:
+                    reduced.extend(ops.synchronize(handle))
+                self.put(parameter, reduced[position], ctx)
+
+            self.waiting[parameter] = put
+
+    def put(self, parameter: torch.Tensor, reduced: torch.Tensor, ctx: Any) -> None:
+        reduced = self.compression.decompress(reduced, ctx)
+        # In place of the gradient itself, or of a copy that compression or contiguity had asked for.
+        if reduced.data_ptr() != parameter.grad.data_ptr() or reduced.shape != parameter.grad.shape:
+            parameter.grad.copy_(reduced)
+
+    def synchronize(self) -> None:
+        """Submits what no backward pass has reached, and waits for everything."""
+        if not self.active:
+            self.synchronized = True
+            return
+        try:
+            self.agree_on_layouts()
+            # In the order of the parameters, which all ranks share. A group is submitted as a whole, or not at all.
+            for parameter in self.trained:
+                if parameter in self.waiting:
+                    continue
+                group = self.groups.get(parameter)
+                if group is None:
+                    self.submit(parameter)
+                else:
+                    self.submit_group(group)
+            for parameter in self.trained:
+                self.waiting[parameter]()
+        finally:
+            # After a failure the rest is dropped: the operations end by themselves.
+            self.reset()
+        self.synchronized = True
+
+    def agree_on_layouts(self) -> None:
+        """Once: whether a parameter's gradients are sparse, for the ranks that have not computed one."""
+        if self.layouts is not None:
+            return
+        mine = [0 if p.grad is None else _SPARSE if p.grad.is_sparse else _DENSE for p in self.trained]
+        name = f"layouts.{self.names[self.trained[0]]}.{len(mine)}" if self.trained else "layouts"
+        agreed = torch.tensor(mine, dtype=torch.int32)
+        ops.allreduce_(agreed, name=name, op=Max, process_set=self.process_set)
+        self.layouts = dict(zip(self.trained, agreed.tolist()))
+
+    def reset(self) -> None:
+        """Forgets gradients that are on their way."""
+        self.waiting.clear()
+        self.synchronized = False
+        for parameter in self.trained:
+            self.passes_left[parameter] = self.backward_passes_per_step
+        for group in self.groups.values():
+            group.ready = 0
+
+
+def _expected(reducer: Any, parameter: Optional[torch.Tensor]) -> None:
+    reducer = reducer()
+    if reducer is not None and parameter is not None:
+        reducer.expected(parameter)
+
+
+def _arrived(reducer: Any, parameter: torch.Tensor) -> None:
+    reducer = reducer()
+    if reducer is not None:
+        reducer.arrived(parameter)
+
+
+def _nothing(parameter: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient without values, as an embedding that looked nothing up would have."""
+    indices = torch.empty((1, 0), dtype=torch.int64)
+    values = torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype)
+    return torch.sparse_coo_tensor(indices, values, parameter.shape)

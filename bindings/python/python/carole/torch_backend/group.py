@@ -1,0 +1,495 @@
+"""The process group: c10d's collectives and messages on one process set of the engine."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+
+from .. import _arrays, _life, _native
+from .._errors import BrokenError, TimeoutError, UsageError
+from .._submit import (
+    ALLGATHER, ALLREDUCE, ALLTOALL, BARRIER, BROADCAST, GATHER, REDUCE, REDUCESCATTER, SCATTER, Average, BitAnd, BitOr,
+    Max, Min, Product, Sum,
+)  # fmt: skip
+from ..torch.asynchronous import _CODES
+from .work import CaroleWork, CoalescedWork, DoneWork
+
+# How many operations of one collective, type and size may be in flight; names are used again after so many, so that
+# the engine knows them from the second round on.
+_RING = 64
+# Sizes that have names of their own; the rest share.
+_SIZES_MAX = 4096
+# Messages of our own have tags above the users'.
+_TAG_BITS = 20
+
+_OPERATIONS = [
+    (getattr(dist.ReduceOp, name), op)
+    for name, op in (
+        ("SUM", Sum), ("AVG", Average), ("MAX", Max), ("MIN", Min), ("PRODUCT", Product), ("BAND", BitAnd),
+        ("BOR", BitOr),
+    )
+    if hasattr(dist.ReduceOp, name)
+]  # fmt: skip
+
+
+def _operation(options: Any) -> Tuple[int, float]:
+    """The operation of the engine, and the factor before it."""
+    wanted = Sum if options is None else options.reduceOp
+    for theirs, ours in _OPERATIONS:
+        if wanted == theirs:
+            return ours, 1.0
+    if options is None:
+        return Sum, 1.0
+    if hasattr(dist.ReduceOp, "PREMUL_SUM") and wanted == dist.ReduceOp.PREMUL_SUM:
+        _, factor = wanted.__getstate__()
+        return Sum, float(factor)
+    raise UsageError(f"{wanted} is none of SUM, AVG, MIN, MAX, PRODUCT, BAND, BOR, PREMUL_SUM")
+
+
+def _asynchronous(options: Any) -> bool:
+    return bool(getattr(options, "asyncOp", True))
+
+
+class CaroleProcessGroup(dist.ProcessGroup):
+    """A process group whose operations the engine carries out."""
+
+    def __init__(self, store: Any, rank: int, ranks: List[int], timeout_s: float, number: int) -> None:
+        super().__init__(rank, len(ranks))
+        self._store = store
+        self._rank, self._ranks, self._size = rank, ranks, len(ranks)
+        self._timeout_s = timeout_s
+        self._set = number
+        # Members of a set are in the order of their ranks; a group may have them in another.
+        self._ascending = sorted(ranks) == ranks
+        # While torch sets the group up, it takes a group with devices for one of C++ and asks for its parts.
+        self._devices: List[torch.device] = []
+        self._name = ""
+        self._desc = ""
+        self._tag = ""
+        self._counters: Dict[Tuple[int, Any, int], List[Any]] = {}
+
+    def ready(self) -> None:
+        """Torch has set the group up."""
+        self._devices = [torch.device("cpu")]
+
+    # What torch asks about the group itself.
+
+    def getBackendName(self) -> str:
+        return "carole"
+
+    def _get_backend_name(self) -> str:
+        return "carole"
+
+    def name(self) -> str:
+        return "carole"
+
+    def _get_backend(self, device: Any) -> "CaroleProcessGroup":
+        del device
+        return self
+
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+        self._tag = f"c10d.{name}"[:64]
+
+    setGroupName = _set_group_name
+
+    def getGroupName(self) -> str:
+        return self._name
+
+    group_name = property(lambda self: self._name)
+
+    def _set_group_desc(self, desc: str) -> None:
+        self._desc = desc
+
+    group_desc = property(lambda self: self._desc)
+    bound_device_id = property(lambda self: None)
+    _device_types = property(lambda self: self._devices)
+    supports_coalescing = property(lambda self: False)
+    supports_splitting = property(lambda self: False)
+    supports_shrinking = property(lambda self: False)
+    supports_time_estimate = property(lambda self: False)
+    supports_reconfigure = property(lambda self: False)
+    supports_window = property(lambda self: False)
+
+    def get_group_store(self) -> Any:
+        return self._store
+
+    def _set_sequence_number_for_group(self) -> None:
+        pass
+
+    def _get_sequence_number_for_group(self) -> int:
+        return sum(counter[0] for counter in self._counters.values())
+
+    def set_timeout(self, timeout: Any) -> None:
+        self._timeout_s = timeout.total_seconds()
+
+    _set_default_timeout = set_timeout
+
+    def shutdown(self) -> None:
+        """Leaves the job where this is the default group; others end with it."""
+        if self._set == 0 and self._name in ("", "0", "default_pg") and _native.is_initialized():
+            _life.shutdown()
+
+    abort = shutdown
+
+    # The way to the engine.
+
+    def _next_name(self, collective: int, code: Any, size: int) -> Tuple[str, List[Any], int]:
+        key = (collective, code, size)
+        counter = self._counters.get(key)
+        if counter is None:
+            if len(self._counters) >= _SIZES_MAX:
+                key = (collective, None, -1)
+            counter = self._counters.setdefault(
+                key, [0, [f"{self._tag}.{collective}.{key[1]}.{key[2]}.{k}" for k in range(_RING)], [None] * _RING]
+            )
+        place = counter[0] % _RING
+        counter[0] += 1
+        before = counter[2][place]
+        if before is not None and not before.is_completed():
+            before.wait()
+        return counter[1][place], counter[2], place
+
+    def _start(
+        self,
+        collective: int,
+        tensors: Sequence[Tuple[int, int, int, Sequence[int]]],
+        keep: Any,
+        outputs: List[torch.Tensor],
+        finish: Optional[Callable[[Any], None]] = None,
+        op: int = Sum,
+        pre: float = 1.0,
+        root: int = 0,
+        splits: Optional[Sequence[int]] = None,
+        options: Any = None,
+        size: int = 0,
+    ) -> CaroleWork:
+        name, works, place = self._next_name(collective, tensors[0][2] if tensors else None, size)
+        handle = _native.submit_raw(
+            collective, tensors, keep, name, self._set, op, pre, 1.0, self._ranks[root], splits, None,
+            not _asynchronous(options),
+        )  # fmt: skip
+        work = CaroleWork(handle, outputs, finish, self._timeout_s, keep)
+        works[place] = work
+        return work
+
+    def _code(self, tensor: torch.Tensor) -> int:
+        code = _CODES.get(tensor.dtype)
+        if code is None or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise UsageError(
+                f"a tensor of type {tensor.dtype}, layout {tensor.layout} on {tensor.device} cannot be sent; this "
+                "build moves dense tensors in host memory"
+            )
+        return code
+
+    def _reduced(self, collective: int, tensors: List[torch.Tensor], options: Any, root: int = 0) -> Any:
+        op, pre = _operation(options)
+        if self._size == 1:
+            for tensor in tensors if pre != 1.0 else ():
+                tensor.mul_(pre)
+            return DoneWork(tensors)
+        copies = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+        takes = collective == ALLREDUCE or self._rank == root
+        arguments = [
+            (copy.data_ptr(), (copy.data_ptr() or 64) if takes else 0, self._code(copy), tuple(copy.shape))
+            for copy in copies
+        ]
+        finish = None
+        if any(copy is not tensor for copy, tensor in zip(copies, tensors)):
+
+            def finish(_: Any) -> None:
+                for copy, tensor in zip(copies, tensors):
+                    if copy is not tensor and takes:
+                        tensor.copy_(copy)
+
+        size = tensors[0].numel() if len(tensors) == 1 else -2
+        return self._start(collective, arguments, copies, tensors, finish, op, pre, root, None, options, size)
+
+    # The collectives.
+
+    def allreduce(self, tensors: List[torch.Tensor], opts: Any = None) -> Any:
+        return self._reduced(ALLREDUCE, tensors, opts)
+
+    def allreduce_coalesced(self, tensors: List[torch.Tensor], opts: Any = None) -> Any:
+        return self._reduced(ALLREDUCE, tensors, opts)
+
+    def reduce(self, tensors: List[torch.Tensor], opts: Any = None) -> Any:
+        return self._reduced(REDUCE, tensors, opts, opts.rootRank)
+
+    def broadcast(self, tensors: List[torch.Tensor], opts: Any = None) -> Any:
+        root = opts.rootRank
+        if self._size == 1:
+            return DoneWork(tensors)
+        works = []
+        for tensor in tensors:
+            copy = tensor if tensor.is_contiguous() else tensor.contiguous()
+            finish = None if copy is tensor else (lambda _, tensor=tensor, copy=copy: tensor.copy_(copy))
+            pointer = copy.data_ptr()
+            arguments = [(pointer, pointer or 64, self._code(copy), tuple(copy.shape))]
+            works.append(
+                self._start(BROADCAST, arguments, copy, [tensor], finish, root=root, options=opts, size=copy.numel())
+            )
+        return works[0] if len(works) == 1 else CoalescedWork(works, tensors)
+
+    def barrier(self, opts: Any = None) -> Any:
+        if self._size == 1:
+            return DoneWork([])
+        return self._start(BARRIER, [], None, [], options=opts)
+
+    def _gathered(self, inputs: List[torch.Tensor], place: Callable[[int, torch.Tensor], None],
+                  outputs: List[Any], options: Any) -> Any:  # fmt: skip
+        """Gathers all ranks' `inputs`; `place(i, rows)` gets one flat row per rank, in the order of the group."""
+        flat = [tensor.detach().contiguous().reshape(1, -1) for tensor in inputs]
+        arguments = [(one.data_ptr(), 0, self._code(one), tuple(one.shape)) for one in flat]
+
+        def finish(outcome: Any) -> None:
+            with torch.no_grad():
+                for number, output in enumerate(outcome[0]):
+                    place(number, self._ordered(_arrays.to_torch(output)))
+
+        if self._size == 1:
+            with torch.no_grad():
+                for number, one in enumerate(flat):
+                    place(number, one)
+            return DoneWork(outputs)
+        size = flat[0].numel() if len(flat) == 1 else -2
+        return self._start(ALLGATHER, arguments, flat, outputs, finish, options=options, size=size)
+
+    def _ordered(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._ascending:
+            return rows
+        ordered = sorted(self._ranks)
+        return rows[[ordered.index(rank) for rank in self._ranks]]
+
+    def allgather(self, outputs: List[List[torch.Tensor]], inputs: List[torch.Tensor], opts: Any = None) -> Any:
+        def place(number: int, rows: torch.Tensor) -> None:
+            for target, row in zip(outputs[number], rows):
+                target.copy_(row.reshape(target.shape))
+
+        return self._gathered(inputs, place, outputs, opts)
+
+    def allgather_coalesced(self, outputs: List[List[torch.Tensor]], inputs: List[torch.Tensor],
+                            opts: Any = None) -> Any:  # fmt: skip
+        def place(number: int, rows: torch.Tensor) -> None:
+            for target, row in zip(outputs, rows):
+                target[number].copy_(row.reshape(target[number].shape))
+
+        return self._gathered(inputs, place, outputs, opts)
+
+    def all_gather_single_coalesced(self, outputs: List[torch.Tensor], inputs: List[torch.Tensor],
+                                    opts: Any = None) -> Any:  # fmt: skip
+        def place(number: int, rows: torch.Tensor) -> None:
+            outputs[number].copy_(rows.reshape(outputs[number].shape))
+
+        return self._gathered(inputs, place, outputs, opts)
+
+    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        return self.all_gather_single_coalesced([output], [tensor], opts)
+
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def reduce_scatter(self, outputs: List[torch.Tensor], inputs: List[List[torch.Tensor]], opts: Any = None) -> Any:
+        works = []
+        for output, parts in zip(outputs, inputs):
+            if any(part.numel() != output.numel() for part in parts):
+                works.append(self._uneven_reduce_scatter(output, parts, opts))
+                continue
+            flat = torch.cat([part.detach().reshape(-1) for part in parts])
+            works.append(self.reduce_scatter_single(output, flat, opts))
+        return works[0] if len(works) == 1 else CoalescedWork(works, outputs)
+
+    def _uneven_reduce_scatter(self, output: torch.Tensor, parts: List[torch.Tensor], options: Any) -> Any:
+        works = []
+        for root, part in enumerate(parts):
+            mine = part.detach().clone()
+            work = self._reduced(REDUCE, [mine], options, root)
+            if root == self._rank:
+                work = CoalescedWork([work], [mine])
+                inner = work.wait
+
+                def wait(timeout: Any = None, inner=inner, mine=mine) -> bool:
+                    inner(timeout)
+                    output.copy_(mine.reshape(output.shape))
+                    return True
+
+                work.wait = wait
+            works.append(work)
+        return CoalescedWork(works, [output])
+
+    def reduce_scatter_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        return self.reduce_scatter_single_coalesced([output], [tensor], opts)
+
+    def reduce_scatter_single_coalesced(self, outputs: List[torch.Tensor], inputs: List[torch.Tensor],
+                                        opts: Any = None) -> Any:  # fmt: skip
+        op, pre = _operation(opts)
+        if self._size == 1:
+            with torch.no_grad():
+                for output, tensor in zip(outputs, inputs):
+                    output.copy_(tensor.reshape(output.shape)).mul_(pre) if pre != 1.0 else output.copy_(
+                        tensor.reshape(output.shape)
+                    )
+            return DoneWork(outputs)
+        rows = [self._by_rank(tensor.detach().contiguous().reshape(self._size, -1)) for tensor in inputs]
+        made = [one if one.is_contiguous() else torch.empty(one.shape, dtype=one.dtype) for one in outputs]
+        arguments = [
+            (row.data_ptr(), one.data_ptr() or 64, self._code(row), tuple(row.shape)) for row, one in zip(rows, made)
+        ]
+        finish = None
+        if any(one is not output for one, output in zip(made, outputs)):
+
+            def finish(_: Any) -> None:
+                for one, output in zip(made, outputs):
+                    if one is not output:
+                        output.copy_(one)
+
+        size = rows[0].numel() if len(rows) == 1 else -2
+        return self._start(
+            REDUCESCATTER, arguments, (rows, made), outputs, finish, op, pre, options=opts, size=size
+        )  # fmt: skip
+
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def _by_rank(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows in the order of the set, from rows in the order of the group."""
+        if self._ascending:
+            return rows
+        return rows[[self._ranks.index(rank) for rank in sorted(self._ranks)]]
+
+    def gather(self, outputs: List[List[torch.Tensor]], inputs: List[torch.Tensor], opts: Any = None) -> Any:
+        row = inputs[0].detach().contiguous().reshape(1, -1)
+        if self._size == 1:
+            outputs[0][0].copy_(inputs[0])
+            return DoneWork(outputs[0])
+
+        def finish(outcome: Any) -> None:
+            if self._rank != opts.rootRank:
+                return
+            with torch.no_grad():
+                for target, one in zip(outputs[0], self._ordered(_arrays.to_torch(outcome[0][0]))):
+                    target.copy_(one.reshape(target.shape))
+
+        arguments = [(row.data_ptr(), 0, self._code(row), tuple(row.shape))]
+        return self._start(
+            GATHER, arguments, row, outputs, finish, root=opts.rootRank, options=opts, size=row.numel()
+        )  # fmt: skip
+
+    def scatter(self, outputs: List[torch.Tensor], inputs: List[List[torch.Tensor]], opts: Any = None) -> Any:
+        output = outputs[0]
+        if self._size == 1:
+            output.copy_(inputs[0][0])
+            return DoneWork(outputs)
+        rows = None
+        if self._rank == opts.rootRank:
+            rows = self._by_rank(torch.stack([one.detach().reshape(-1) for one in inputs[0]]))
+        made = output if output.is_contiguous() else torch.empty(output.shape, dtype=output.dtype)
+        finish = None if made is output else (lambda _: output.copy_(made))
+        pointer = rows.data_ptr() if rows is not None else 0
+        arguments = [(pointer, made.data_ptr() or 64, self._code(made), (self._size, made.numel()))]
+        return self._start(
+            SCATTER, arguments, (rows, made), outputs, finish, root=opts.rootRank, options=opts, size=made.numel()
+        )  # fmt: skip
+
+    def all_to_all_single(self, output: torch.Tensor, tensor: torch.Tensor, output_splits: Sequence[int],
+                          input_splits: Sequence[int], opts: Any = None) -> Any:  # fmt: skip
+        del output_splits
+        rows = tensor.detach().contiguous()
+        rows = rows.reshape(rows.shape[0] if rows.dim() else 1, -1)
+        splits = list(input_splits) or [rows.shape[0] // self._size] * self._size
+        parts = list(rows.split(splits))
+        return self._exchange(parts, lambda received: output.copy_(received.reshape(output.shape)), [output], opts)
+
+    alltoall_base = all_to_all_single
+
+    def alltoall(self, outputs: List[torch.Tensor], inputs: List[torch.Tensor], opts: Any = None) -> Any:
+        def place(received: torch.Tensor) -> None:
+            for target, part in zip(outputs, received.reshape(-1).split([one.numel() for one in outputs])):
+                target.copy_(part.reshape(target.shape))
+
+        return self._exchange([one.detach().reshape(-1, 1) for one in inputs], place, outputs, opts)
+
+    def _exchange(self, parts: List[torch.Tensor], place: Callable[[torch.Tensor], Any],
+                  outputs: List[torch.Tensor], options: Any) -> Any:  # fmt: skip
+        """Sends part i to the group's rank i; `place` gets what came, in the order of the group."""
+        if self._size == 1:
+            with torch.no_grad():
+                place(parts[0])
+            return DoneWork(outputs)
+        ordered = sorted(self._ranks)
+        sent = [parts[self._ranks.index(rank)] for rank in ordered]
+        rows = torch.cat(sent).contiguous()
+        splits = [len(part) for part in sent]
+
+        def finish(outcome: Any) -> None:
+            received = _arrays.to_torch(outcome[0][0])
+            if not self._ascending:
+                pieces = received.split(list(outcome[1]))
+                received = torch.cat([pieces[ordered.index(rank)] for rank in self._ranks])
+            with torch.no_grad():
+                place(received)
+
+        arguments = [(rows.data_ptr() or 64, 0, self._code(rows), tuple(rows.shape))]
+        return self._start(ALLTOALL, arguments, rows, outputs, finish, splits=splits, options=options)
+
+    # Messages between two ranks.
+
+    def _message(self, sending: bool, tensors: List[torch.Tensor], peer: int, tag: int) -> Any:
+        if not 0 <= tag < 1 << _TAG_BITS:
+            raise UsageError(f"tag={tag} is not from 0 to {(1 << _TAG_BITS) - 1}")
+        (tensor,) = tensors
+        copy = tensor.detach()
+        copy = copy if copy.is_contiguous() else copy.contiguous()
+        finish = None
+        if not sending and copy.data_ptr() != tensor.data_ptr():
+
+            def finish(_: Any) -> None:
+                tensor.copy_(copy)
+
+        self._code(copy)
+        # As bytes: the two sides need not agree on a shape, and every type travels so.
+        memory = copy.reshape(-1).view(torch.uint8) if copy.numel() else torch.empty(0, dtype=torch.uint8)
+        handle = _native.transfer(sending, memory, self._ranks[peer], self._channel() | tag, self._set)
+        return CaroleWork(handle, tensors, finish, self._timeout_s, (memory, copy), -1 if sending else peer)
+
+    def _channel(self) -> int:
+        """Keeps the messages of groups of the same ranks apart."""
+        return (zlib.crc32(self._name.encode()) & 0x7FF) << _TAG_BITS
+
+    def send(self, tensors: List[torch.Tensor], peer: int, tag: int = 0) -> Any:
+        return self._message(True, tensors, peer, tag)
+
+    def recv(self, tensors: List[torch.Tensor], peer: int, tag: int = 0) -> Any:
+        return self._message(False, tensors, peer, tag)
+
+    def recv_anysource(self, tensors: List[torch.Tensor], tag: int = 0) -> Any:
+        raise NotImplementedError("recv() from any rank is not supported by the backend carole: name the source")
+
+    def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+        """A barrier that says which ranks did not come: an error on rank 0 first, and on the others after it."""
+        seconds = timeout.total_seconds() if timeout is not None else self._timeout_s
+        here = torch.zeros(1, dtype=torch.uint8)
+        tag = self._channel() | 1 << 31
+        if self._rank != 0:
+            _native.transfer(True, here, self._ranks[0], tag, self._set).wait(seconds)
+            try:
+                _native.transfer(False, here, self._ranks[0], tag, self._set).wait(seconds * 2)
+            except TimeoutError:
+                raise BrokenError(f"monitored_barrier: rank 0 gave no answer within {seconds * 2} s") from None
+            return
+        missing = []
+        for peer in range(1, self._size):
+            try:
+                _native.transfer(False, here.clone(), self._ranks[peer], tag, self._set).wait(seconds)
+            except TimeoutError:
+                missing.append(self._ranks[peer])
+                if not wait_all_ranks:
+                    break
+        if missing:
+            words = ", ".join(str(rank) for rank in missing)
+            raise BrokenError(f"monitored_barrier: rank {words} did not come within {seconds} s")
+        for peer in range(1, self._size):
+            _native.transfer(True, here, self._ranks[peer], tag, self._set).wait(seconds)
