@@ -161,11 +161,27 @@ fn processes(long: bool) -> Vec<Step> {
 
 fn bindings() -> Vec<Step> {
     let python = "target/ci/venv/bin/python";
+    let torch = "target/ci/venv-torch/bin/python";
+    let wheels = "target/ci/wheels";
+    let install =
+        format!("-m pip install --quiet --no-index --find-links {wheels} --force-reinstall --no-deps carole");
+    let with_torch = ["surface", "torch", "torch_backend", "torch_trainers", "torch_training", "examples"]
+        .map(|name| format!("bindings/python/tests/test_{name}.py"))
+        .join(" ");
     vec![
-        Step::new("Python", &format!("{python} -m pip install --quiet ./bindings/python"))
-            .then(&format!("{python} -m pytest -q bindings/python/tests"))
-            .needs(Need::File("bindings/python/pyproject.toml"), "not in this tree")
-            .needs(Need::File(python), "no virtual environment; ci/test makes it"),
+        Step::new(
+            "Python",
+            &format!("{python} -m pip wheel --quiet --no-deps -w {wheels} ./bindings/python"),
+        )
+        .then(&format!("{python} {install}"))
+        .then(&format!("{python} -m pytest -q bindings/python/tests"))
+        .needs(Need::File("bindings/python/pyproject.toml"), "not in this tree")
+        .needs(Need::File(python), "no virtual environment; ci/test makes it"),
+        // The same wheel, with another Python that has torch.
+        Step::new("PyTorch", &format!("{torch} {install}"))
+            .then(&format!("{torch} -m pytest -q {with_torch}"))
+            .needs(Need::File(wheels), "no wheel: the step Python makes it")
+            .needs(Need::File(torch), "no virtual environment with torch; ci/test makes it"),
         Step::new("demo, short", "ci/demo --epochs 2")
             .needs(Need::File("bindings/python/examples/digits_numpy.py"), "not in this tree"),
     ]
