@@ -126,12 +126,12 @@ fn a_connector_that_ends_after_a_knock_is_noticed_at_once() {
                 table.cards[0].addresses = vec![stranger];
                 joined.table = Arc::new(table);
             }
-            Node::start(joined, PorterOptions { silence_ms: 1200, ..options(Choice::Auto, 1) })
+            Node::start(joined, PorterOptions { silence_ms: 3000, ..options(Choice::Auto, 1) })
         })
         .collect();
     nodes[0].fabric.request(Rank(1));
     // Longer than the silence: it says that it is still trying, so it is not taken for a stopped one.
-    let until = Instant::now() + Duration::from_millis(2500);
+    let until = Instant::now() + Duration::from_millis(4500);
     drive(&mut nodes, |_| Instant::now() >= until);
     assert!(nodes.iter().all(|node| node.failed.is_empty()), "{:?} {:?}", nodes[0].failed, nodes[1].failed);
     let start = Instant::now();

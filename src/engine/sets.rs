@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::Engine;
+use super::batch::Flight;
 use super::operation::Operation;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
 use crate::error::{Error, Mismatch};
@@ -112,17 +113,34 @@ impl Engine {
             Intent::Failed { op, mismatch } => self.end(op, Err(Error::Mismatch(mismatch))),
             Intent::Joined { op, last } => {
                 let last = self.sets[&id].ranks[last.0 as usize];
-                if let Some(operation) = self.ops.get_mut(&op) {
-                    operation.outcome.tensors.clear();
-                    operation.outcome.last_joined = Some(last);
-                }
-                self.end(op, Ok(()));
+                self.joined(id, op, last);
             }
             Intent::Warn(words) => self.warnings.push(words),
             Intent::Break(culprit, cause) => {
                 let culprit = culprit.map(|m| self.sets[&id].ranks[m.0 as usize]);
                 self.break_epoch_with(culprit, cause);
             }
+        }
+    }
+
+    /// All have joined. The join is over when the batches are, to which this rank gave stand-ins: it may leave
+    /// then, and others still wait for what those batches send.
+    fn joined(&mut self, id: SetId, op: OpId, last: Rank) {
+        let Some(operation) = self.ops.get_mut(&op) else { return };
+        operation.outcome.tensors.clear();
+        operation.outcome.last_joined = Some(last);
+        operation.agreed = true;
+        operation.remaining = 0;
+        for flight in self.flights.iter_mut().flatten() {
+            if let Flight::Batch(flight) = flight
+                && flight.set == id
+            {
+                flight.ops.push(Some(op));
+                operation.remaining += 1;
+            }
+        }
+        if operation.remaining == 0 {
+            self.end(op, Ok(()));
         }
     }
 

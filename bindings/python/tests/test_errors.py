@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import resource
 import signal
 import threading
 import time
@@ -352,3 +353,19 @@ def body_shutdown_of_one():
 def test_an_operation_that_needs_a_rank_that_left():
     texts = run(2, body_shutdown_of_one)
     assert "rank 1" in texts[0]
+
+
+def body_little_memory(transport):
+    """No file of this process may grow beyond a limit that a link's shared memory exceeds."""
+    # Python ignores the signal that goes with it, so the limit is an error of the system.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    if transport == "shm":
+        text = catch(carole.BrokenError, lambda: carole.allreduce(np.ones(4), name="t"))
+        assert "shared memory exhausted" in text and "CAROLE_TRANSPORT" in text, text
+    else:
+        assert (carole.allreduce(np.ones(4), carole.Sum, name="t") == carole.size()).all()
+
+
+@pytest.mark.parametrize("transport", ["shm", "auto"])
+def test_shared_memory_exhausted(transport):
+    run(2, body_little_memory, transport, env={"CAROLE_TRANSPORT": transport})
