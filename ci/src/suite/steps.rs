@@ -150,7 +150,7 @@ fn processes(long: bool) -> Vec<Step> {
         .within(hours(4)),
         Step::task("intruders", pick("intrude", "intrude --connections 300")),
         Step::task("several hosts", "hosts"),
-        Step::task("threads and memory", pick("figures", "figures --simulated 64,1024")),
+        Step::task("threads and memory", "figures --simulated 64,1024"),
     ];
     if long {
         steps.push(Step::task("more than 2^31 elements", "huge"));
