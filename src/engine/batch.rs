@@ -39,7 +39,8 @@ pub(super) struct BatchFlight {
     plan: Option<Arc<Plan>>,
     run: Run,
     id: Option<RunId>,
-    /// The operation of each tensor; none where this member has joined.
+    /// The operation of each tensor; none where this member has joined. A join that waits for the flight stands
+    /// behind them.
     pub(super) ops: Vec<Option<OpId>>,
     /// Stand-ins for the tensors that a joined member does not have.
     stand_ins: Vec<OwnedBytes>,

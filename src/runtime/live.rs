@@ -383,11 +383,14 @@ fn porter_options(config: &Config) -> PorterOptions {
 
 /// Spinning pays only where every rank of the host has a processor of its own.
 fn patience(config: &Config, world: &World) -> Patience {
+    let may_use = |process| rustix::thread::sched_getaffinity(process).map_or(1, |set| set.count() as usize);
+    let granted = std::thread::available_parallelism().map_or(1, usize::from);
     // Ranks that are bound to a processor each share the machine and not that processor. What the machine (or the
-    // container) has is what its first process may use.
-    let all =
-        rustix::thread::sched_getaffinity(Some(rustix::process::Pid::INIT)).map_or(1, |set| set.count());
-    let processors = std::thread::available_parallelism().map_or(1, usize::from).max(all as usize);
+    // container) has is what its first process may use, unless a quota grants less time than processors.
+    let processors = match granted < may_use(None) {
+        true => granted,
+        false => granted.max(may_use(Some(rustix::process::Pid::INIT))),
+    };
     let crowded = world.local_size as usize > processors;
     let processor =
         config.thread_affinity.get(world.local_rank as usize).map(|&processor| processor as usize);

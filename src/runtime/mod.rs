@@ -226,8 +226,9 @@ pub fn last_algorithm() -> Result<Option<&'static str>> {
 /// Submits an operation. Never blocks.
 ///
 /// # Errors
-/// [`Error::Usage`] when the call can never work, or when its name is in flight already on this rank; on an initialised set the other ranks are told, so that
-/// theirs of the same name ends with a mismatch. [`Error::Broken`] and [`Error::Shutdown`] when the group is no more.
+/// [`Error::Usage`] when the call can never work: on an initialised set the other ranks are told, so that theirs of
+/// the same name ends with a mismatch. Also when its name is in flight already on this rank, which concerns nobody
+/// else. [`Error::Broken`] and [`Error::Shutdown`] when the group is no more.
 ///
 /// # Safety
 /// Inputs and outputs must stay valid, inputs unwritten and outputs untouched, until the operation has an

@@ -37,37 +37,31 @@ class StateHandler:
         raise NotImplementedError
 
 
-class ModelStateHandler(StateHandler):
-    """Handles `torch.nn.Module`."""
+class _StateDictHandler(StateHandler):
+    """Handles what has a `state_dict`; how that travels is the subclass's."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
         self.save()
 
     def save(self) -> None:
         self._saved = copy.deepcopy(self.value.state_dict())
 
     def restore(self) -> None:
-        self.value.load_state_dict(self._saved)
+        # A copy goes in: an optimizer would go on in the saved tensors.
+        self.value.load_state_dict(copy.deepcopy(self._saved))
+
+
+class ModelStateHandler(_StateDictHandler):
+    """Handles `torch.nn.Module`."""
 
     def sync(self) -> None:
         broadcast_parameters(self.value.state_dict(), root_rank=0)
         self.save()
 
 
-class OptimizerStateHandler(StateHandler):
+class OptimizerStateHandler(_StateDictHandler):
     """Handles `torch.optim.Optimizer`."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(optimizer)
-        self.save()
-
-    def save(self) -> None:
-        self._saved = copy.deepcopy(self.value.state_dict())
-
-    def restore(self) -> None:
-        # A copy goes in: the optimizer would go on in the saved tensors.
-        self.value.load_state_dict(copy.deepcopy(self._saved))
 
     def sync(self) -> None:
         broadcast_optimizer_state(self.value, root_rank=0)
