@@ -359,6 +359,8 @@ def body_little_memory(transport):
     """No file of this process may grow beyond a limit that a link's shared memory exceeds."""
     # Python ignores the signal that goes with it, so the limit is an error of the system.
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    # The first links are made as soon as the job has started, so the limit comes before.
+    carole.init()
     if transport == "shm":
         text = catch(carole.BrokenError, lambda: carole.allreduce(np.ones(4), name="t"))
         assert "shared memory exhausted" in text and "CAROLE_TRANSPORT" in text, text
@@ -368,4 +370,4 @@ def body_little_memory(transport):
 
 @pytest.mark.parametrize("transport", ["shm", "auto"])
 def test_shared_memory_exhausted(transport):
-    run(2, body_little_memory, transport, env={"CAROLE_TRANSPORT": transport})
+    run(2, body_little_memory, transport, env={"CAROLE_TRANSPORT": transport}, init=False)
