@@ -33,6 +33,14 @@ pub const FRAME_BYTES_MAX: usize = 256 << 10;
 pub const SHM_RING_BYTES: usize = 1 << 20;
 /// The control ring of a shared-memory link.
 pub const SHM_CONTROL_BYTES: usize = 64 << 10;
+/// Process sets of this rank that can have a seat on its board at one time; others use their links.
+pub const BOARD_SEATS: usize = 4;
+/// Slots of a seat, used in turn: while one is read by the others the next is filled.
+pub const BOARD_SLOTS: usize = 4;
+/// Bytes of a slot: all slots of a seat together stay in a core's second-level cache.
+pub const BOARD_SLOT_BYTES: usize = 128 << 10;
+/// Members of a set that uses boards: each maps the boards of all.
+pub const BOARD_MEMBERS_MAX: usize = 8;
 /// TCP connections per link that carry payload, at most.
 pub const TCP_LANES_MAX: usize = 16;
 /// Agreement messages kept for process sets that this rank has not made yet.
@@ -63,5 +71,6 @@ const _: () = {
     assert!(FRAME_BYTES_MAX < SHM_RING_BYTES);
     assert!(NAME_BYTES_MAX * 4 < CONTROL_BYTES_MAX);
     assert!(HEARTBEAT_MS * 4 < SILENCE_MS);
+    assert!(BOARD_SLOT_BYTES / (BOARD_MEMBERS_MAX - 1) >= 4096);
     assert!(SHM_RING_BYTES.is_power_of_two() && SHM_CONTROL_BYTES.is_power_of_two());
 };

@@ -49,6 +49,9 @@ use tree::Tree;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct OpId(pub u32);
 
+/// Names that begin so are the engine's own; no user's does.
+pub const ENGINE_NAMES: char = '\0';
+
 /// What all members said with their ready marks: row counts (allgather, gather: one per tensor of the
 /// group) or splits (alltoall: one per member and tensor). Empty for other collectives.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -10,6 +10,7 @@ use crate::fusion::Batch;
 use crate::layout::scratch_region;
 use crate::memory::{OwnedBytes, Piece, PieceRange, Region, RunId};
 use crate::run::{Order, Run};
+use crate::transport::board::Exchange;
 use crate::transport::{LinkOrder, OrderKind, Stream};
 use crate::types::{Collective, JoinAverage, Rank, ReduceOp, SetId};
 use std::sync::Arc;
@@ -39,6 +40,8 @@ pub(super) struct BatchFlight {
     plan: Option<Arc<Plan>>,
     run: Run,
     id: Option<RunId>,
+    /// Whether it goes over the boards.
+    pub(super) on_boards: bool,
     /// The operation of each tensor; none where this member has joined. A join that waits for the flight stands
     /// behind them.
     pub(super) ops: Vec<Option<OpId>>,
@@ -77,7 +80,9 @@ impl Engine {
         flight.bytes.clear();
         flight.stand_ins.clear();
         flight.identity = None;
+        flight.on_boards = self.goes_over_boards(set, &signature);
         let mut total_bytes = 0;
+        let mut longest = 0;
         for part in batch.parts {
             let agreed = &cut[part.operation as usize];
             let sizes = operation::sizes(agreed, part.tensor as usize, me, size, root);
@@ -90,6 +95,9 @@ impl Engine {
                 None => stand_in(&sizes, reduction, signature.collective, &mut flight),
             }
             flight.ops.push(agreed.op);
+        }
+        if signature.collective == Collective::Alltoall {
+            longest = longest_block(first, size);
         }
         let divisor = match (signature.op, signature.join_average) {
             (ReduceOp::Average, JoinAverage::Size) => size,
@@ -108,7 +116,12 @@ impl Engine {
             bytes: &flight.bytes,
             tensors: batch.parts.len(),
             total_bytes,
+            longest,
         };
+        if flight.on_boards {
+            let exchange = self.plans.exchange(set.0, &shape);
+            return self.launch_on_boards(flight, &exchange);
+        }
         let plan = self.plans.get(set.0, &shape);
         self.last_algorithm = Some(plan.algorithm);
         self.launch(flight, plan);
@@ -126,18 +139,38 @@ impl Engine {
             // SAFETY: the flight owns the scratch until the run is forgotten.
             flight.regions.push(unsafe { Region::new(scratch.as_ptr(), plan.scratch_bytes) });
         }
-        let id = self.memory.register(flight.regions.iter().copied());
-        let process_set = self.sets.get_mut(&flight.set).expect("a batch belongs to a known set");
-        flight.sequence = process_set.next_batch;
-        process_set.next_batch += 1;
-        flight.id = Some(id);
-        self.fill_stand_ins(&flight, id);
+        let id = self.register(&mut flight);
         let mut orders = std::mem::take(&mut self.orders);
         flight.run.start(Arc::clone(&plan.program), &mut orders);
         flight.plan = Some(plan);
         self.place_flight(id, Flight::Batch(flight));
         self.follow(id, &mut orders);
         self.orders = orders;
+    }
+
+    /// Registers the memory of a batch and hands it to the boards.
+    fn launch_on_boards(&mut self, mut flight: Box<BatchFlight>, exchange: &Arc<Exchange>) {
+        self.last_algorithm = Some("direct");
+        let id = self.register(&mut flight);
+        let set = flight.set;
+        self.place_flight(id, Flight::Batch(flight));
+        if exchange.ticks == 0 {
+            return self.finish_batch(id);
+        }
+        self.seat_of(set)
+            .expect("a batch goes over boards where the set has taken its seats")
+            .push(id, exchange);
+    }
+
+    /// Makes the memory of a batch known, and gives the batch its number in its set.
+    fn register(&mut self, flight: &mut BatchFlight) -> RunId {
+        let id = self.memory.register(flight.regions.iter().copied());
+        let process_set = self.sets.get_mut(&flight.set).expect("a batch belongs to a known set");
+        flight.sequence = process_set.next_batch;
+        process_set.next_batch += 1;
+        flight.id = Some(id);
+        self.fill_stand_ins(flight, id);
+        id
     }
 
     pub(super) fn place_flight(&mut self, id: RunId, flight: Flight) {
@@ -215,7 +248,7 @@ impl Engine {
         }
     }
 
-    fn finish_batch(&mut self, id: RunId) {
+    pub(super) fn finish_batch(&mut self, id: RunId) {
         let Some(Flight::Batch(mut flight)) = self.flights[id.slot as usize].take() else { return };
         self.flying -= 1;
         self.memory.forget(id);
@@ -370,6 +403,10 @@ impl Engine {
         self.links.withdraw(run, &self.memory);
         self.memory.forget(run);
         if let Flight::Batch(flight) = flight {
+            if flight.on_boards {
+                // Batches follow each other there, so with one the whole seat is over; and so is the set.
+                self.leave_seat(flight.set);
+            }
             self.reclaim(flight);
         }
     }
@@ -403,6 +440,24 @@ fn push_bytes(agreed: &Agreed, t: usize, me: u32, size: u32, into: &mut Vec<u64>
             into[start]
         }
     }
+}
+
+/// Alltoall: the most bytes that any member sends to any other. The same number on all members.
+fn longest_block(agreed: &Agreed, size: u32) -> u64 {
+    let tensors = &agreed.signature.tensors;
+    let block = |from, to| -> u64 {
+        let bytes = |(t, tensor): (usize, &crate::types::TensorSignature)| {
+            operation::split(&agreed.call, from, to, t, size)
+                * tensor.row_elements()
+                * tensor.dtype.size() as u64
+        };
+        tensors.iter().enumerate().map(bytes).sum()
+    };
+    (0..size)
+        .flat_map(|from| (0..size).map(move |to| (from, to)))
+        .map(|(from, to)| block(from, to))
+        .max()
+        .unwrap_or(0)
 }
 
 /// Memory in the place of a tensor that a joined member does not have.

@@ -133,11 +133,10 @@ impl Driver {
             stop: AtomicBool::new(false),
             origin,
             patience,
+            // With a processor for each rank it is never wrong to look for the whole time: it is short, and a waiter
+            // that sleeps makes the others' waits longer than their own looks, so that all sleep for ever after.
             // Whoever gives the processor away may get it back late: then it is better not to do so at all.
-            spin: Mutex::new(Spin::new(
-                patience.spin_ns,
-                if patience.yields { 0 } else { patience.spin_ns / 16 },
-            )),
+            spin: Mutex::new(Spin::new(patience.spin_ns, if patience.yields { 0 } else { patience.spin_ns })),
             failure: Mutex::default(),
         });
         let background = Arc::clone(&shared);
@@ -432,7 +431,10 @@ impl Shared {
         loop {
             let moved = self.turn(&mut engine, waits_for.take());
             let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
-            if moved && let Some(since) = idle_since.take() {
+            if moved
+                && let Some((since, learns)) = idle_since.take()
+                && learns
+            {
                 spin.found(self.now().since(since));
             }
             if over || until.is_some_and(|at| Instant::now() >= at) {
@@ -442,8 +444,11 @@ impl Shared {
                 continue;
             }
             let now = self.now();
-            let since = *idle_since.get_or_insert(now);
-            if now.since(since) < spin.limit_ns() {
+            // While all members are at a batch the next window is known to be on its way, and comes soon.
+            let exchanging = engine.is_exchanging();
+            let (since, _) = *idle_since.get_or_insert((now, !exchanging));
+            let limit = if exchanging { spin.whole_ns() } else { spin.limit_ns() };
+            if now.since(since) < limit {
                 if self.patience.yields {
                     std::thread::yield_now()
                 } else {
@@ -451,9 +456,15 @@ impl Shared {
                 }
                 continue;
             }
-            spin.failed();
+            if !exchanging {
+                spin.failed();
+            }
             self.sleep_as_caller(&mut engine, until);
             idle_since = None;
+        }
+        if engine.is_busy() {
+            // What the last turn had to say leaves now: to wake the background thread for it costs far more.
+            self.turn(&mut engine, None);
         }
         let busy = engine.is_busy();
         drop(spin);

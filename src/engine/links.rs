@@ -4,9 +4,11 @@
 use crate::error::Cause;
 use crate::fork;
 use crate::memory::{Memory, RunId};
+use crate::transport::board::BoardMemory;
 use crate::transport::{Events, Fabric, FabricEvent, Link, LinkOrder};
 use crate::types::{Rank, Time};
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 /// What is queued for a peer whose link is not up yet. Control messages lie one after another.
 #[derive(Default)]
@@ -73,6 +75,22 @@ impl Links {
         match &self.slots[peer.0 as usize] {
             Slot::Up(link) => Some(link.kind()),
             _ => None,
+        }
+    }
+
+    /// The board of a peer, if the link to it is up and it has one.
+    #[must_use]
+    pub fn board(&self, peer: Rank) -> Option<Arc<BoardMemory>> {
+        match &self.slots[peer.0 as usize] {
+            Slot::Up(link) => link.board(),
+            _ => None,
+        }
+    }
+
+    /// Something was published to a peer on a board: wakes it if it sleeps.
+    pub fn nudge(&mut self, peer: Rank) {
+        if let Slot::Up(link) = &mut self.slots[peer.0 as usize] {
+            link.nudge();
         }
     }
 

@@ -7,6 +7,7 @@
 //! memory) → `follow` (orders to links and device) → `step_done` → `end` (the outcome).
 
 mod batch;
+mod boards;
 mod departure;
 pub mod driver;
 pub mod handles;
@@ -34,6 +35,7 @@ use crate::transport::{Events, Fabric, LinkEvent};
 use crate::types::{Epoch, GLOBAL_SET, Rank, SetId, Signature, Time};
 use crate::wire;
 use batch::{BatchFlight, Flight};
+use boards::Boards;
 use links::{LinkChange, Links};
 use operation::Operation;
 use plan::{PlanRules, Plans};
@@ -88,6 +90,7 @@ pub struct Engine {
     me: Rank,
     epoch: Epoch,
     links: Links,
+    boards: Boards,
     memory: Memory,
     device: HostDevice,
     plans: Plans,
@@ -142,6 +145,7 @@ impl Engine {
         let mut engine = Engine {
             me: setup.me,
             epoch: setup.epoch,
+            boards: Boards::new(fabric.board()),
             links: Links::new(fabric, size),
             memory: Memory::default(),
             device: HostDevice::default(),
@@ -209,6 +213,7 @@ impl Engine {
         operation.name.push_str(submission.name);
         self.ops.insert(submission.op, operation);
         self.hang_together();
+        self.seek_seat(submission.set);
         Ok(())
     }
 
@@ -225,6 +230,7 @@ impl Engine {
     pub fn turn(&mut self, now: Time) -> bool {
         let mut moved = self.links.poll_fabric(&mut self.changes);
         moved |= self.turn_links(now);
+        moved |= self.turn_seats();
         let mut changes = std::mem::take(&mut self.changes);
         if self.left.is_some() {
             self.linger(&mut changes);
@@ -261,7 +267,9 @@ impl Engine {
         moved |= self.turn_membership(now);
         self.close_departed();
         if self.agrees() {
+            self.take_seats(now);
             moved |= self.turn_coordinators(now);
+            moved |= self.turn_seats();
         }
         let settled = !moved && self.departing.is_empty() && self.unmet.is_empty();
         self.quiet_until = settled.then(|| self.poll_timeout().unwrap_or(Time(u64::MAX)));
@@ -477,7 +485,7 @@ impl Engine {
         let mut changes = std::mem::take(&mut self.changes);
         let busy = self.links.arm(&mut changes);
         self.changes = changes;
-        busy || !self.changes.is_empty()
+        busy || !self.changes.is_empty() || self.seats_have_news()
     }
 
     /// Awake again.

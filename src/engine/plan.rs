@@ -2,6 +2,7 @@
 //! per shape and kept. A plan holds orders with their pieces resolved; a run only fills in addresses.
 #![forbid(unsafe_code)]
 
+use super::boards;
 use crate::algorithm::Query;
 use crate::cost::Prices;
 use crate::device::{DeviceOrder, Finish, Reduction};
@@ -10,6 +11,7 @@ use crate::memory::{Piece, PieceRange};
 use crate::run::Program;
 use crate::schedule::{Schedule, Span, Verb};
 use crate::select::select;
+use crate::transport::board::Exchange;
 use crate::types::{Collective, DType, ReduceOp, Scale};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -98,6 +100,8 @@ pub struct BatchShape<'a> {
     pub tensors: usize,
     /// Bytes of the whole batch over all members: the same number on each, for the choice must be the same.
     pub total_bytes: u64,
+    /// Alltoall: the most bytes that any member sends to any other; else 0.
+    pub longest: u64,
 }
 
 /// What is fixed for the epoch.
@@ -123,6 +127,7 @@ const WINDOWS_IN_FLIGHT: u32 = 4;
 pub struct Plans {
     rules: PlanRules,
     plans: HashMap<Box<[u64]>, Arc<Plan>>,
+    exchanges: HashMap<Box<[u64]>, Arc<Exchange>>,
     key: Vec<u64>,
 }
 
@@ -130,11 +135,31 @@ impl Plans {
     /// An empty cache.
     #[must_use]
     pub fn new(rules: PlanRules) -> Plans {
-        Plans { rules, plans: HashMap::new(), key: Vec::new() }
+        Plans { rules, plans: HashMap::new(), exchanges: HashMap::new(), key: Vec::new() }
     }
 
     /// The plan of a shape, which is made when it is first seen. `set` distinguishes sets whose hosts differ.
     pub fn get(&mut self, set: u32, shape: &BatchShape<'_>) -> Arc<Plan> {
+        self.find(set, shape);
+        let Plans { rules, plans, key, .. } = self;
+        remembered(plans, key, rules.plans_max, || make(shape, rules))
+    }
+
+    /// The exchange of a shape over boards, which is made when it is first seen.
+    pub fn exchange(&mut self, set: u32, shape: &BatchShape<'_>) -> Arc<Exchange> {
+        self.find(set, shape);
+        let Plans { rules, exchanges, key, .. } = self;
+        remembered(exchanges, key, rules.plans_max, || boards::exchange(shape))
+    }
+
+    /// The algorithm that the user forces.
+    #[must_use]
+    pub fn forced(&self) -> Option<&str> {
+        self.rules.forced.as_deref()
+    }
+
+    /// Writes down what a plan depends on.
+    fn find(&mut self, set: u32, shape: &BatchShape<'_>) {
         self.key.clear();
         self.key.extend([
             u64::from(set),
@@ -145,19 +170,29 @@ impl Plans {
             shape.scale.pre.to_bits(),
             shape.scale.post.to_bits(),
             shape.total_bytes,
+            shape.longest,
         ]);
         self.key.extend_from_slice(shape.bytes);
-        if let Some(plan) = self.plans.get(self.key.as_slice()) {
-            return Arc::clone(plan);
-        }
-        if self.plans.len() >= self.rules.plans_max {
-            // Shapes that come back are rebuilt; runs in flight keep theirs.
-            self.plans.clear();
-        }
-        let plan = Arc::new(make(shape, &self.rules));
-        self.plans.insert(self.key.as_slice().into(), Arc::clone(&plan));
-        plan
     }
+}
+
+/// What was made for a key, or is made now.
+fn remembered<T>(
+    known: &mut HashMap<Box<[u64]>, Arc<T>>,
+    key: &[u64],
+    most: usize,
+    make: impl FnOnce() -> T,
+) -> Arc<T> {
+    if let Some(known) = known.get(key) {
+        return Arc::clone(known);
+    }
+    if known.len() >= most {
+        // Shapes that come back are made again; runs in flight keep theirs.
+        known.clear();
+    }
+    let made = Arc::new(make());
+    known.insert(key.into(), Arc::clone(&made));
+    made
 }
 
 /// Makes a plan: choose, build, lay out, resolve.
@@ -184,7 +219,7 @@ fn make(shape: &BatchShape<'_>, rules: &PlanRules) -> Plan {
 }
 
 /// Where the chunks of a batch lie for this member.
-fn layout(shape: &BatchShape<'_>, chunks: u32) -> Layout {
+pub(super) fn layout(shape: &BatchShape<'_>, chunks: u32) -> Layout {
     let size = shape.hosts.len();
     let me = shape.me as usize;
     match shape.collective {

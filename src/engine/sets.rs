@@ -3,6 +3,7 @@
 
 use super::Engine;
 use super::batch::Flight;
+use super::boards::{self, Seating};
 use super::operation::Operation;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
 use crate::error::{Error, Mismatch};
@@ -23,6 +24,8 @@ pub(super) struct ProcessSet {
     pub(super) next_batch: u64,
     /// The first member that has said goodbye.
     pub(super) departed: Option<Rank>,
+    /// Where it exchanges over boards, if it does.
+    pub(super) seating: Seating,
 }
 
 impl ProcessSet {
@@ -60,7 +63,9 @@ impl Engine {
                 self.links.request(ranks[neighbour.0 as usize]);
             }
         }
-        self.sets.insert(id, ProcessSet { ranks, hosts, member, coordinator, next_batch: 0, departed: None });
+        let seating = self.boards.claim(id, member.is_some(), &hosts);
+        let set = ProcessSet { ranks, hosts, member, coordinator, next_batch: 0, departed: None, seating };
+        self.sets.insert(id, set);
         id
     }
 
@@ -126,6 +131,7 @@ impl Engine {
     /// All have joined. The join is over when the batches are, to which this rank gave stand-ins: it may leave
     /// then, and others still wait for what those batches send.
     fn joined(&mut self, id: SetId, op: OpId, last: Rank) {
+        self.seek_seat_again(id);
         let Some(operation) = self.ops.get_mut(&op) else { return };
         operation.outcome.tensors.clear();
         operation.outcome.last_joined = Some(last);
@@ -147,6 +153,10 @@ impl Engine {
     /// Runs one cut of the agreed log: set changes and barriers at once, the rest in batches.
     fn run_cut(&mut self, id: SetId, cut: &[Agreed], now: Time) {
         for agreed in cut {
+            if boards::is_call_to_boards(agreed) {
+                self.sit_down(id, agreed);
+                continue;
+            }
             let tensors = agreed.signature.tensors.len();
             if let Some(op) = agreed.op {
                 let operation = self.ops.get_mut(&op).expect("an agreed operation is in flight here");

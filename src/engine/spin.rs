@@ -33,6 +33,12 @@ impl Spin {
         if self.is_probe() { self.whole_ns } else { self.budget_ns }
     }
 
+    /// The longest that is ever looked: for what is known to be on its way.
+    #[must_use]
+    pub fn whole_ns(&self) -> u64 {
+        self.whole_ns
+    }
+
     fn is_probe(&self) -> bool {
         self.waits + 1 >= self.probe_every
     }

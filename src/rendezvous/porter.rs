@@ -18,6 +18,7 @@ mod share;
 use super::client::Joined;
 use crate::error::Cause;
 use crate::limits::{SILENCE_MS, TCP_LANES_MAX};
+use crate::transport::board::BoardMemory;
 use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;
 use crate::transport::{Fabric, FabricEvent};
@@ -25,6 +26,8 @@ use crate::types::Rank;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use std::collections::HashSet;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 /// Which transports links may use. Agreed between all ranks.
@@ -78,6 +81,7 @@ pub struct PorterFabric {
     requests: Sender<Rank>,
     events: Receiver<FabricEvent>,
     bell: Waker,
+    board: Option<Arc<BoardMemory>>,
 }
 
 impl Porter {
@@ -91,11 +95,19 @@ impl Porter {
         let (tell, events) = bounded(2 * size);
         let (stop, stopped) = bounded(1);
         let bell = Waker::new()?;
-        let ends = hall::Ends { requests: asked, events: tell, stopped, bell: bell.clone(), waker };
+        let (fd, board) = own_board(&joined, options.choice).unzip();
+        let ends =
+            hall::Ends { requests: asked, events: tell, stopped, bell: bell.clone(), waker, board: fd };
         let mut hall = hall::Hall::new(joined, options, ends)?;
         let thread = std::thread::Builder::new().name("carole-porter".into()).spawn(move || hall.run())?;
-        let fabric =
-            PorterFabric { asked: HashSet::new(), failed: Vec::new(), requests, events, bell: bell.clone() };
+        let fabric = PorterFabric {
+            asked: HashSet::new(),
+            failed: Vec::new(),
+            requests,
+            events,
+            bell: bell.clone(),
+            board,
+        };
         Ok((Porter { stop, bell, thread: Some(thread) }, fabric))
     }
 
@@ -113,6 +125,16 @@ impl Porter {
             let _ = thread.join();
         }
     }
+}
+
+/// A board, where there are other ranks on this host to share it with. Without memory for it links do all the
+/// work, and whoever cannot have them either is told so.
+fn own_board(joined: &Joined, choice: Choice) -> Option<(OwnedFd, Arc<BoardMemory>)> {
+    let company = joined.topology.local_size(joined.rank) > 1;
+    if choice == Choice::Tcp || !company {
+        return None;
+    }
+    BoardMemory::create().ok()
 }
 
 impl Drop for Porter {
@@ -145,5 +167,9 @@ impl Fabric for PorterFabric {
             FabricEvent::Failed { peer, .. } => drop(self.asked.remove(peer)),
         }
         Some(event)
+    }
+
+    fn board(&self) -> Option<Arc<BoardMemory>> {
+        self.board.clone()
     }
 }

@@ -150,6 +150,9 @@ impl Live {
                 name.len()
             )));
         }
+        if request.name.is_some_and(|name| name.starts_with(coordinator::ENGINE_NAMES)) {
+            return Err(Error::usage("a name does not begin with a zero byte"));
+        }
         // The numbers of unnamed operations are their order of submission, so the two happen together.
         let mut unnamed = request.name.is_none().then(|| lock(&self.unnamed));
         let mut refusal = None;

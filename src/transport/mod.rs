@@ -6,10 +6,12 @@
 mod conformance;
 pub mod flow;
 pub mod shm;
+pub mod board;
 pub mod sim;
 pub mod tcp;
 pub mod wake;
 
+use self::board::BoardMemory;
 use crate::device::{Reduction, Token};
 use crate::error::Cause;
 use crate::memory::{Memory, PieceRange};
@@ -17,6 +19,7 @@ use crate::types::{Rank, Time};
 use std::io::IoSlice;
 use std::ops::Range;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 /// One ordered stream of bytes in each direction between this process and one peer.
 pub trait Pipe: Send {
@@ -38,6 +41,10 @@ pub trait Pipe: Send {
     }
     /// Makes written bytes visible and wakes the peer if it sleeps.
     fn flush(&mut self) -> Result<(), Cause>;
+    /// Something was published to the peer beside the pipe: wakes it if it sleeps.
+    fn nudge(&mut self) -> Result<(), Cause> {
+        Ok(())
+    }
     /// The owner is about to sleep. Asks to be woken when bytes arrive (and, if `blocked`, when there is room
     /// to write), and returns whether something is there already, so that it must not sleep.
     fn arm(&mut self, blocked: bool) -> Result<bool, Cause>;
@@ -151,6 +158,12 @@ pub trait Link: Send {
     fn progress(&mut self, memory: &Memory, now: Time, events: &mut Events) -> Result<bool, Cause>;
     /// When the peer was last heard of (any byte).
     fn heard(&self) -> Time;
+    /// The peer's board, where it shares this host and has one.
+    fn board(&self) -> Option<Arc<BoardMemory>> {
+        None
+    }
+    /// Something was published to the peer beside the link, on a board: wakes it if it sleeps.
+    fn nudge(&mut self) {}
     /// The owner is about to sleep: see [`Pipe::arm`].
     fn arm(&mut self) -> Result<bool, Cause>;
     /// The owner is awake again.
@@ -168,6 +181,10 @@ pub trait Fabric: Send {
     fn request(&mut self, peer: Rank);
     /// The next thing that happened.
     fn poll(&mut self) -> Option<FabricEvent>;
+    /// This rank's own board, if it has one.
+    fn board(&self) -> Option<Arc<BoardMemory>> {
+        None
+    }
 }
 
 /// What a fabric tells.

@@ -87,6 +87,7 @@ pub fn simulate(order: Order) -> Result<Report, String> {
         delay_max_ns: random.pick(&[2_000, 50_000, if slow { 5_000_000 } else { 200_000 }]),
         capacity_bytes,
         fragments: random.once_in(2),
+        boards: random.once_in(2),
     });
     let mut cluster = Cluster::new(random, order, network, size, Epoch(1), Time(0));
     let end = cluster.run(Time(0))?;

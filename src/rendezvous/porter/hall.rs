@@ -11,14 +11,17 @@ use crate::rendezvous::proof::{self, Accept, Handshake, Hello, ProofError, Purpo
 use crate::rendezvous::reactor::Reactor;
 use crate::rendezvous::server::GREETING_MS;
 use crate::rendezvous::{build, listen};
+use crate::transport::board::BoardMemory;
 use crate::transport::wake::Waker;
 use crate::transport::{FabricEvent, Pipe};
 use crate::types::Rank;
 use crossbeam::channel::{Receiver, Sender};
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 mod knocks;
@@ -49,6 +52,8 @@ pub struct Ends {
     pub stopped: Receiver<()>,
     pub bell: Waker,
     pub waker: Waker,
+    /// This rank's board, for peers on this host.
+    pub board: Option<OwnedFd>,
 }
 
 pub struct Hall {
@@ -74,8 +79,13 @@ pub struct Hall {
     warned_shm: bool,
 }
 
-/// The control pipe and the data pipe of a link by shared memory.
-type Pipes = (Box<dyn Pipe>, Box<dyn Pipe>);
+/// What a link by shared memory is made of.
+struct Parts {
+    control: Box<dyn Pipe>,
+    lane: Box<dyn Pipe>,
+    /// The peer's, if it has one and it could be mapped.
+    board: Option<Arc<BoardMemory>>,
+}
 
 struct Connection {
     channel: Channel,
@@ -90,7 +100,7 @@ enum Stage {
     /// We connect: proven, and waiting for the other lanes.
     Waiting { peer: Rank, purpose: Purpose, attempt: u64 },
     /// We connect: the segment is offered.
-    Offered { peer: Rank, attempt: u64, segment: Option<std::os::fd::OwnedFd>, refused: bool },
+    Offered { peer: Rank, attempt: u64, segment: Option<OwnedFd>, refused: bool },
     /// We knocked: proven, and the peer is about to connect.
     Knocked { peer: Rank, attempt: u64 },
     /// The peer has knocked, and hears here how it goes.
@@ -100,7 +110,7 @@ enum Stage {
     /// It is proven and will offer a segment.
     Joining { peer: Rank },
     /// The segment is open; the last word is awaited.
-    Joined { peer: Rank, pipes: Option<Pipes> },
+    Joined { peer: Rank, parts: Option<Parts> },
     /// The control connection of a link by TCP; the last word is awaited.
     Control { peer: Rank, attempt: u64 },
 }

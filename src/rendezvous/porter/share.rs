@@ -11,9 +11,9 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// Connector: here is a segment and my eventfd.
+/// Connector: here is a segment and my eventfd, and my board if I have one.
 pub const OFFER: u8 = b'S';
-/// Acceptor: opened; here is my eventfd.
+/// Acceptor: opened; here is my eventfd, and my board if I have one.
 pub const ACCEPT: u8 = b'A';
 /// Acceptor: it cannot be opened; the reason follows.
 pub const REFUSE: u8 = b'R';
@@ -23,13 +23,13 @@ pub const TRYING: u8 = b'T';
 pub const GO: u8 = b'G';
 /// Bytes of a reason, padded with spaces.
 pub const REASON_BYTES: usize = 240;
-const DESCRIPTORS_MAX: usize = 2;
+const DESCRIPTORS_MAX: usize = 3;
 
 /// Sends one byte with descriptors. The socket is new, so there is room.
 pub fn send(socket: impl AsFd, word: u8, descriptors: &[BorrowedFd<'_>]) -> Result<(), Cause> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)), "there is space for two descriptors");
+    assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)), "there is space for DESCRIPTORS_MAX");
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     match sendmsg(socket, &[IoSlice::new(&[word])], &mut control, flags) {
         Ok(_) => Ok(()),

@@ -23,7 +23,7 @@ mod frame;
 mod hash;
 mod landing;
 #[allow(unsafe_code)]
-mod pieces;
+pub(in crate::transport) mod pieces;
 mod recv;
 mod send;
 mod slab;
@@ -34,6 +34,7 @@ mod tests;
 use crate::error::Cause;
 use crate::limits::{CONTROL_BYTES_MAX, EAGER_BYTES_MAX};
 use crate::memory::{Memory, RunId};
+use crate::transport::board::BoardMemory;
 use crate::transport::{Events, Link, LinkEvent, LinkOrder, OrderKind, Pipe, Stream};
 use crate::types::{Rank, Time};
 use control::{Inbox, Outbox};
@@ -42,6 +43,7 @@ use pieces::{Combine, Target};
 use recv::{Incoming, Recvs};
 use send::{Outgoing, Sends};
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 /// Announcements that a peer may have waiting for orders of this side: as many as operations in flight.
 const PROMISES_MAX: usize = crate::limits::IN_FLIGHT_MAX;
@@ -102,6 +104,7 @@ pub struct FlowLink {
     /// When the first pipe ended.
     ended_at: Option<Time>,
     dead: Option<Cause>,
+    board: Option<Arc<BoardMemory>>,
 }
 
 impl FlowLink {
@@ -132,7 +135,15 @@ impl FlowLink {
             put_off: false,
             ended_at: None,
             dead: None,
+            board: None,
         }
+    }
+
+    /// The same link to a peer that has this board.
+    #[must_use]
+    pub fn with_board(mut self, board: Option<Arc<BoardMemory>>) -> FlowLink {
+        self.board = board;
+        self
     }
 
     /// Whether some message is half written.
@@ -319,6 +330,15 @@ impl Link for FlowLink {
 
     fn heard(&self) -> Time {
         self.heard
+    }
+
+    fn board(&self) -> Option<Arc<BoardMemory>> {
+        self.board.clone()
+    }
+
+    fn nudge(&mut self) {
+        // A pipe that is broken says so when it is next moved.
+        let _ = self.control.nudge();
     }
 
     fn arm(&mut self) -> Result<bool, Cause> {

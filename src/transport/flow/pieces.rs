@@ -41,7 +41,7 @@ impl Cursor {
     }
 
     /// The address of the next bytes, and how many of at most `limit` lie there in a row.
-    fn chunk(&self, memory: &Memory, run: RunId, range: &PieceRange, limit: usize) -> (*mut u8, usize) {
+    pub fn chunk(&self, memory: &Memory, run: RunId, range: &PieceRange, limit: usize) -> (*mut u8, usize) {
         let piece = &range.pieces()[self.piece as usize];
         let n = (piece.len - self.within).min(limit as u64) as usize;
         let address = memory.address(run, piece);

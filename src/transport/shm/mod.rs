@@ -4,6 +4,7 @@ mod distance;
 #[cfg(all(test, loom))]
 mod loom;
 mod ring;
+pub mod sealed;
 mod segment;
 #[cfg(test)]
 mod tests;
@@ -272,6 +273,11 @@ impl Pipe for ShmPipe {
             wake::wake(shared.peer_waker.as_fd());
         }
         Ok(())
+    }
+
+    fn nudge(&mut self) -> Result<(), Cause> {
+        self.offers |= WANTS_DATA;
+        self.flush()
     }
 
     fn arm(&mut self, blocked: bool) -> Result<bool, Cause> {

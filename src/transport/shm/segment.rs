@@ -1,10 +1,9 @@
 //! A segment: the memory that two processes of one host share. For each direction a control ring and a data
 //! ring; for each side a word that says that it sleeps.
 
+use super::sealed;
 use crate::error::Cause;
 use crate::limits::{SHM_CONTROL_BYTES, SHM_RING_BYTES};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
@@ -28,37 +27,9 @@ fn words() -> [u64; 3] {
     [MAGIC, SHM_CONTROL_BYTES as u64, SHM_RING_BYTES as u64]
 }
 
-fn seals() -> SealFlags {
-    SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL
-}
-
-fn system(what: &str, error: rustix::io::Errno) -> Cause {
-    Cause::System(format!("{what}: {error}"))
-}
-
-/// Makes a segment: unnamed, closed on exec, committed, and sealed so that neither side can take memory away
-/// from under the other.
+/// Makes a segment.
 pub fn create_segment() -> Result<OwnedFd, Cause> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let fd = rustix::fs::memfd_create("carole-link", flags).map_err(|e| system("memfd_create", e))?;
-    // Committed here, where a full memory is an error; later it would be a SIGBUS.
-    rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, SEGMENT_BYTES as u64).map_err(|e| {
-        Cause::System(format!(
-            "shared memory exhausted: {SEGMENT_BYTES} bytes for a link could not be committed ({e}); free \
-             memory, raise the limit of its control group, or set CAROLE_TRANSPORT=tcp"
-        ))
-    })?;
-    let mut head = [0u8; 24];
-    for (bytes, word) in head.chunks_exact_mut(8).zip(words()) {
-        bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    match rustix::io::pwrite(&fd, &head, 0) {
-        Ok(24) => {}
-        Ok(n) => return Err(Cause::System(format!("a segment took {n} of 24 bytes"))),
-        Err(e) => return Err(system("writing a segment", e)),
-    }
-    rustix::fs::fcntl_add_seals(&fd, seals()).map_err(|e| system("sealing a segment", e))?;
-    Ok(fd)
+    sealed::create("carole-link", SEGMENT_BYTES, &words())
 }
 
 /// A mapped segment.
@@ -75,28 +46,14 @@ unsafe impl Sync for Segment {}
 impl Segment {
     /// Maps a segment, after making sure that it is one.
     pub fn map(fd: &OwnedFd) -> Result<Segment, Cause> {
-        let refuse = |why: &str| Err(Cause::Misbehaved(format!("a shared memory segment that {why}")));
-        let stat = rustix::fs::fstat(fd).map_err(|e| system("looking at a segment", e))?;
-        if stat.st_size != SEGMENT_BYTES as i64 {
-            return refuse(&format!("is {} bytes long instead of {SEGMENT_BYTES}", stat.st_size));
-        }
-        // Not sealed (or no memfd at all): it could be truncated under our feet.
-        match rustix::fs::fcntl_get_seals(fd) {
-            Ok(has) if has.contains(seals()) => {}
-            Ok(_) | Err(_) => return refuse("is not sealed"),
-        }
-        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), SEGMENT_BYTES, prot, flags, fd, 0) };
-        let base = base.map_err(|e| system("mapping a segment", e))?;
-        let Some(base) = NonNull::new(base.cast()) else {
-            return Err(Cause::System("a segment was mapped at address 0".to_owned()));
-        };
+        let base = sealed::map(fd, SEGMENT_BYTES)?;
         let segment = Segment { base };
         for (at, expected) in words().into_iter().enumerate() {
             let found = segment.word(8 * at).load(std::sync::atomic::Ordering::Acquire);
             if found != expected {
-                return refuse(&format!("has {found:#x} where {expected:#x} belongs (another version?)"));
+                return Err(Cause::Misbehaved(format!(
+                    "a shared memory segment that has {found:#x} where {expected:#x} belongs (another version?)"
+                )));
             }
         }
         Ok(segment)
@@ -139,8 +96,8 @@ impl Segment {
 
 impl Drop for Segment {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map` with this length, and all borrows of it have ended.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), SEGMENT_BYTES) };
+        // SAFETY: mapped by `map` with this length, and all borrows of it have ended.
+        unsafe { sealed::unmap(self.base, SEGMENT_BYTES) };
     }
 }
 

@@ -3,9 +3,11 @@
 
 use super::{Network, SimPipe};
 use crate::error::Cause;
+use crate::transport::board::BoardMemory;
 use crate::transport::flow::{FlowLink, FlowOptions};
 use crate::transport::{self, FabricEvent, Pipe};
 use crate::types::{Rank, Time};
+use std::sync::Arc;
 
 /// Pipes per simulated link that carry payload: two, so that frames overtake each other.
 const LANES: usize = 2;
@@ -37,6 +39,11 @@ impl Fabric {
     /// The fabric of `rank`.
     #[must_use]
     pub fn new(network: Network, rank: Rank, options: FlowOptions) -> Fabric {
+        let mut state = network.lock();
+        if state.options.boards {
+            state.boards.entry(rank).or_insert_with(BoardMemory::within_process);
+        }
+        drop(state);
         Fabric { network, rank, options }
     }
 
@@ -83,6 +90,12 @@ impl transport::Fabric for Fabric {
         }
         let mut pipes = pipes.into_iter().map(|pipe| Box::new(pipe) as Box<dyn Pipe>);
         let control = pipes.next().expect("a link has a control pipe");
-        Some(FabricEvent::Up(Box::new(FlowLink::new(peer, control, pipes.collect(), self.options))))
+        let board = self.network.lock().boards.get(&peer).cloned();
+        let link = FlowLink::new(peer, control, pipes.collect(), self.options).with_board(board);
+        Some(FabricEvent::Up(Box::new(link)))
+    }
+
+    fn board(&self) -> Option<Arc<BoardMemory>> {
+        self.network.lock().boards.get(&self.rank).cloned()
     }
 }

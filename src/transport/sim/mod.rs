@@ -12,8 +12,9 @@ pub use fabric::Fabric;
 
 use crate::error::Cause;
 use crate::transport::Pipe;
+use crate::transport::board::BoardMemory;
 use crate::types::{Rank, Time};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::IoSlice;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,6 +32,8 @@ pub struct SimOptions {
     pub capacity_bytes: usize,
     /// Whether writes are cut at random places, so that readers see every kind of fragment.
     pub fragments: bool,
+    /// Whether ranks have boards.
+    pub boards: bool,
 }
 
 impl Default for SimOptions {
@@ -41,6 +44,7 @@ impl Default for SimOptions {
             delay_max_ns: 50_000,
             capacity_bytes: 64 << 10,
             fragments: true,
+            boards: false,
         }
     }
 }
@@ -71,6 +75,8 @@ struct State {
     gone: Vec<Rank>,
     /// Links that were asked for: (from, to), and what becomes of it.
     requests: fabric::Requests,
+    /// The board of each rank that has one, from the time that its fabric was made.
+    boards: BTreeMap<Rank, Arc<BoardMemory>>,
 }
 
 /// The network. Clones are the same network.
@@ -95,6 +101,7 @@ impl Network {
             paused: Vec::new(),
             gone: Vec::new(),
             requests: fabric::Requests::default(),
+            boards: BTreeMap::new(),
         })))
     }
 
@@ -168,6 +175,7 @@ impl Network {
         state.dropped.clear();
         state.paused.clear();
         state.gone.clear();
+        state.boards.clear();
         let requests = std::mem::take(&mut state.requests);
         drop(state);
         // Its pipes lock the network when they are dropped.

@@ -196,13 +196,19 @@ impl Hall {
         let pipes = pipe(control)
             .and_then(|control| Ok((control, lanes.into_iter().map(pipe).collect::<Result<_, _>>()?)));
         match pipes {
-            Ok((control, lanes)) => self.up(peer, control, lanes),
+            Ok((control, lanes)) => self.up(peer, control, lanes, None),
             Err(cause) => self.fail(peer, cause),
         }
     }
 
     /// A link is up.
-    pub(super) fn up(&mut self, peer: Rank, control: Box<dyn Pipe>, lanes: Vec<Box<dyn Pipe>>) {
+    pub(super) fn up(
+        &mut self,
+        peer: Rank,
+        control: Box<dyn Pipe>,
+        lanes: Vec<Box<dyn Pipe>>,
+        board: Option<Arc<BoardMemory>>,
+    ) {
         self.close_attempts(peer);
         self.close_knocks(peer);
         self.wanted.remove(&peer);
@@ -214,7 +220,7 @@ impl Hall {
             ));
         }
         assert!(self.up.insert(peer), "one link for each pair of ranks");
-        let link = FlowLink::new(peer, control, lanes, FlowOptions::default());
+        let link = FlowLink::new(peer, control, lanes, FlowOptions::default()).with_board(board);
         self.tell(FabricEvent::Up(Box::new(link)));
     }
 }

@@ -93,7 +93,9 @@ impl Hall {
     fn offer(&mut self, number: Number, peer: Rank, attempt: u64) -> Step {
         let offered = shm::create_segment().and_then(|segment| {
             let channel = &self.connections[&number].channel;
-            share::send(channel, share::OFFER, &[segment.as_fd(), self.ends.waker.as_fd()])?;
+            let board = self.ends.board.iter().map(AsFd::as_fd);
+            let gifts: Vec<_> = [segment.as_fd(), self.ends.waker.as_fd()].into_iter().chain(board).collect();
+            share::send(channel, share::OFFER, &gifts)?;
             Ok(segment)
         });
         match offered {
@@ -122,15 +124,14 @@ impl Hall {
             match share::receive(&connection.channel) {
                 Ok(None) => return Step::Stay,
                 Ok(Some((share::REFUSE, _))) => *refused = true,
-                Ok(Some((share::ACCEPT, mut descriptors))) if descriptors.len() == 1 => {
-                    let theirs = descriptors.pop().expect("one");
+                Ok(Some((share::ACCEPT, descriptors))) if matches!(descriptors.len(), 1 | 2) => {
                     let segment = segment.take().expect("a segment is accepted once");
-                    let opened = self.open_segment(number, segment, shm::Side::Creator, theirs);
+                    let opened = self.open_segment(number, segment, shm::Side::Creator, descriptors);
                     let channel = &mut self.connections.get_mut(&number).expect("it is there").channel;
-                    return match opened.and_then(|pipes| say_go(channel).map(|()| pipes)) {
-                        Ok((control, lane)) => {
+                    return match opened.and_then(|parts| say_go(channel).map(|()| parts)) {
+                        Ok(parts) => {
                             drop(self.leave(number));
-                            self.up(peer, control, vec![lane]);
+                            self.up(peer, parts.control, vec![parts.lane], parts.board);
                             Step::Stay
                         }
                         Err(cause) => self.without_shm(number, peer, cause),
@@ -206,21 +207,22 @@ impl Hall {
         let Stage::Joining { peer } = connection.stage else { return Step::Stay };
         let mut descriptors = match share::receive(&connection.channel) {
             Ok(None) => return Step::Stay,
-            Ok(Some((share::OFFER, descriptors))) if descriptors.len() == 2 => descriptors,
+            Ok(Some((share::OFFER, descriptors))) if matches!(descriptors.len(), 2 | 3) => descriptors,
             Ok(Some(_)) => return Step::Close("its offer of a segment is malformed".into()),
             Err(e) => return Step::Close(format!("the connection ended: {e}")),
         };
-        let theirs = descriptors.pop().expect("two");
-        let segment = descriptors.pop().expect("two");
-        let opened = self.open_segment(number, segment, shm::Side::Joiner, theirs);
-        let answered = opened.and_then(|pipes| {
-            share::send(&self.connections[&number].channel, share::ACCEPT, &[self.ends.waker.as_fd()])?;
-            Ok(pipes)
+        let segment = descriptors.remove(0);
+        let opened = self.open_segment(number, segment, shm::Side::Joiner, descriptors);
+        let answered = opened.and_then(|parts| {
+            let board = self.ends.board.iter().map(AsFd::as_fd);
+            let gifts: Vec<_> = [self.ends.waker.as_fd()].into_iter().chain(board).collect();
+            share::send(&self.connections[&number].channel, share::ACCEPT, &gifts)?;
+            Ok(parts)
         });
         let connection = self.connections.get_mut(&number).expect("it is there");
         match answered {
-            Ok(pipes) => {
-                connection.stage = Stage::Joined { peer, pipes: Some(pipes) };
+            Ok(parts) => {
+                connection.stage = Stage::Joined { peer, parts: Some(parts) };
                 Step::Stay
             }
             Err(cause) => {
@@ -238,15 +240,15 @@ impl Hall {
     /// The segment is open here; the connector's last word makes it a link.
     fn joined(&mut self, number: Number) -> Step {
         let Some(connection) = self.connections.get_mut(&number) else { return Step::Stay };
-        let Stage::Joined { peer, pipes } = &mut connection.stage else { return Step::Stay };
+        let Stage::Joined { peer, parts } = &mut connection.stage else { return Step::Stay };
         let peer = *peer;
         match connection.channel.fill(1) {
             Ok(None) => Step::Stay,
             Ok(Some([share::GO])) => {
-                let (control, lane) = pipes.take().expect("the last word comes once");
+                let parts = parts.take().expect("the last word comes once");
                 drop(self.leave(number));
                 self.arrived(peer);
-                self.up(peer, control, vec![lane]);
+                self.up(peer, parts.control, vec![parts.lane], parts.board);
                 Step::Stay
             }
             Ok(Some(_)) => Step::Close("its last word is malformed".into()),
@@ -300,13 +302,17 @@ impl Hall {
         number: Number,
         segment: OwnedFd,
         side: shm::Side,
-        theirs: OwnedFd,
-    ) -> Result<Pipes, Cause> {
+        // The peer's eventfd, and its board.
+        mut theirs: Vec<OwnedFd>,
+    ) -> Result<Parts, Cause> {
         // The pipes watch the socket for the peer's death; until the last word the porter needs it as well.
         let socket = self.connections[&number].channel.as_fd().try_clone_to_owned();
         let socket = socket.map_err(|e| Cause::System(format!("a descriptor could not be copied: {e}")))?;
-        let (control, lane) = shm::open(segment, side, socket, self.ends.waker.clone(), theirs)?;
-        Ok((Box::new(control), Box::new(lane)))
+        let waker = theirs.remove(0);
+        let (control, lane) = shm::open(segment, side, socket, self.ends.waker.clone(), waker)?;
+        // A link works without it, too.
+        let board = theirs.pop().and_then(|fd| BoardMemory::map(&fd).ok());
+        Ok(Parts { control: Box::new(control), lane: Box::new(lane), board })
     }
 }
 

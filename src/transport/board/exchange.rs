@@ -1,0 +1,314 @@
+//! What a batch exchanges over the boards, and the copies and reductions of one tick.
+
+use super::memory::BoardMemory;
+use crate::device::{Finish, Reduction, host};
+use crate::limits::{BOARD_SLOT_BYTES, BOARD_SLOTS};
+use crate::memory::{Memory, PieceRange, RunId};
+use crate::transport::flow::pieces::Cursor;
+use std::sync::Arc;
+
+/// Bytes that are reduced before the result is copied to where else it is wanted: it lies in the first-level
+/// cache then.
+const REDUCE_BYTES: usize = 8 << 10;
+/// Areas of a slot begin at multiples of it.
+const AREA_UNIT: usize = 64;
+
+/// One member's board, and the set's seat on it.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The board.
+    pub board: Arc<BoardMemory>,
+    /// The seat.
+    pub seat: usize,
+}
+
+impl Place {
+    /// An area of the slot of a tick.
+    fn area(&self, tick: u64, area: usize, area_bytes: usize) -> *mut u8 {
+        assert!((area + 1) * area_bytes <= BOARD_SLOT_BYTES, "areas lie in their slot");
+        let slot = self.board.slot(self.seat, (tick % BOARD_SLOTS as u64) as usize);
+        // SAFETY: inside the slot, as just checked.
+        unsafe { slot.add(area * area_bytes) }
+    }
+}
+
+/// What this member puts into its slots.
+#[derive(Clone, Debug)]
+pub enum Share {
+    /// Something else for each member, in member order (nothing for itself).
+    Each(Vec<PieceRange>),
+    /// The same for all. Empty where this member has nothing to give.
+    All(PieceRange),
+}
+
+/// Where the result of a reduction goes besides the output of the member that has reduced it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Back {
+    /// Nowhere.
+    Nowhere,
+    /// To every member.
+    All,
+    /// To this one.
+    To(u32),
+}
+
+/// The reduction of this member's part.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// Operation and type.
+    pub reduction: Reduction,
+    /// Factor of every operand.
+    pub pre: f64,
+    /// The last multiplication.
+    pub finish: Finish,
+    /// The operand that is here.
+    pub own: PieceRange,
+    /// The result.
+    pub dst: PieceRange,
+    /// Who else gets it.
+    pub back: Back,
+}
+
+/// One batch, as a member exchanges it. All lists are cut into windows of `area_bytes`, one for each tick.
+#[derive(Clone, Debug)]
+pub struct Exchange {
+    /// What is put into the own slots.
+    pub share: Share,
+    /// What is reduced out of the others' slots.
+    pub part: Option<Part>,
+    /// What is copied out of the others' slots, by member.
+    pub takes: Vec<PieceRange>,
+    /// What is copied out of the own slots when all have taken, by member: the results that each has reduced.
+    pub results: Vec<PieceRange>,
+    /// What is copied within this member: from, to.
+    pub keep: Option<(PieceRange, PieceRange)>,
+    /// Bytes of an area in a slot: what one member gets in one tick.
+    pub area_bytes: usize,
+    /// Windows: the same number on all members.
+    pub ticks: u64,
+}
+
+impl Exchange {
+    /// Bytes of an area when a slot holds something for each of the other members, or one thing for all.
+    #[must_use]
+    pub fn area_bytes(each: bool, members: usize) -> usize {
+        let areas = if each { members - 1 } else { 1 };
+        BOARD_SLOT_BYTES / areas / AREA_UNIT * AREA_UNIT
+    }
+
+    /// Which area of its slots `owner` fills for `member`.
+    fn area_of(&self, owner: usize, member: usize) -> usize {
+        match self.share {
+            Share::All(_) => 0,
+            Share::Each(_) => member - usize::from(member > owner),
+        }
+    }
+}
+
+/// A list, and how far it has been walked.
+#[derive(Clone, Debug, Default)]
+struct Walk {
+    cursor: Cursor,
+    left: u64,
+}
+
+impl Walk {
+    fn new(range: &PieceRange) -> Walk {
+        Walk { cursor: Cursor::default(), left: range.bytes() }
+    }
+
+    /// The address of the next bytes, at most `limit` in a row.
+    fn next(&self, memory: &Memory, run: RunId, range: &PieceRange, limit: usize) -> (*mut u8, usize) {
+        self.cursor.chunk(memory, run, range, limit)
+    }
+
+    fn advance(&mut self, range: &PieceRange, n: usize) {
+        self.cursor.advance(range, n as u64);
+        self.left -= n as u64;
+    }
+}
+
+/// A batch on its way over the boards.
+#[derive(Debug)]
+pub struct Job {
+    pub run: RunId,
+    pub exchange: Arc<Exchange>,
+    /// The number of its first tick.
+    pub first: u64,
+    shares: Vec<Walk>,
+    takes: Vec<Walk>,
+    results: Vec<Walk>,
+    own: Walk,
+    dst: Walk,
+    kept: (Walk, Walk),
+    sources: Vec<*const u8>,
+}
+
+// SAFETY: the addresses are only a buffer that is empty whenever nobody is inside `reduce`.
+unsafe impl Send for Job {}
+
+impl Job {
+    pub fn new(run: RunId, exchange: Arc<Exchange>, first: u64) -> Job {
+        let mut job = Job {
+            run,
+            exchange: Arc::clone(&exchange),
+            first,
+            shares: Vec::new(),
+            takes: Vec::new(),
+            results: Vec::new(),
+            own: Walk::default(),
+            dst: Walk::default(),
+            kept: Default::default(),
+            sources: Vec::new(),
+        };
+        job.renew(run, exchange, first);
+        job
+    }
+
+    /// Begins anew with another batch, in the same memory.
+    pub fn renew(&mut self, run: RunId, exchange: Arc<Exchange>, first: u64) {
+        let fill = |walks: &mut Vec<Walk>, ranges: &[PieceRange]| {
+            walks.clear();
+            walks.extend(ranges.iter().map(Walk::new));
+        };
+        match &exchange.share {
+            Share::Each(ranges) => fill(&mut self.shares, ranges),
+            Share::All(range) => fill(&mut self.shares, std::slice::from_ref(range)),
+        }
+        fill(&mut self.takes, &exchange.takes);
+        fill(&mut self.results, &exchange.results);
+        if let Some(part) = &exchange.part {
+            (self.own, self.dst) = (Walk::new(&part.own), Walk::new(&part.dst));
+        }
+        if let Some((src, dst)) = &exchange.keep {
+            self.kept = (Walk::new(src), Walk::new(dst));
+        }
+        (self.run, self.exchange, self.first) = (run, exchange, first);
+    }
+
+    /// Whether anything is copied out of the own slots at the end.
+    pub fn has_results(&self) -> bool {
+        !self.exchange.results.is_empty()
+    }
+
+    /// Puts the window of a tick into the own slot.
+    pub fn post(&mut self, tick: u64, me: usize, place: &Place, memory: &Memory) {
+        let exchange = &*self.exchange;
+        let ranges = match &exchange.share {
+            Share::Each(ranges) => ranges.as_slice(),
+            Share::All(range) => std::slice::from_ref(range),
+        };
+        for (to, (range, walk)) in ranges.iter().zip(&mut self.shares).enumerate() {
+            let mut left = walk.left.min(exchange.area_bytes as u64) as usize;
+            if left == 0 {
+                continue;
+            }
+            let mut area = place.area(tick, exchange.area_of(me, to), exchange.area_bytes);
+            while left > 0 {
+                let (src, n) = walk.next(memory, self.run, range, left);
+                // SAFETY: `n` bytes lie at `src`, as Memory vouches; the area has room for `left`, and its bytes
+                // are this rank's until it counts them as posted.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(src, area, n);
+                    area = area.add(n);
+                }
+                walk.advance(range, n);
+                left -= n;
+            }
+        }
+    }
+
+    /// Takes the window of a tick out of the others' slots.
+    pub fn take(&mut self, tick: u64, me: usize, places: &[Place], memory: &Memory) {
+        self.reduce(tick, me, places, memory);
+        let exchange = Arc::clone(&self.exchange);
+        for (from, (range, walk)) in exchange.takes.iter().zip(&mut self.takes).enumerate() {
+            let left = walk.left.min(exchange.area_bytes as u64) as usize;
+            if left > 0 {
+                let area = places[from].area(tick, exchange.area_of(from, me), exchange.area_bytes);
+                copy_out(area, left, range, walk, memory, self.run);
+            }
+        }
+        if let Some((src, dst)) = &exchange.keep {
+            let (from, to) = &mut self.kept;
+            let mut left = from.left.min(exchange.area_bytes as u64) as usize;
+            while left > 0 {
+                let (address, n) = from.next(memory, self.run, src, left);
+                copy_out(address, n, dst, to, memory, self.run);
+                from.advance(src, n);
+                left -= n;
+            }
+        }
+    }
+
+    /// Reduces the window of this member's part.
+    fn reduce(&mut self, tick: u64, me: usize, places: &[Place], memory: &Memory) {
+        let exchange = &*self.exchange;
+        let Some(part) = &exchange.part else { return };
+        let bytes = self.dst.left.min(exchange.area_bytes as u64) as usize;
+        let mut done = 0;
+        while done < bytes {
+            let limit = (bytes - done).min(REDUCE_BYTES);
+            let (dst, n) = self.dst.next(memory, self.run, &part.dst, limit);
+            let (own, n) = self.own.next(memory, self.run, &part.own, n);
+            self.sources.clear();
+            for (member, place) in places.iter().enumerate() {
+                self.sources.push(match member == me {
+                    true => own.cast_const(),
+                    false => {
+                        let area = place.area(tick, exchange.area_of(member, me), exchange.area_bytes);
+                        // SAFETY: `done` < `bytes` <= the area's length.
+                        unsafe { area.add(done).cast_const() }
+                    }
+                });
+            }
+            // SAFETY: `n` bytes lie at each address: pieces as Memory vouches, areas as just said; `n` is a
+            // multiple of the element's size, since lists hold whole elements and windows are cut at multiples
+            // of AREA_UNIT. `dst` is `own` or apart from it, and the slots are nobody's own memory.
+            unsafe { host::reduce_many(part.reduction, dst, &self.sources, n, part.pre, part.finish) };
+            for (member, source) in self.sources.iter().enumerate() {
+                let wanted = match part.back {
+                    Back::Nowhere => false,
+                    Back::All => true,
+                    Back::To(root) => root as usize == member,
+                };
+                if wanted && member != me {
+                    // SAFETY: the bytes in the owner's slot are this member's until it counts them as taken.
+                    unsafe { std::ptr::copy_nonoverlapping(dst, source.cast_mut(), n) };
+                }
+            }
+            self.own.advance(&part.own, n);
+            self.dst.advance(&part.dst, n);
+            done += n;
+        }
+        self.sources.clear();
+    }
+
+    /// Copies the results of a tick out of the own slot.
+    pub fn settle(&mut self, tick: u64, me: usize, place: &Place, memory: &Memory) {
+        let exchange = &*self.exchange;
+        for (by, (range, walk)) in exchange.results.iter().zip(&mut self.results).enumerate() {
+            let left = walk.left.min(exchange.area_bytes as u64) as usize;
+            if left > 0 {
+                let area = place.area(tick, exchange.area_of(me, by), exchange.area_bytes);
+                copy_out(area, left, range, walk, memory, self.run);
+            }
+        }
+    }
+}
+
+/// Copies `len` bytes to the next bytes of a list.
+fn copy_out(mut src: *mut u8, len: usize, range: &PieceRange, walk: &mut Walk, memory: &Memory, run: RunId) {
+    let mut left = len;
+    while left > 0 {
+        let (dst, n) = walk.next(memory, run, range, left);
+        // SAFETY: the caller's `src` has `len` bytes; `n` bytes lie at `dst`, as Memory vouches. Both may be the
+        // same memory (what stays in place), but never overlap otherwise.
+        unsafe {
+            host::copy(dst, src.cast_const(), n);
+            src = src.add(n);
+        }
+        walk.advance(range, n);
+        left -= n;
+    }
+}

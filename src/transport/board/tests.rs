@@ -1,0 +1,126 @@
+//! Members of one process, turned one after another in every order that matters.
+
+use super::*;
+use crate::device::{Finish, Reduction};
+use crate::memory::{Piece, PieceRange, Region};
+use crate::types::{DType, ReduceOp};
+
+/// One member: its seat, and its tensor of f32, reduced in place.
+struct Member {
+    seat: Seat,
+    memory: Memory,
+    values: Vec<f32>,
+    complete: Vec<RunId>,
+}
+
+fn list(from: usize, to: usize) -> PieceRange {
+    let piece = Piece { region: 0, offset: 4 * from as u64, len: 4 * (to - from) as u64 };
+    let list: Arc<[Piece]> = if from == to { Arc::new([]) } else { Arc::new([piece]) };
+    PieceRange { start: 0, end: list.len() as u32, list }
+}
+
+/// An allreduce of `n` values over all members.
+fn allreduce(me: usize, members: usize, n: usize) -> Arc<Exchange> {
+    // Cut at multiples of 16 values, as layouts are.
+    let at = |k: usize| (n.div_ceil(16) * k / members * 16).min(n);
+    let chunk = |k: usize| list(at(k), at(k + 1));
+    let but = |k: usize| if k == me { list(0, 0) } else { chunk(k) };
+    let area_bytes = Exchange::area_bytes(true, members);
+    let longest = (0..members).map(|k| 4 * (at(k + 1) - at(k))).max().unwrap();
+    Arc::new(Exchange {
+        share: Share::Each((0..members).map(but).collect()),
+        part: Some(Part {
+            reduction: Reduction { dtype: DType::F32, op: ReduceOp::Sum },
+            pre: 1.0,
+            finish: Finish { divisor: 1, post: 1.0 },
+            own: chunk(me),
+            dst: chunk(me),
+            back: Back::All,
+        }),
+        takes: Vec::new(),
+        results: (0..members).map(but).collect(),
+        keep: None,
+        area_bytes,
+        ticks: longest.div_ceil(area_bytes) as u64,
+    })
+}
+
+fn members(count: usize) -> Vec<Member> {
+    let boards: Vec<_> = (0..count).map(|_| BoardMemory::within_process()).collect();
+    // Seats need not have the same number on all boards.
+    let places: Vec<Place> =
+        boards.iter().enumerate().map(|(m, board)| Place { board: Arc::clone(board), seat: m % 2 }).collect();
+    (0..count)
+        .map(|me| Member {
+            seat: Seat::new(me, places.clone()),
+            memory: Memory::default(),
+            values: Vec::new(),
+            complete: Vec::new(),
+        })
+        .collect()
+}
+
+impl Member {
+    fn begin(&mut self, me: usize, members: usize, n: usize) -> RunId {
+        self.values = (0..n).map(|i| (i % 1000 + me) as f32).collect();
+        // SAFETY: the values are not touched otherwise until the batch is complete.
+        let region = unsafe { Region::new(self.values.as_mut_ptr().cast(), 4 * n as u64) };
+        let run = self.memory.register([region]);
+        self.seat.push(run, &allreduce(me, members, n));
+        run
+    }
+    fn turn(&mut self) -> bool {
+        self.seat.progress(&self.memory, &mut self.complete).unwrap()
+    }
+}
+
+#[test]
+fn sums_are_right_and_batches_follow_each_other() {
+    for count in [2, 3, 5, 8] {
+        let mut all = members(count);
+        for n in [1, 17, 5000, 300_000] {
+            let runs: Vec<RunId> = all.iter_mut().enumerate().map(|(me, m)| m.begin(me, count, n)).collect();
+            // The last member comes late: until then nothing of the others' is written.
+            let (late, early) = all.split_last_mut().unwrap();
+            while early.iter_mut().any(Member::turn) {}
+            for (me, member) in early.iter().enumerate() {
+                assert!(member.values.iter().enumerate().all(|(i, v)| *v == (i % 1000 + me) as f32));
+            }
+            late.turn();
+            while all.iter_mut().any(Member::turn) {}
+            let sum_of_ranks = count * (count - 1) / 2;
+            for (member, run) in all.iter_mut().zip(runs) {
+                assert_eq!(std::mem::take(&mut member.complete), [run]);
+                assert!(member.seat.is_idle());
+                member.memory.forget(run);
+                let wrong = member.values.iter().enumerate();
+                let wrong = wrong.filter(|(i, v)| **v != (i % 1000 * count + sum_of_ranks) as f32).count();
+                assert_eq!(wrong, 0, "{count} members, {n} values");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_member_whose_counters_cannot_be_is_blamed() {
+    let mut all = members(2);
+    for (me, member) in all.iter_mut().enumerate() {
+        member.begin(me, 2, 100);
+    }
+    let place = all[0].seat.places[1].clone();
+    place.board.taken(place.seat).store(7, Ordering::Release);
+    let Member { seat, memory, complete, .. } = &mut all[0];
+    let (member, cause) = seat.progress(memory, complete).unwrap_err();
+    assert_eq!(member, 1);
+    assert!(matches!(cause, Cause::Misbehaved(_)));
+}
+
+#[test]
+fn a_board_crosses_as_a_descriptor() {
+    let (fd, own) = BoardMemory::create().unwrap();
+    let theirs = BoardMemory::map(&fd).unwrap();
+    own.holder(1).store(5, Ordering::Release);
+    assert_eq!(theirs.holder(1).load(Ordering::Acquire), 5);
+    let pipe: std::os::fd::OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+    assert!(BoardMemory::map(&pipe).is_err(), "a file is no board");
+}
