@@ -43,6 +43,12 @@ pub const BOARD_SLOT_BYTES: usize = 128 << 10;
 pub const BOARD_MEMBERS_MAX: usize = 8;
 /// TCP connections per link that carry payload, at most.
 pub const TCP_LANES_MAX: usize = 16;
+/// Blocks of at least this many bytes are kept for later results; smaller ones the allocator keeps well enough.
+pub const SPARE_BLOCK_BYTES_MIN: usize = 64 << 10;
+/// Bytes of the blocks that are kept: the results of a few large operations.
+pub const SPARE_BYTES_MAX: usize = 256 << 20;
+/// Blocks that are kept: they are searched one after another.
+pub const SPARE_BLOCKS_MAX: usize = 64;
 /// Agreement messages kept for process sets that this rank has not made yet.
 pub const EARLY_MESSAGES_MAX: usize = 4096;
 /// Windows of one batch.

@@ -4,8 +4,10 @@
 //! its tensors, and its scratch. A [`Piece`] names bytes of one region by number. Layouts made of pieces are
 //! computed once per shape and reused by every run of that shape; only the table of addresses changes.
 
+use crate::limits::{SPARE_BLOCK_BYTES_MIN, SPARE_BLOCKS_MAX, SPARE_BYTES_MAX};
+use std::collections::VecDeque;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Some bytes of one region of a run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -139,17 +141,23 @@ impl Memory {
     }
 }
 
-/// Bytes that the engine allocated (64-byte aligned).
+/// Bytes that the engine allocated (64-byte aligned). Large ones are kept when they are dropped, and given out
+/// again: fresh memory costs a page fault for every 4 KiB, which is slower than to fill it.
 #[derive(Debug)]
 pub struct OwnedBytes {
     address: *mut u8,
     len: usize,
+    /// What was allocated: `len` or more.
+    capacity: usize,
 }
 
 // SAFETY: the bytes are owned and not shared.
 unsafe impl Send for OwnedBytes {}
 // SAFETY: shared access only reads.
 unsafe impl Sync for OwnedBytes {}
+
+/// Blocks that nobody uses, oldest first: address and size.
+static SPARE: Mutex<VecDeque<(usize, usize)>> = Mutex::new(VecDeque::new());
 
 impl OwnedBytes {
     /// Zeroed bytes, aligned to 64.
@@ -161,8 +169,23 @@ impl OwnedBytes {
         if address.is_null() {
             std::alloc::handle_alloc_error(layout);
         }
-        OwnedBytes { address, len }
+        OwnedBytes { address, len, capacity: len }
     }
+
+    /// Bytes of any value, aligned to 64, for whoever writes all of them before they are read: from a block that
+    /// was dropped, if there is one that is not much too large.
+    #[must_use]
+    pub fn recycled(len: usize) -> OwnedBytes {
+        if len >= SPARE_BLOCK_BYTES_MIN {
+            let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+            let fits = |&(_, capacity): &(usize, usize)| (len..=2 * len).contains(&capacity);
+            if let Some((address, capacity)) = spare.iter().position(fits).and_then(|at| spare.remove(at)) {
+                return OwnedBytes { address: std::ptr::with_exposed_provenance_mut(address), len, capacity };
+            }
+        }
+        OwnedBytes::zeroed(len)
+    }
+
     fn layout(len: usize) -> std::alloc::Layout {
         std::alloc::Layout::from_size_align(len.max(1), 64).expect("lengths are bounded by TENSOR_BYTES_MAX")
     }
@@ -174,15 +197,28 @@ impl OwnedBytes {
     /// The bytes.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: `len` bytes at `address` are owned and initialised.
+        // SAFETY: `len` bytes at `address` are owned and initialised: zeroed once, and only ever written since.
         unsafe { std::slice::from_raw_parts(self.address, self.len) }
     }
 }
 
 impl Drop for OwnedBytes {
     fn drop(&mut self) {
-        // SAFETY: allocated with the same layout in `zeroed`.
-        unsafe { std::alloc::dealloc(self.address, Self::layout(self.len)) }
+        let free = |address: *mut u8, capacity: usize| {
+            // SAFETY: allocated with this layout in `zeroed`, and nobody's any more.
+            unsafe { std::alloc::dealloc(address, OwnedBytes::layout(capacity)) }
+        };
+        if !(SPARE_BLOCK_BYTES_MIN..=SPARE_BYTES_MAX).contains(&self.capacity) {
+            return free(self.address, self.capacity);
+        }
+        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+        spare.push_back((self.address.expose_provenance(), self.capacity));
+        let mut held: usize = spare.iter().map(|(_, capacity)| capacity).sum();
+        while held > SPARE_BYTES_MAX || spare.len() > SPARE_BLOCKS_MAX {
+            let Some((address, capacity)) = spare.pop_front() else { break };
+            held -= capacity;
+            free(std::ptr::with_exposed_provenance_mut(address), capacity);
+        }
     }
 }
 
@@ -198,6 +234,19 @@ mod tests {
         // SAFETY: `bytes` outlives `memory`.
         let run = memory.register([unsafe { Region::new(bytes.as_mut_ptr(), 8) }]);
         let _ = memory.address(run, &Piece { region: 0, offset: 4, len: 5 });
+    }
+
+    #[test]
+    fn large_blocks_are_used_again() {
+        let len = 150 << 20;
+        let block = OwnedBytes::recycled(len);
+        let address = block.as_ptr();
+        drop(block);
+        let again = OwnedBytes::recycled(len - 100);
+        assert_eq!((again.as_ptr(), again.as_slice().len()), (address, len - 100));
+        let other = OwnedBytes::recycled(len);
+        assert_ne!(other.as_ptr(), address, "one block for one owner");
+        assert!(OwnedBytes::zeroed(len).as_slice().iter().all(|byte| *byte == 0));
     }
 
     #[test]

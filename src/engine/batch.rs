@@ -285,7 +285,7 @@ impl Engine {
         if self.scratch.len() == SCRATCH_KEPT {
             self.scratch.swap_remove(0);
         }
-        Some(OwnedBytes::zeroed(bytes as usize))
+        Some(OwnedBytes::recycled(bytes as usize))
     }
 
     /// Puts a tensor's two regions into a batch's table, and allocates its output where the caller gave none.
@@ -304,7 +304,7 @@ impl Engine {
         let Some(shape) = sizes.shape else {
             // This member gets no result (reduce off the root): its input is only read, and what passes
             // through it goes through a stand-in of the output.
-            let stand_in = OwnedBytes::zeroed(sizes.input as usize);
+            let stand_in = OwnedBytes::recycled(sizes.input as usize);
             // SAFETY: the operation keeps the bytes until it has ended.
             regions.push(unsafe { Region::new(stand_in.as_ptr(), sizes.input) });
             operation.stand_ins.push(stand_in);
@@ -313,7 +313,7 @@ impl Engine {
         let (region, owned) = match memory.output {
             Some(region) => (region, None),
             None => {
-                let owned = OwnedBytes::zeroed(output_bytes as usize);
+                let owned = OwnedBytes::recycled(output_bytes as usize);
                 // SAFETY: the operation's outcome keeps the bytes until it has ended.
                 (unsafe { Region::new(owned.as_ptr(), output_bytes) }, Some(owned))
             }

@@ -27,7 +27,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::any::Any;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(not(loom))]
 use std::sync::atomic::{AtomicBool as SleepFlag, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -87,6 +87,8 @@ struct Shared {
     caller_sleep: Drowsy,
     /// The background thread sleeps on `nudge` (and perhaps more).
     background_sleep: Drowsy,
+    /// When it will wake by itself, where that is soon; else 0.
+    background_wakes_ns: AtomicU64,
     waker: Waker,
     nudge: Waker,
     stop: AtomicBool,
@@ -102,6 +104,11 @@ pub struct Driver {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
+
+/// Tensors up to this size may wait for the end of a batching window.
+const SMALL_BYTES: u64 = 64 << 10;
+/// A sleep that ends by itself within this time is not cut short for a small tensor.
+const SOON: Duration = Duration::from_millis(1);
 
 /// The longest sleep: a bound on what a lost wake could cost, never relied upon.
 const NAP: Duration = Duration::from_millis(100);
@@ -128,6 +135,7 @@ impl Driver {
             caller: AtomicBool::new(false),
             caller_sleep: Drowsy::default(),
             background_sleep: Drowsy::default(),
+            background_wakes_ns: AtomicU64::new(0),
             waker,
             nudge: Waker::new()?,
             stop: AtomicBool::new(false),
@@ -149,7 +157,9 @@ impl Driver {
         Ok(Driver { shared, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Submits what `fill` writes. With `quiet` nobody is woken: the caller waits at once and drives itself.
+    /// Submits what `fill` writes. With `quiet` nobody is woken: the caller waits at once and drives itself. Nor is
+    /// the background thread woken for a small tensor when it will soon look by itself, at the end of its
+    /// batching window: else a thousand small tensors would cost a thousand wakes.
     pub fn submit(
         &self,
         keep: Option<Box<dyn Any + Send>>,
@@ -159,9 +169,13 @@ impl Driver {
         if let Some(error) = lock(&self.shared.failure).as_ref() {
             return Err(error.clone());
         }
-        let (handle, index) = self.shared.handles.open(keep, fill)?;
+        let mut bytes = 0;
+        let (handle, index) = self.shared.handles.open(keep, |submitted| {
+            fill(submitted);
+            bytes = submitted.tensors.iter().map(|(input, _)| input.len()).sum();
+        })?;
         self.shared.send(Mail::Submitted(index));
-        if !quiet {
+        if !quiet && (bytes > SMALL_BYTES || !self.shared.looks_soon()) {
             self.shared.wake_driver();
         }
         Ok(handle)
@@ -281,6 +295,12 @@ impl Shared {
     fn send(&self, mail: Mail) {
         lock(&self.mail).push(mail);
         self.has_mail.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the background thread wakes by itself before long. The mail is there already: whoever rises after
+    /// this look finds it.
+    fn looks_soon(&self) -> bool {
+        !self.caller.load(Ordering::SeqCst) && self.now().0 < self.background_wakes_ns.load(Ordering::SeqCst)
     }
 
     fn wake_driver(&self) {
@@ -505,6 +525,9 @@ impl Shared {
         let mut fds = Vec::new();
         while !self.stop.load(Ordering::SeqCst) {
             let limit = self.background_turns(&mut fds);
+            if limit <= SOON {
+                self.background_wakes_ns.store(self.now().0 + limit.as_nanos() as u64, Ordering::SeqCst);
+            }
             self.background_sleep.lie_down();
             let mail = self.has_mail.load(Ordering::SeqCst) && !self.caller.load(Ordering::SeqCst);
             if !mail && !self.stop.load(Ordering::SeqCst) {
@@ -512,6 +535,7 @@ impl Shared {
                 watch(&fds, limit);
             }
             self.background_sleep.rise();
+            self.background_wakes_ns.store(0, Ordering::SeqCst);
             self.nudge.clear();
         }
     }

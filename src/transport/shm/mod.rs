@@ -172,7 +172,10 @@ impl ShmPipe {
     /// Bytes that can be read in a row.
     fn readable(&mut self) -> Result<usize, Cause> {
         let segment = &self.shared.segment;
-        if let Some(known) = self.consumer.drained_at() {
+        // Of control messages, which are small, it makes no difference.
+        if self.rx.data
+            && let Some(known) = self.consumer.drained_at()
+        {
             self.distance.look(segment.tail(self.rx), known);
         }
         // Asks for everything, so that what is shown never lags behind what is there.
