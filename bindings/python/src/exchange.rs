@@ -54,7 +54,8 @@ impl Exchange {
             if ffi::PyCapsule_IsValid(capsule.as_ptr(), NAME.as_ptr()) != 1 {
                 return None;
             }
-            let mut header = ffi::PyCapsule_GetPointer(capsule.as_ptr(), NAME.as_ptr()).cast_const().cast::<Header>();
+            let mut header =
+                ffi::PyCapsule_GetPointer(capsule.as_ptr(), NAME.as_ptr()).cast_const().cast::<Header>();
             // A newer table may bring an older one along.
             while (*header).major != MAJOR {
                 header = (*header).prev_api;

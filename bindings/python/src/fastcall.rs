@@ -27,7 +27,8 @@ pub fn text<'a>(object: &'a Bound<'_, PyAny>) -> Option<&'a str> {
     }
 }
 
-type FastCall = unsafe extern "C" fn(*mut ffi::PyObject, *const *mut ffi::PyObject, isize) -> *mut ffi::PyObject;
+type FastCall =
+    unsafe extern "C" fn(*mut ffi::PyObject, *const *mut ffi::PyObject, isize) -> *mut ffi::PyObject;
 
 /// `PyMethodDef` with the one kind of function that is used here.
 #[repr(C)]
@@ -45,7 +46,8 @@ static START: Method = Method {
     name: c"start".as_ptr(),
     function: start,
     flags: METH_FASTCALL,
-    doc: c"Starts an allreduce or a broadcast of tensors; None where the general way is to be taken.".as_ptr(),
+    doc: c"Starts an allreduce or a broadcast of tensors; None where the general way is to be taken."
+        .as_ptr(),
 };
 
 /// Adds the functions to the module.

@@ -87,7 +87,8 @@ impl Torch {
 
     fn view_by_attributes<'a>(&self, object: &'a Bound<'_, PyAny>) -> Option<View<'a>> {
         let py = object.py();
-        let yes = |value: PyResult<Bound<'_, PyAny>>| value.and_then(|value| value.is_truthy()).unwrap_or(false);
+        let yes =
+            |value: PyResult<Bound<'_, PyAny>>| value.and_then(|value| value.is_truthy()).unwrap_or(false);
         let dense = object.getattr(intern!(py, "layout")).is_ok_and(|layout| layout.is(&self.strided));
         if !dense
             || !yes(object.getattr(intern!(py, "is_cpu")))
@@ -192,7 +193,8 @@ fn start_one<'py>(py: Python<'py>, call: Call<'_, 'py>) -> PyResult<Option<Handl
 fn start_list<'py>(py: Python<'py>, call: &Call<'_, 'py>) -> PyResult<Option<Handle>> {
     let inputs: Vec<Bound<'py, PyAny>> = call.tensors.cast::<PyList>()?.iter().collect();
     let view_all = |tensors: &'_ [Bound<'py, PyAny>]| -> Option<Vec<(*mut u8, DType, Vec<u64>)>> {
-        let view = |tensor| call.torch.view(tensor).map(|view| (view.data, view.dtype, view.shape.into_owned()));
+        let view =
+            |tensor| call.torch.view(tensor).map(|view| (view.data, view.dtype, view.shape.into_owned()));
         tensors.iter().map(view).collect()
     };
     let views = match view_all(&inputs) {

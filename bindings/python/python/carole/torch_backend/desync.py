@@ -8,6 +8,7 @@ begun, and has not begun the one that this rank waits for, neither wait can end.
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import Any, Dict, Optional, Tuple
 
@@ -48,21 +49,43 @@ class Desync:
         self._looks += 1
         mine = {"name": name, "words": words, "flight": sorted(flight), "begun": begun, "look": self._looks}
         try:
-            self._store.set(f"{self._prefix}/{self._rank}", json.dumps(mine))
+            self._tell(mine)
             for other in range(len(self._ranks)):
                 key = f"{self._prefix}/{other}"
-                if other != self._rank and self._store.check([key]):
-                    theirs = json.loads(self._store.get(key).decode())
-                    if self._stuck(other, theirs, name, flight):
-                        return (
-                            f"ranks {self._ranks[self._rank]} and {self._ranks[other]} disagree about the next "
-                            f"operation: rank {self._ranks[self._rank]} waits for {words}, rank {self._ranks[other]} "
-                            f"for {theirs['words']}; all ranks of a group must call the same operations in the same "
-                            "order, with tensors of the same type and size"
-                        )
+                if other == self._rank or not self._has(key):
+                    continue
+                theirs = json.loads(self._store.get(key).decode())
+                # Another rank has found it out, about an operation that this rank waits for, too.
+                if name in theirs.get("between", ()):
+                    return theirs["verdict"]
+                if self._stuck(other, theirs, name, flight):
+                    verdict = self._verdict((self._rank, words), (other, theirs["words"]))
+                    self._tell({**mine, "verdict": verdict, "between": [name, theirs["name"]]})
+                    return verdict
         except Exception:  # noqa: BLE001 (the store may be gone with its rank; then the timeout must do)
             return None
         return None
+
+    def _has(self, key: str) -> bool:
+        if hasattr(self._store, "check"):
+            return self._store.check([key])
+        # Before torch 2.0.
+        try:
+            self._store.wait([key], datetime.timedelta(milliseconds=200))
+        except RuntimeError:
+            return False
+        return True
+
+    def _tell(self, state: Dict[str, Any]) -> None:
+        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(state))
+
+    def _verdict(self, *waits: Tuple[int, str]) -> str:
+        (first, its), (second, other) = sorted((self._ranks[rank], words) for rank, words in waits)
+        return (
+            f"ranks {first} and {second} disagree about the next operation of their group: rank {first} waits for "
+            f"{its}, rank {second} for {other}; all ranks of a group must call the same operations in the same order, "
+            "with tensors of the same type and size"
+        )
 
     def _stuck(self, other: int, theirs: Any, name: str, flight: Dict[str, str]) -> bool:
         state, look = (theirs["name"], theirs["begun"]), theirs["look"]

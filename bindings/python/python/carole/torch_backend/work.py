@@ -113,6 +113,12 @@ class CaroleWork(c10d.Work):
                     raise MismatchError(words) from None
                 if left <= 0:
                     raise
+            except BrokenError as error:
+                # The rank that it was waiting for may have found out why, and ended.
+                words = self._stuck() if turn == NEXT_LOOK_S else None
+                if words is not None:
+                    raise MismatchError(words) from error
+                raise
 
     def wait(self, timeout: Any = None) -> bool:
         seconds = timeout.total_seconds() if timeout is not None else 0.0
