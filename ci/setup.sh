@@ -50,6 +50,38 @@ need_torch() {
     packages+=(torch)
 }
 
+# Makes FOLDER with the newest torch of the package index, several gigabytes; the trainers beside it where the first
+# argument says so. Where that cannot be done, FOLDER.reason says why, and the steps that need it count as skipped.
+#   need_newest_torch FOLDER [--with-trainers]
+need_newest_torch() {
+    local folder=$1 python=$1/bin/python reason=$1.reason trainers=(lightning accelerate deepspeed) free_kb
+    mkdir -p "$(dirname "$folder")"
+    rm -f "$reason" "$folder-trainers.reason"
+    if ! [ -e "$folder/.packages" ]; then
+        free_kb=$(df -Pk "$(dirname "$folder")" | awk 'NR == 2 { print $4 }')
+        if [ "$free_kb" -lt $((12 * 1024 * 1024)) ]; then
+            echo "the newest torch takes up to 12 GB while it is installed, and $((free_kb >> 20)) GB are free" >"$reason"
+            cp "$reason" "$folder-trainers.reason"
+            return 0
+        fi
+    fi
+    if ! make_venv "$folder" pytest cloudpickle numpy torch; then
+        echo "pip could not install the newest torch (no network?)" >"$reason"
+        cp "$reason" "$folder-trainers.reason"
+        rm -f "$folder/.packages"
+        return 0
+    fi
+    [ "${2:-}" = --with-trainers ] || return 0
+    # DeepSpeed comes as a source that looks for torch while it is built.
+    if "$python" -c 'import lightning, accelerate, importlib.util as u; assert u.find_spec("deepspeed")' 2>/dev/null; then
+        return 0
+    fi
+    say "adding ${trainers[*]} to $folder"
+    "$python" -m pip install --quiet --disable-pip-version-check setuptools wheel ninja &&
+        "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation "${trainers[@]}" ||
+        echo "pip could not install ${trainers[*]}" >"$folder-trainers.reason"
+}
+
 # make_venv FOLDER PACKAGE...: a virtual environment with these packages; done once for each list of them.
 make_venv() {
     local folder=$1
@@ -59,7 +91,7 @@ make_venv() {
         return 0
     fi
     say "setting up $folder: $*"
-    "$PYTHON" -m venv "${venv_options[@]}" "$folder"
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip "$@"
+    "$PYTHON" -m venv "${venv_options[@]}" "$folder" &&
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip "$@" || return 1
     printf '%s' "$*" >"$stamp"
 }

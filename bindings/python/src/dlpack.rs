@@ -34,8 +34,9 @@ struct DataType {
     lanes: u16,
 }
 
+/// `DLTensor`.
 #[repr(C)]
-struct Tensor {
+pub struct Tensor {
     data: *mut c_void,
     device: Device,
     ndim: i32,
@@ -43,6 +44,60 @@ struct Tensor {
     shape: *mut i64,
     strides: *mut i64,
     byte_offset: u64,
+}
+
+impl Tensor {
+    /// One to be filled in.
+    pub const EMPTY: Tensor = Tensor {
+        data: std::ptr::null_mut(),
+        device: Device { device_type: 0, device_id: 0 },
+        ndim: 0,
+        dtype: DataType { code: 0, bits: 0, lanes: 0 },
+        shape: std::ptr::null_mut(),
+        strides: std::ptr::null_mut(),
+        byte_offset: 0,
+    };
+}
+
+/// First byte, type and dimensions of a C-contiguous tensor in host memory; `None` for any other.
+///
+/// # Safety
+/// `tensor` is filled in as DLPack says, and its lists live as long as `'a`.
+pub unsafe fn contiguous<'a>(tensor: &Tensor) -> Option<(*mut u8, DType, &'a [u64])> {
+    let dimensions = usize::try_from(tensor.ndim).ok()?;
+    if !HOST_DEVICES.contains(&tensor.device.device_type) {
+        return None;
+    }
+    let (mut shape, mut strides): (&[i64], &[i64]) = (&[], &[]);
+    if dimensions > 0 {
+        if tensor.shape.is_null() {
+            return None;
+        }
+        // SAFETY: DLPack promises `ndim` values in each list; no strides mean C-contiguous.
+        unsafe {
+            shape = std::slice::from_raw_parts(tensor.shape, dimensions);
+            if !tensor.strides.is_null() {
+                strides = std::slice::from_raw_parts(tensor.strides, dimensions);
+            }
+        }
+    }
+    if !strides.is_empty() && !shape.contains(&0) {
+        let mut expected = 1i64;
+        for (&extent, &stride) in shape.iter().zip(strides).rev() {
+            // The stride of a dimension of one is never used and may be anything.
+            if extent != 1 && stride != expected {
+                return None;
+            }
+            expected = expected.saturating_mul(extent);
+        }
+    }
+    if shape.iter().any(|&n| n < 0) {
+        return None;
+    }
+    // SAFETY: no value is negative, so each is the same number without a sign, of the same size and alignment.
+    let shape = unsafe { std::slice::from_raw_parts(shape.as_ptr().cast::<u64>(), shape.len()) };
+    let data = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
+    Some((data, dtype_from(tensor.dtype)?, shape))
 }
 
 #[repr(C)]

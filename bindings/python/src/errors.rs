@@ -27,6 +27,23 @@ pub fn to_python(py: Python<'_>, error: &Error) -> PyErr {
     }
 }
 
+/// As [`to_python`], but what failed in flight is a `HorovodInternalError` that the error of ours is the cause of.
+pub fn to_horovod(py: Python<'_>, error: &Error) -> PyErr {
+    let cause = to_python(py, error);
+    if matches!(error, Error::Usage(_) | Error::Timeout(_)) {
+        return cause;
+    }
+    let made = class(py, "HorovodInternalError").and_then(|class| class.call1((error.to_string(),)));
+    match made {
+        Ok(exception) => {
+            let exception = PyErr::from_value(exception);
+            exception.set_cause(py, Some(cause));
+            exception
+        }
+        Err(failure) => failure,
+    }
+}
+
 fn build<'py>(py: Python<'py>, error: &Error) -> PyResult<Bound<'py, PyAny>> {
     let name = match error {
         Error::Usage(_) => "UsageError",

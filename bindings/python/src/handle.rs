@@ -29,6 +29,18 @@ pub enum Finish {
     },
     /// `(outputs, received_splits, last_joined)` as they are, for bindings written in Python.
     Raw,
+    /// What a function of Python makes of the raw outcome.
+    Made {
+        /// The function.
+        finish: Py<PyAny>,
+        /// Called when the operation has ended, with whether it failed, before the result is made.
+        ended: Option<Py<PyAny>>,
+    },
+    /// Tensors that are there already.
+    Tensors {
+        /// The tensor or the list of them.
+        result: Py<PyAny>,
+    },
 }
 
 /// An operation in flight. It must be waited for once; dropped, it finishes by itself and its result is lost.
@@ -38,18 +50,11 @@ pub struct Handle {
     name: Option<String>,
     /// `None` when the outcome has been taken.
     finish: Mutex<Option<Finish>>,
-    /// A forked child inherits the object, but not the operation.
-    process: u32,
 }
 
 impl Handle {
-    pub fn new(handle: runtime::Handle, name: Option<&str>, finish: Finish) -> Handle {
-        Handle {
-            handle,
-            name: name.map(str::to_owned),
-            finish: Mutex::new(Some(finish)),
-            process: std::process::id(),
-        }
+    pub fn new(handle: runtime::Handle, name: Option<String>, finish: Finish) -> Handle {
+        Handle { handle, name, finish: Mutex::new(Some(finish)) }
     }
 
     fn finished(&self) -> bool {
@@ -95,20 +100,16 @@ impl Handle {
         // Not a number, or beyond what a clock can hold: no limit.
         let limit = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).ok());
         let completion = self.complete(py, limit)?;
-        let finish = self.take_finish();
-        drop(completion.keep);
-        release_finished();
-        let outcome = completion.result.map_err(|error| errors::to_python(py, &error))?;
-        match finish {
-            Some(Finish::Arrays { outs, like, single, with_splits }) => {
-                arrays(py, outcome, outs, like.as_ref(), single, with_splits)
-            }
-            Some(Finish::Raw) => raw(py, outcome),
-            None => {
-                let message = format!("{} was waited for by two threads", self.describe());
-                Err(errors::usage(py, &message))
-            }
+        self.result(py, completion, errors::to_python)
+    }
+
+    /// Horovod's way of waiting: a second call returns None, and what fails is a HorovodInternalError.
+    fn synchronize<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        if self.finished() {
+            return Ok(py.None().into_bound(py));
         }
+        let completion = self.complete(py, None)?;
+        self.result(py, completion, errors::to_horovod)
     }
 
     fn __repr__(&self) -> String {
@@ -118,8 +119,40 @@ impl Handle {
 }
 
 impl Handle {
+    /// Turns an outcome into what Python gets.
+    fn result<'py>(
+        &self,
+        py: Python<'py>,
+        completion: Completion,
+        raise: fn(Python<'_>, &Error) -> PyErr,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let finish = self.take_finish();
+        drop(completion.keep);
+        if let Some(Finish::Made { ended: Some(ended), .. }) = &finish {
+            ended.bind(py).call1((completion.result.is_err(),))?;
+        }
+        let outcome = completion.result.map_err(|error| raise(py, &error))?;
+        match finish {
+            Some(Finish::Tensors { result }) => Ok(result.into_bound(py)),
+            Some(Finish::Arrays { outs, like, single, with_splits }) => {
+                arrays(py, outcome, outs, like.as_ref(), single, with_splits)
+            }
+            Some(Finish::Raw) => raw(py, outcome),
+            Some(Finish::Made { finish, .. }) => finish.bind(py).call1((raw(py, outcome)?,)),
+            None => {
+                let message = format!("{} was waited for by two threads", self.describe());
+                Err(errors::usage(py, &message))
+            }
+        }
+    }
+
     /// Waits in short turns, so that signals are noticed; the interpreter is free meanwhile.
     fn complete(&self, py: Python<'_>, limit: Option<Duration>) -> PyResult<Completion> {
+        // What has ended already is taken without letting go of the interpreter.
+        if runtime::poll(self.handle).is_ok_and(|over| over) {
+            return Ok(runtime::wait(self.handle, Some(Duration::ZERO)));
+        }
+        release_finished();
         let started = Instant::now();
         loop {
             let left = limit.map(|limit| limit.saturating_sub(started.elapsed()));
@@ -141,11 +174,12 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        if !self.finished() && self.process == std::process::id() {
+        if !self.finished() {
+            // (In a forked child, which inherits the object but not the operation, this does nothing.)
             runtime::abandon(self.handle);
+            // Python drops its objects while attached.
+            release_finished();
         }
-        // Python drops its objects while attached.
-        release_finished();
     }
 }
 

@@ -8,11 +8,14 @@
 mod array;
 mod dlpack;
 mod errors;
+mod exchange;
+mod fastcall;
 mod handle;
 mod life;
 mod output;
 mod pybuffer;
 mod submit;
+mod torch;
 
 use pyo3::prelude::*;
 
@@ -29,10 +32,13 @@ mod _native {
     use crate::output::Output;
     #[pymodule_export]
     use crate::submit::{submit, submit_raw, transfer};
+    #[pymodule_export]
+    use crate::torch::learn_torch;
     use pyo3::prelude::*;
 
     #[pymodule_init]
     fn fill(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::fastcall::add(module)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -84,13 +84,14 @@ pub fn submit<'py>(
     let like = tensors.first().map(|tensor| tensor.get_type().unbind());
     let outs = outs.into_iter().map(|out| out.map(Bound::unbind)).collect();
     let with_splits = splits.is_some();
-    Ok(Handle::new(handle, name, Finish::Arrays { outs, like, single, with_splits }))
+    Ok(Handle::new(handle, name.map(str::to_owned), Finish::Arrays { outs, like, single, with_splits }))
 }
 
 /// Submits an operation on memory that the caller vouches for: each tensor is (input address, output address or
-/// 0, type code, shape), and `keep` keeps all of them alive.
+/// 0, type code, shape), and `keep` keeps all of them alive. The handle gives what `finish` makes of the raw outcome
+/// (without it: the raw outcome); `ended` is called before, with whether the operation failed.
 #[pyfunction]
-#[pyo3(signature = (collective, tensors, keep, name, set, op, pre, post, root, splits, refused=None, waits=false))]
+#[pyo3(signature = (collective, tensors, keep, name, set, op, pre, post, root, splits, refused=None, waits=false, finish=None, ended=None))]
 #[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
 pub fn submit_raw<'py>(
     py: Python<'py>,
@@ -106,7 +107,10 @@ pub fn submit_raw<'py>(
     splits: Option<&Bound<'py, PyAny>>,
     refused: Option<&str>,
     waits: bool,
+    finish: Option<Py<PyAny>>,
+    ended: Option<Py<PyAny>>,
 ) -> PyResult<Handle> {
+    let finish = finish.map_or(Finish::Raw, |finish| Finish::Made { finish, ended });
     let size = pyo3::types::PyString::new(py, "size").into_any();
     let call = Call { collective, name, set, op, pre, post, root, join_average: &size, splits, waits };
     release_finished();
@@ -126,7 +130,7 @@ pub fn submit_raw<'py>(
         });
     }
     let handle = call.post(py, &understood, &arguments, Box::new(keep))?;
-    Ok(Handle::new(handle, name, Finish::Raw))
+    Ok(Handle::new(handle, name.map(str::to_owned), finish))
 }
 
 /// Sends to, or receives from, one rank.

@@ -22,7 +22,9 @@ def values(rank, shape, dtype):
     return ((torch.arange(count) * 3 + rank) % 4).reshape(shape).to(dtype)
 
 
-def body_tensors():
+def body_tensors(watched):
+    # Where somebody looks on, tensors go another way into the engine.
+    hvd.detect_mutation(watched)
     me, size = hvd.rank(), hvd.size()
     for dtype in TYPES:
         for shape in ((), (0,), (5,), (2, 3)):
@@ -71,9 +73,48 @@ def body_tensors():
     return hvd.join()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_tensors(size):
-    assert len(set(run(size, body_tensors))) == 1
+@pytest.mark.parametrize("size, watched", [(1, False), (2, False), (2, True), (3, False)])
+def test_tensors(size, watched):
+    assert len(set(run(size, body_tensors, watched))) == 1
+
+
+def body_views():
+    """Tensors whose bytes are not their values one behind the other; types without a test above."""
+    me, size = hvd.rank(), hvd.size()
+    z = torch.complex(torch.arange(3.0), torch.full((3,), me + 1.0))
+    total = torch.complex(torch.arange(3.0) * size, torch.full((3,), size * (size + 1) / 2))
+    assert torch.equal(hvd.allreduce(z, op=hvd.Sum), total)
+    for lazy in (z.conj(), z[:1].conj().imag):
+        assert "resolve_conj" in catch(ValueError, lambda lazy=lazy: hvd.allreduce(lazy, op=hvd.Sum))
+        assert "resolve_conj" in catch(ValueError, lambda lazy=lazy: hvd.grouped_allreduce([lazy], op=hvd.Sum))
+        hvd.barrier()
+    assert torch.equal(hvd.allreduce(z.conj().resolve_conj(), op=hvd.Sum), total.conj())
+    assert "on meta" in catch(ValueError, lambda: hvd.allreduce(torch.ones(2, device="meta")))
+    hvd.barrier()
+    part = torch.arange(12.0).reshape(3, 4)[1]
+    hvd.allreduce_(part, op=hvd.Sum)
+    assert torch.equal(part, torch.arange(4.0, 8.0) * size)
+    weight = torch.nn.Parameter(torch.full((2,), me + 1.0))
+    assert torch.equal(hvd.broadcast_(weight.data, size - 1), torch.full((2,), float(size)))
+    assert hvd.allreduce(weight, op=hvd.Max).requires_grad and not hvd.synchronize(
+        hvd.allreduce_async(weight, op=hvd.Max)
+    ).requires_grad
+    row = torch.ones(1, 3).expand(1, 3)[:, :2]
+    assert torch.equal(hvd.allreduce(row, op=hvd.Sum), torch.full((1, 2), float(size)))
+    for wrong in ({"op": 99}, {"prescale_factor": "x"}):
+        catch((ValueError, TypeError), lambda wrong=wrong: hvd.allreduce_(torch.ones(2), **{"op": hvd.Sum, **wrong}))
+        hvd.barrier()
+    handles = [hvd.allreduce_async_(torch.ones(4), name=f"many.{i}", op=hvd.Sum) for i in range(300)]
+    assert all(hvd.synchronize(handle)[0] == size for handle in handles)
+    assert all(hvd.poll(handle) and hvd.synchronize(handle) is None for handle in handles)
+    # Never waited for: it ends by itself, and its name is free again.
+    hvd.allreduce_async_(torch.ones(4), name="dropped", op=hvd.Sum)
+    hvd.barrier()
+    assert hvd.allreduce(torch.ones(4), name="dropped", op=hvd.Sum)[0] == size
+
+
+def test_views():
+    run(2, body_views)
 
 
 def body_options():

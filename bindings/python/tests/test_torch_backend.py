@@ -270,6 +270,61 @@ def test_monitored_barrier():
     assert "rank 1 did not come" in texts[0]
 
 
+def body_disagree(what):
+    rank, _ = begin(timeout_s=600)
+    for _ in range(2):
+        dist.all_reduce(torch.ones(100))
+        dist.all_reduce(torch.ones(200))
+    started = time.monotonic()
+    if what == "known sizes":
+        call = lambda: dist.all_reduce(torch.ones(200 if rank else 100))  # noqa: E731
+    elif what == "sizes":
+        call = lambda: dist.all_reduce(torch.ones(7 + rank))  # noqa: E731
+    elif what == "types":
+        call = lambda: dist.all_reduce(torch.ones(7, dtype=torch.float64 if rank else torch.float32))  # noqa: E731
+    else:
+        call = (lambda: dist.barrier()) if rank else (lambda: dist.broadcast(torch.ones(7), 0))
+    text = catch(RuntimeError, call)
+    assert time.monotonic() - started < 60
+    return text
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("known sizes", "rank 0 waits for allreduce of 100 elements of float32, rank 1 for allreduce of 200 elements"),
+        ("sizes", "rank 0 waits for allreduce of 7 elements of float32, rank 1 for allreduce of 8 elements"),
+        ("types", "rank 0 waits for allreduce of 7 elements of float32, rank 1 for allreduce of 7 elements of float64"),
+        ("collectives", "rank 0 waits for broadcast of 7 elements of float32, rank 1 for barrier"),
+    ],
+)
+def test_ranks_that_disagree_hear_of_it_long_before_the_timeout(what, words):
+    texts = run_c10d(2, body_disagree, what)
+    assert any(words in text for text in texts), texts
+    assert all("ranks" in text and "disagree" in text for text in texts), texts
+
+
+def body_complex():
+    rank, size = begin()
+    z = torch.complex(torch.full((3,), rank + 1.0), torch.ones(3))
+    # dist.all_reduce refuses a lazy conjugate itself; what calls the group directly must not get wrong sums.
+    group = dist.distributed_c10d._get_default_group()
+    lazy = z.clone().conj()
+    group.allreduce([lazy], dist.AllreduceOptions()).wait()
+    assert torch.equal(
+        lazy.resolve_conj(), torch.complex(torch.full((3,), size * (size + 1) / 2), torch.full((3,), -float(size)))
+    )
+    out = [torch.empty(3, dtype=z.dtype) for _ in range(size)]
+    group.allgather([out], [z.conj()]).wait()
+    assert [one[0].item() for one in out] == [complex(r + 1, -1) for r in range(size)]
+    dist.destroy_process_group()
+
+
+@new_only
+def test_lazy_conjugates():
+    run_c10d(2, body_complex)
+
+
 def body_dies():
     rank, _ = begin()
     dist.barrier()

@@ -112,6 +112,70 @@ def body_optimizers():
     assert torch.equal(weights(model), weights(twin))
 
 
+def body_views():
+    me, size = hvd.rank(), hvd.size()
+
+    def train(make, steps=6, passes=1, **options):
+        model, alone = network(), network()
+        inner, reference = make(model.parameters()), make(alone.parameters())
+        named = [(f"{options}.{n}", p) for n, p in model.named_parameters()]
+        optimizer = hvd.DistributedOptimizer(
+            inner, named, gradient_as_bucket_view=True, backward_passes_per_step=passes, **options
+        )
+        for number, batch in enumerate(batches(steps)):
+            # Gradients that somebody else has set to None come back into the region.
+            model.zero_grad(set_to_none=True) if number == 2 else optimizer.zero_grad(set_to_none=True)
+            for piece in batch[me::size].chunk(passes):
+                (model(piece).pow(2).mean() / passes).backward()
+            optimizer.step()
+            grads = [parameter.grad for parameter in model.parameters()]
+            homes = {grad.storage().data_ptr() for grad in grads}
+            assert len(homes) == len(set(getattr(optimizer, "_carole").buckets)) < len(grads), options
+            reference.zero_grad()
+            alone(batch).pow(2).mean().backward()
+            reference.step()
+        assert same_everywhere(weights(model)), options
+        return (weights(model) - weights(alone)).abs().max()
+
+    def momentum(parameters):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+    for options in ({}, {"groups": 2}, {"groups": 2, "gradient_predivide_factor": 2.0}, {"passes": 2}):
+        assert train(momentum, **options) < 1e-5, options
+    assert train(momentum, compression=hvd.Compression.bf16) < 1e-1
+    assert train(lambda parameters: torch.optim.AdamW(parameters, lr=0.01)) < 1e-5
+    train(momentum, compression=hvd.Compression.onebit)
+    # A parameter that only one rank uses, one that none uses, one that is added later, and another type.
+    parts = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).double()])
+    late = torch.nn.Linear(2, 2)
+    for module in (parts, late):
+        hvd.broadcast_parameters(module.state_dict(), 0)
+    inner = torch.optim.SGD(parts.parameters(), lr=0.5)
+    optimizer = hvd.DistributedOptimizer(inner, parts.named_parameters(), gradient_as_bucket_view=True)
+    optimizer.add_param_group({"params": late.parameters()})
+    assert len(getattr(optimizer, "_carole").buckets) == 3
+    for _ in range(2):
+        optimizer.zero_grad()
+        x = torch.ones(1, 2)
+        (parts[0](x).sum() + late(x).sum() if me else parts[2](x.double()).sum()).backward()
+        optimizer.synchronize()
+        assert parts[0].bias.grad.tolist() == [0.5, 0.5] == late.bias.grad.tolist()
+        assert parts[1].bias.grad.tolist() == [0.0, 0.0] and parts[2].bias.grad.tolist() == [0.5, 0.5]
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    # A sparse gradient adds to a region, but cannot take its place.
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    hvd.broadcast_parameters(table.state_dict(), 0)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(table.parameters(), lr=0.5), [("table", table.weight)], gradient_as_bucket_view=True
+    )
+    table(torch.tensor([me])).sum().backward()
+    optimizer.step()
+    assert table.weight.grad[:3].tolist() == [[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]
+    table.weight.grad = None
+    assert "sparse_as_dense" in catch(ValueError, lambda: table(torch.tensor([me])).sum().backward())
+
+
 def body_compiled():
     if not hasattr(torch, "compile"):
         return "skipped"
@@ -335,7 +399,7 @@ def body_timeline(folder):
 
 @pytest.mark.parametrize(
     "body", [body_groups, body_optimizers, body_lbfgs, body_scaler, body_compression, body_elastic, body_mutation,
-     body_compiled],
+     body_compiled, body_views],
     ids=lambda body: body.__name__[5:],
 )  # fmt: skip
 def test_two_ranks(body):

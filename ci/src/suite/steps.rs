@@ -25,6 +25,8 @@ enum Need {
     Program(&'static str),
     /// A device of this machine.
     Device(&'static str),
+    /// A virtual environment that ci/test makes, and what else there may be a file `.reason` for, by ci/test.
+    Venv(&'static str, &'static str),
 }
 
 impl Need {
@@ -37,7 +39,15 @@ impl Need {
                 tried.status().is_ok_and(|status| status.success())
             }
             Need::Device(path) => Path::new(path).exists(),
+            Need::Venv(folder, _) => {
+                repository().join(folder).join(".packages").exists() && self.told().is_none()
+            }
         }
+    }
+    /// Why it is missing, where ci/test has left word of it.
+    fn told(&self) -> Option<String> {
+        let Need::Venv(_, reason) = self else { return None };
+        std::fs::read_to_string(repository().join(reason)).ok().map(|text| text.trim().to_owned())
     }
 }
 
@@ -77,7 +87,8 @@ impl Step {
     }
     /// Why the step cannot be run here.
     pub fn missing(&self) -> Option<String> {
-        self.needs.iter().find(|(need, _)| !need.is_met()).map(|(_, reason)| (*reason).to_owned())
+        let (need, reason) = self.needs.iter().find(|(need, _)| !need.is_met())?;
+        Some(need.told().unwrap_or_else(|| (*reason).to_owned()))
     }
 }
 
@@ -102,7 +113,7 @@ pub fn all(long: bool) -> Vec<Step> {
     );
     steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));
     steps.extend(processes(long));
-    steps.extend(bindings());
+    steps.extend(bindings(long));
     steps.push(
         Step::new("CUDA kernels as host C++", "cargo test -p carole --test kernels")
             .needs(Need::Program("c++"), "no C++ compiler"),
@@ -159,16 +170,17 @@ fn processes(long: bool) -> Vec<Step> {
     steps
 }
 
-fn bindings() -> Vec<Step> {
+fn bindings(long: bool) -> Vec<Step> {
     let python = "target/ci/venv/bin/python";
     let torch = "target/ci/venv-torch/bin/python";
+    let newest = "target/ci/venv-torch-newest";
     let wheels = "target/ci/wheels";
     let install =
         format!("-m pip install --quiet --no-index --find-links {wheels} --force-reinstall --no-deps carole");
     let with_torch = ["surface", "torch", "torch_backend", "torch_trainers", "torch_training", "examples"]
         .map(|name| format!("bindings/python/tests/test_{name}.py"))
         .join(" ");
-    vec![
+    let mut steps = vec![
         Step::new(
             "Python",
             &format!("{python} -m pip wheel --quiet --no-deps -w {wheels} ./bindings/python"),
@@ -182,7 +194,27 @@ fn bindings() -> Vec<Step> {
             .then(&format!("{torch} -m pytest -q {with_torch}"))
             .needs(Need::File(wheels), "no wheel: the step Python makes it")
             .needs(Need::File(torch), "no virtual environment with torch; ci/test makes it"),
+        Step::new("PyTorch, newest", &format!("{newest}/bin/python {install}"))
+            .then(&format!("{newest}/bin/python -m pytest -q {with_torch}"))
+            .needs(Need::File(wheels), "no wheel: the step Python makes it")
+            .needs(
+                Need::Venv(newest, "target/ci/venv-torch-newest.reason"),
+                "no virtual environment with the newest torch; ci/test makes it",
+            ),
         Step::new("demo, short", "ci/demo --epochs 2")
             .needs(Need::File("bindings/python/examples/digits_numpy.py"), "not in this tree"),
-    ]
+    ];
+    if long {
+        steps.push(
+            Step::new("Lightning, Accelerate, DeepSpeed", &format!("{newest}/bin/python {install}"))
+                .then(&format!("{newest}/bin/python -m pytest -q bindings/python/tests/long_trainers.py"))
+                .needs(Need::File(wheels), "no wheel: the step Python makes it")
+                .needs(
+                    Need::Venv(newest, "target/ci/venv-torch-newest-trainers.reason"),
+                    "no virtual environment with the trainers; ci/long makes it",
+                )
+                .within(Duration::from_secs(3600)),
+        );
+    }
+    steps
 }

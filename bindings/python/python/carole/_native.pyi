@@ -1,4 +1,4 @@
-from typing import Any, Dict, List, Optional, Sequence, Tuple, final
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, final
 
 __all__ = [
     "Handle",
@@ -8,10 +8,12 @@ __all__ = [
     "init",
     "is_initialized",
     "launch",
+    "learn_torch",
     "perf",
     "process_sets",
     "remove_process_set",
     "shutdown",
+    "start",
     "submit",
     "submit_raw",
     "transfer",
@@ -25,6 +27,7 @@ class Handle:
 
     def poll(self) -> bool: ...
     def wait(self, timeout: Optional[float] = None) -> Any: ...
+    def synchronize(self) -> Any: ...
 
 @final
 class Output:
@@ -88,7 +91,26 @@ def submit_raw(
     splits: Optional[Any],
     refused: Optional[str] = None,
     waits: bool = False,
+    finish: Optional[Callable[[Any], Any]] = None,
+    ended: Optional[Callable[[bool], None]] = None,
 ) -> Handle: ...
+def learn_torch(
+    class_: type, dtypes: Sequence[Tuple[Any, int]], strided: Any, empty_like: Callable[[Any], Any], everyone: Any, /
+) -> None: ...
+def start(
+    collective: int,
+    tensors: Any,
+    in_place: bool,
+    prefix: str,
+    name: Optional[str],
+    set: Any,
+    op: int,
+    pre: float,
+    post: float,
+    root: int,
+    waits: bool,
+    /,
+) -> Optional[Handle]: ...
 def transfer(sending: bool, tensor: Any, peer: Any, tag: Any, set: int) -> Handle: ...
 def launch(arguments: Sequence[str]) -> int: ...
 def perf(arguments: Sequence[str]) -> int: ...

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 # Beyond this size nothing more is written: no viewer opens larger files.
 _BYTES_MAX = 1 << 30
@@ -80,7 +80,9 @@ class Timeline:
 
 
 active: Optional[Timeline] = None
-"""The timeline in use. Looked at by every submit, so None must cost nothing."""
+"""The timeline in use."""
+listeners: List[Callable[[], None]] = []
+"""Called when a timeline begins or ends."""
 
 
 def path_of(path: str, rank: int) -> str:
@@ -96,6 +98,8 @@ def start(path: str, rank: int) -> None:
     global active
     stop()
     active = Timeline(path_of(path, rank), rank)
+    for listener in listeners:
+        listener()
 
 
 def stop() -> None:
@@ -104,3 +108,5 @@ def stop() -> None:
     ended, active = active, None
     if ended is not None:
         ended.close()
+    for listener in listeners:
+        listener()

@@ -8,7 +8,8 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import torch
 
 from .. import _arrays, _native, _timeline
-from .._errors import BrokenError, HorovodInternalError, MismatchError, ShutdownError
+from .._errors import HorovodInternalError
+from .._native import Handle
 from .._sets import ProcessSet, global_process_set, set_id
 from .._submit import ALLGATHER, ALLREDUCE, ALLTOALL, BROADCAST, REDUCESCATTER, Average, Sum
 
@@ -22,23 +23,14 @@ _CODES = {
     if hasattr(torch, name)
 }  # fmt: skip
 
+_native.learn_torch(
+    torch.Tensor, list(_CODES.items()), torch.strided, torch.empty_like, global_process_set
+)
+_start = _native.start
+
 # As the timeline calls the collectives, by their codes.
 _OPERATIONS = ("ALLREDUCE", "ALLGATHER", "BROADCAST", "REDUCESCATTER", "ALLTOALL", "REDUCE", "GATHER", "SCATTER",
                "BARRIER", "JOIN")  # fmt: skip
-
-
-class Handle:
-    """An operation in flight, for `poll` and `synchronize`."""
-
-    __slots__ = ("_native", "_finish", "_lane", "_watched", "__weakref__")
-
-    def __init__(self, native: _native.Handle, finish: Callable[[Any], Any], lane: Optional[int] = None) -> None:
-        self._native: Optional[_native.Handle] = native
-        self._finish = finish
-        # Where the timeline shows it.
-        self._lane = lane
-        # What was submitted and how often it had been written by then, where that is looked at.
-        self._watched: Sequence[Tuple[torch.Tensor, int]] = ()
 
 
 def handle_average_backwards_compatibility(op: Optional[int], average: Optional[bool]) -> int:
@@ -55,29 +47,25 @@ def handle_average_backwards_compatibility(op: Optional[int], average: Optional[
 
 def poll(handle: Handle) -> bool:
     """Whether `synchronize` would return at once."""
-    return handle._native is None or handle._native.poll()
+    return handle.poll()
 
 
 def synchronize(handle: Handle) -> Any:
     """Waits for an operation and returns its result. A second call returns None."""
-    native = handle._native
-    if native is None:
-        return None
-    try:
-        outcome = native.wait()
-    except (BrokenError, MismatchError, ShutdownError) as error:
-        handle._native = None
-        _note_end(handle, True)
-        raise HorovodInternalError(str(error)) from error
-    handle._native = None
-    if handle._lane is not None:
-        _note_end(handle, False)
-    if handle._watched:
-        _check_unwritten(handle)
-    return handle._finish(outcome)
+    return handle.synchronize()
 
 
 _watches = False
+# Whether somebody looks on, so that the short way into the engine is not taken: a timeline, or the search for writes.
+_observed = False
+
+
+def _observe(*_: Any) -> None:
+    global _observed
+    _observed = _watches or _timeline.active is not None
+
+
+_timeline.listeners.append(_observe)
 
 
 def detect_mutation(enabled: bool = True) -> None:
@@ -86,10 +74,11 @@ def detect_mutation(enabled: bool = True) -> None:
     makes sums silently wrong. A write to another part of the same storage counts, too."""
     global _watches
     _watches = enabled
+    _observe()
 
 
-def _check_unwritten(handle: Handle) -> None:
-    for number, (tensor, version) in enumerate(handle._watched):
+def _check_unwritten(watched: Sequence[Tuple[torch.Tensor, int]]) -> None:
+    for number, (tensor, version) in enumerate(watched):
         writes = tensor._version - version
         if writes:
             raise HorovodInternalError(
@@ -98,10 +87,17 @@ def _check_unwritten(handle: Handle) -> None:
             )
 
 
-def _note_end(handle: Handle, failed: bool) -> None:
-    timeline = _timeline.active
-    if timeline is not None and handle._lane is not None:
-        timeline.end(handle._lane, failed)
+def _end_of(lane: Optional[int], watched: Sequence[Tuple[torch.Tensor, int]]) -> Callable[[bool], None]:
+    """What to do when an operation has ended, with whether it failed."""
+
+    def ended(failed: bool) -> None:
+        timeline = _timeline.active
+        if timeline is not None and lane is not None:
+            timeline.end(lane, failed)
+        if not failed:
+            _check_unwritten(watched)
+
+    return ended
 
 
 def _note_begin(collective: int, name: Optional[str], inputs: Sequence[Any]) -> Optional[int]:
@@ -126,6 +122,8 @@ def _refusal(tensors: Sequence[Any]) -> Optional[str]:
             return f"tensors of type {tensor.dtype} cannot be sent"
         if not tensor.is_contiguous():
             return "the tensor is not contiguous; call .contiguous() first"
+        if tensor.is_conj() or tensor.is_neg():
+            return "the tensor is a view that is yet to be conjugated; call .resolve_conj().resolve_neg() first"
     return None
 
 
@@ -149,23 +147,21 @@ def submit(
     identifier = set_id(process_set)
     refused = refused or _refusal(inputs)
     if refused is not None:
-        native = _native.submit_raw(collective, [], None, name, identifier, op, pre, post, root, splits, refused)
-        raise AssertionError(f"a refused call went through: {native}")
+        handle = _native.submit_raw(collective, [], None, name, identifier, op, pre, post, root, splits, refused)
+        raise AssertionError(f"a refused call went through: {handle}")
     # An address of 0 would ask the engine to allocate, so an empty tensor's becomes another one.
     outs = list(outputs()) if outputs is not None else []
     where = [out.data_ptr() or 64 for out in outs] if outputs is not None else [0] * len(inputs)
     tensors = [
         (tensor.data_ptr(), out, _CODES[tensor.dtype], tuple(tensor.shape)) for tensor, out in zip(inputs, where)
     ]
-    native = _native.submit_raw(
-        collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits
+    ended = None
+    if _observed:
+        watched = [(tensor, tensor._version) for tensor in inputs] if _watches else []
+        ended = _end_of(_note_begin(collective, name, inputs), watched)
+    return _native.submit_raw(
+        collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits, finish, ended
     )
-    if _timeline.active is None and not _watches:
-        return Handle(native, finish)
-    handle = Handle(native, finish, _note_begin(collective, name, inputs))
-    if _watches:
-        handle._watched = [(tensor, tensor._version) for tensor in inputs]
-    return handle
 
 
 def _named(operation: str, name: Optional[str]) -> Optional[str]:
@@ -182,12 +178,17 @@ def _as_list(tensors: Any) -> Tuple[List[Any], Optional[str]]:
     return list(tensors), None
 
 
-def start_allreduce(tensor: Any, output: Any, name: Optional[str], op: int, pre: float, post: float,
-               process_set: ProcessSet, waits: bool = False) -> Handle:  # fmt: skip
+def start_allreduce(tensor: Any, in_place: bool, name: Optional[str], op: int, pre: float, post: float,
+                    process_set: ProcessSet, waits: bool = False) -> Handle:  # fmt: skip
+    """Starts an allreduce of one tensor, in place or into a new one."""
+    if not _observed:
+        handle = _start(ALLREDUCE, tensor, in_place, "allreduce", name, process_set, op, pre, post, 0, waits)
+        if handle is not None:
+            return handle
     made: List[torch.Tensor] = []
 
     def outputs() -> List[torch.Tensor]:
-        made.append(torch.empty_like(tensor) if output is None else output)
+        made.append(tensor if in_place else torch.empty_like(tensor))
         return made
 
     return submit(
@@ -199,15 +200,24 @@ def start_allreduce(tensor: Any, output: Any, name: Optional[str], op: int, pre:
 def allreduce_async(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
                     process_set=global_process_set) -> Handle:  # fmt: skip
     """Starts an allreduce of `tensor` into a new tensor."""
-    op = handle_average_backwards_compatibility(op, average)
-    return start_allreduce(_detached(tensor), None, name, op, prescale_factor, postscale_factor, process_set)
+    if op is None or average is not None:
+        op = handle_average_backwards_compatibility(op, average)
+    return start_allreduce(_detached(tensor), False, name, op, prescale_factor, postscale_factor, process_set)
 
 
 def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
                      process_set=global_process_set) -> Handle:  # fmt: skip
     """Starts an allreduce of `tensor` in place."""
-    op = handle_average_backwards_compatibility(op, average)
-    return start_allreduce(tensor, tensor, name, op, prescale_factor, postscale_factor, process_set)
+    if op is None or average is not None:
+        op = handle_average_backwards_compatibility(op, average)
+    if not _observed:
+        # The same again as start_allreduce, without a call more: training submits hundreds of tensors a step.
+        handle = _start(
+            ALLREDUCE, tensor, True, "allreduce", name, process_set, op, prescale_factor, postscale_factor, 0, False
+        )
+        if handle is not None:
+            return handle
+    return start_allreduce(tensor, True, name, op, prescale_factor, postscale_factor, process_set)
 
 
 def _detached(tensor: Any) -> Any:
@@ -220,6 +230,10 @@ def start_grouped_allreduce(tensors: Any, in_place: bool, name: Optional[str], o
     tensors, refused = _as_list(tensors)
     if not in_place:
         tensors = [_detached(tensor) for tensor in tensors]
+    if not _observed and refused is None:
+        handle = _start(ALLREDUCE, tensors, in_place, "grouped_allreduce", name, process_set, op, pre, post, 0, False)
+        if handle is not None:
+            return handle
     made: List[torch.Tensor] = []
 
     def outputs() -> List[torch.Tensor]:
@@ -284,12 +298,17 @@ def grouped_allgather_async(tensors, name=None, process_set=global_process_set) 
     )  # fmt: skip
 
 
-def start_broadcast(tensor: Any, output: Any, root_rank: int, name: Optional[str], process_set: ProcessSet,
-               waits: bool = False) -> Handle:  # fmt: skip
+def start_broadcast(tensor: Any, in_place: bool, root_rank: int, name: Optional[str], process_set: ProcessSet,
+                    waits: bool = False) -> Handle:  # fmt: skip
+    """Starts a broadcast of one tensor, in place or into a new one."""
+    if not _observed and type(root_rank) is int and 0 <= root_rank < 1 << 32:
+        handle = _start(BROADCAST, tensor, in_place, "broadcast", name, process_set, Sum, 1.0, 1.0, root_rank, waits)
+        if handle is not None:
+            return handle
     made: List[torch.Tensor] = []
 
     def outputs() -> List[torch.Tensor]:
-        made.append(torch.empty_like(tensor) if output is None else output)
+        made.append(tensor if in_place else torch.empty_like(tensor))
         return made
 
     return submit(
@@ -300,12 +319,12 @@ def start_broadcast(tensor: Any, output: Any, root_rank: int, name: Optional[str
 
 def broadcast_async(tensor, root_rank, name=None, process_set=global_process_set) -> Handle:
     """Starts a broadcast into a new tensor."""
-    return start_broadcast(_detached(tensor), None, root_rank, name, process_set)
+    return start_broadcast(_detached(tensor), False, root_rank, name, process_set)
 
 
 def broadcast_async_(tensor, root_rank, name=None, process_set=global_process_set) -> Handle:
     """Starts a broadcast in place."""
-    return start_broadcast(tensor, tensor, root_rank, name, process_set)
+    return start_broadcast(tensor, True, root_rank, name, process_set)
 
 
 def start_alltoall(tensor: Any, splits: Any, name: Optional[str], process_set: ProcessSet,
@@ -336,7 +355,7 @@ def _rows(rows: int, process_set: ProcessSet) -> int:
     return rows // size + (1 if rank < rows % size else 0)
 
 
-def _reducescatter(tensors: List[Any], name: Optional[str], op: int, pre: float, post: float,
+def _reducescatter(tensors: List[Any], single: bool, name: Optional[str], op: int, pre: float, post: float,
                    process_set: ProcessSet, refused: Optional[str]) -> Handle:  # fmt: skip
     tensors = [_detached(tensor) for tensor in tensors]
     if op not in (Average, Sum):
@@ -349,18 +368,17 @@ def _reducescatter(tensors: List[Any], name: Optional[str], op: int, pre: float,
             made.append(torch.empty(rows + list(tensor.shape[1:]), dtype=tensor.dtype))
         return made
 
-    return submit(REDUCESCATTER, tensors, outputs, lambda _: made, name, process_set, op, pre, post, refused=refused)
+    return submit(
+        REDUCESCATTER, tensors, outputs, lambda _: made[0] if single else made, name, process_set, op, pre, post,
+        refused=refused,
+    )  # fmt: skip
 
 
 def reducescatter_async(tensor, name=None, op=Average, process_set=global_process_set, prescale_factor=1.0,
                         postscale_factor=1.0) -> Handle:  # fmt: skip
     """Starts a reducescatter."""
-    handle = _reducescatter(
-        [tensor], _named("reducescatter", name), op, prescale_factor, postscale_factor, process_set, None
-    )
-    finish = handle._finish
-    handle._finish = lambda outcome: finish(outcome)[0]
-    return handle
+    name = _named("reducescatter", name)
+    return _reducescatter([tensor], True, name, op, prescale_factor, postscale_factor, process_set, None)
 
 
 def grouped_reducescatter_async(tensors, name=None, op=Average, process_set=global_process_set,
@@ -368,4 +386,4 @@ def grouped_reducescatter_async(tensors, name=None, op=Average, process_set=glob
     """Starts a reducescatter of several tensors as one operation."""
     tensors, refused = _as_list(tensors)
     name = _named("grouped_reducescatter", name)
-    return _reducescatter(tensors, name, op, prescale_factor, postscale_factor, process_set, refused)
+    return _reducescatter(tensors, False, name, op, prescale_factor, postscale_factor, process_set, refused)

@@ -29,13 +29,13 @@ class HorovodAllreduce(torch.autograd.Function):
     def forward(ctx, tensor, average, name, op, prescale_factor, postscale_factor, process_set):
         op = handle_average_backwards_compatibility(op, average)
         ctx.arguments = (op, prescale_factor, postscale_factor, process_set)
-        return synchronize(start_allreduce(tensor, None, name, op, prescale_factor, postscale_factor, process_set, True))
+        return synchronize(start_allreduce(tensor, False, name, op, prescale_factor, postscale_factor, process_set, True))
 
     @staticmethod
     def backward(ctx, grad_output):
         op, prescale_factor, postscale_factor, process_set = ctx.arguments
         handle = start_allreduce(
-            grad_output.contiguous(), None, None, op, prescale_factor, postscale_factor, process_set, True
+            grad_output.contiguous(), False, None, op, prescale_factor, postscale_factor, process_set, True
         )
         return (synchronize(handle),) + (None,) * 6
 
@@ -58,7 +58,7 @@ class HorovodGroupedAllreduce(torch.autograd.Function):
 
 def _gathered_gradient(grad: torch.Tensor, rows: int, process_set: ProcessSet) -> torch.Tensor:
     """This rank's rows of the averaged gradient. (Average, not the sum, is what Horovod's users are used to.)"""
-    reduced = synchronize(start_allreduce(grad.contiguous(), None, None, Average, 1.0, 1.0, process_set, True))
+    reduced = synchronize(start_allreduce(grad.contiguous(), False, None, Average, 1.0, 1.0, process_set, True))
     counts = synchronize(allgather_async(torch.tensor([rows]), None, process_set)).tolist()
     start = sum(counts[: process_set.rank()])
     return reduced.narrow(0, start, rows)
@@ -102,11 +102,11 @@ class HorovodBroadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, root_rank, name, process_set):
         ctx.root_rank, ctx.process_set = root_rank, process_set
-        return synchronize(start_broadcast(tensor, None, root_rank, name, process_set, True))
+        return synchronize(start_broadcast(tensor, False, root_rank, name, process_set, True))
 
     @staticmethod
     def backward(ctx, grad_output):
-        handle = start_allreduce(grad_output.contiguous(), None, None, Average, 1.0, 1.0, ctx.process_set, True)
+        handle = start_allreduce(grad_output.contiguous(), False, None, Average, 1.0, 1.0, ctx.process_set, True)
         grad = synchronize(handle)
         if _native.world()["rank"] != ctx.root_rank:
             grad.zero_()

@@ -71,7 +71,7 @@ def allreduce_(tensor, average=None, name=None, op=None, prescale_factor=1.0, po
                process_set=global_process_set) -> torch.Tensor:  # fmt: skip
     """The reduction of all ranks' tensors, in place."""
     op = handle_average_backwards_compatibility(op, average)
-    return synchronize(start_allreduce(tensor, tensor, name, op, prescale_factor, postscale_factor, process_set, True))
+    return synchronize(start_allreduce(tensor, True, name, op, prescale_factor, postscale_factor, process_set, True))
 
 
 def grouped_allreduce(tensors, average=None, name=None, compression=Compression.none, op=None,
@@ -111,7 +111,7 @@ def broadcast(tensor, root_rank, name=None, process_set=global_process_set) -> t
 
 def broadcast_(tensor, root_rank, name=None, process_set=global_process_set) -> torch.Tensor:
     """The root's tensor, in place."""
-    return synchronize(start_broadcast(tensor, tensor, root_rank, name, process_set, True))
+    return synchronize(start_broadcast(tensor, True, root_rank, name, process_set, True))
 
 
 def alltoall(tensor, splits=None, name=None, process_set=global_process_set) -> Any:

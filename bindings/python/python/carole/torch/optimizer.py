@@ -117,6 +117,11 @@ class _DistributedOptimizer(torch.optim.Optimizer):
                 "zero_grad() was called after backward() and before step() or synchronize(): the gradients "
                 "are being reduced"
             )
+        if reducer.buckets:
+            # The gradients stay where they are, also where they were to be set to None.
+            for bucket in reducer.buckets:
+                bucket.zero()
+            return None
         return reducer.base.zero_grad(self, *args, **kwargs)
 
 
@@ -228,6 +233,7 @@ def DistributedOptimizer(
     groups: Any = None,
     sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
+    gradient_as_bucket_view: bool = False,
 ) -> torch.optim.Optimizer:
     """Wraps an optimizer so that gradients are averaged over the ranks before each step.
 
@@ -246,6 +252,9 @@ def DistributedOptimizer(
         groups: how many groups of parameters are reduced as one operation each, or the groups themselves.
         sparse_as_dense: whether sparse gradients are made dense first.
         process_set: the ranks that train together.
+        gradient_as_bucket_view: whether gradients are views of flat regions (one for each group, else by size), which
+            are reduced in place as one tensor each. Saves copies and calls. `zero_grad` then writes zeros, and never
+            sets gradients to None.
     Raises:
         ValueError: for arguments that do not go together.
     """
@@ -261,7 +270,7 @@ def DistributedOptimizer(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     reducer = Reducer(
         type(optimizer), named, compression, backward_passes_per_step, op, gradient_predivide_factor,
-        _split(groups, trained), sparse_as_dense, process_set,
+        _split(groups, trained), sparse_as_dense, process_set, gradient_as_bucket_view,
     )  # fmt: skip
     several = _native.world()["size"] > 1 and process_set.included() is not False
     methods = _DistributedAdasumOptimizer if op == Adasum and several else _DistributedOptimizer

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 
 from .._sets import ProcessSet
-from . import ops
+from . import buckets, ops
+from .buckets import Bucket
 from .compression import exchanging
 from .ops import Average, Max
 
@@ -29,7 +30,7 @@ class Reducer:
     """Submits gradients as they are computed, and puts the results in their place."""
 
     def __init__(self, base, named, compression, backward_passes_per_step, op, gradient_predivide_factor, groups,
-                 sparse_as_dense, process_set) -> None:  # fmt: skip
+                 sparse_as_dense, process_set, as_views=False) -> None:  # fmt: skip
         # The class whose methods the wrapper extends.
         self.base = base
         self.names: Dict[torch.Tensor, str] = {parameter: name for name, parameter in named}
@@ -43,10 +44,13 @@ class Reducer:
             self.pre, self.post = 1.0 / gradient_predivide_factor, gradient_predivide_factor
         self.sparse_as_dense = sparse_as_dense
         self.process_set: ProcessSet = process_set
-        self.groups: Dict[torch.Tensor, Group] = {}
+        self.groups: Dict[torch.Tensor, Union[Group, Bucket]] = {}
         for number, members in enumerate(groups or []):
             group = Group(number, members)
             self.groups.update((parameter, group) for parameter in members)
+        # Whether gradients are views of flat regions, and those regions.
+        self.as_views = as_views
+        self.buckets: List[Bucket] = []
         self.active = False
         self.trained: List[torch.Tensor] = []
         self.passes_left: Dict[torch.Tensor, int] = {}
@@ -63,9 +67,10 @@ class Reducer:
         self.layouts = None
         # The parameter holds its hook, and must not hold the optimizer with it.
         me = weakref.ref(self)
-        for parameter in parameters:
-            if not parameter.requires_grad or parameter in self.passes_left:
-                continue
+        new = [one for one in parameters if one.requires_grad and one not in self.passes_left]
+        if self.as_views:
+            self.make_buckets(new)
+        for parameter in new:
             self.trained.append(parameter)
             self.passes_left[parameter] = self.backward_passes_per_step
             # This one runs before the gradient changes, which may be on its way to the other ranks.
@@ -78,6 +83,20 @@ class Reducer:
                 node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
                 node.register_hook(lambda *_, parameter=parameter: _arrived(me, parameter))
                 self.keep.append(node)
+
+    def make_buckets(self, parameters: Sequence[torch.Tensor]) -> None:
+        """One flat region for each group and type; parameters without a group get regions by size."""
+        grouped: Dict[int, List[torch.Tensor]] = {}
+        for parameter in parameters:
+            group = self.groups.get(parameter)
+            if group is not None:
+                grouped.setdefault(group.number, []).append(parameter)
+        lists = [part for members in grouped.values() for part in buckets.by_type(members)]
+        lists += buckets.split([parameter for parameter in parameters if parameter not in self.groups])
+        for members in lists:
+            bucket = Bucket(members)
+            self.buckets.append(bucket)
+            self.groups.update((parameter, bucket) for parameter in members)
 
     def expected(self, parameter: torch.Tensor) -> None:
         """A backward pass is about to accumulate into the gradient of `parameter`."""
@@ -144,6 +163,9 @@ class Reducer:
     def submit_group(self, group: Group) -> None:
         """Submits a group: the dense gradients as one operation, the sparse ones beside it."""
         group.ready = 0
+        if isinstance(group, Bucket):
+            self.submit_bucket(group)
+            return
         dense: List[torch.Tensor] = []
         for parameter in group.parameters:
             if self.gradient(parameter).is_sparse or self.exchanging is not None:
@@ -166,6 +188,37 @@ class Reducer:
                 self.put(parameter, reduced[position], ctx)
 
             self.waiting[parameter] = put
+
+    def submit_bucket(self, bucket: Bucket) -> None:
+        for parameter in bucket.parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse and not self.sparse_as_dense:
+                raise ValueError(
+                    "a sparse gradient cannot be a view of a flat region; use sparse_as_dense=True, or leave "
+                    "gradient_as_bucket_view out"
+                )
+            bucket.take(parameter)
+        name = f"bucket.{self.names[bucket.parameters[0]]}"
+        if self.exchanging is not None:
+            finish = self.exchanging.exchange(bucket.flat, name, self.op, self.pre, self.post, self.process_set)
+        else:
+            sent, ctx = self.compression.compress(bucket.flat)
+            handle = ops.allreduce_async_(
+                sent, name=name, op=self.op, prescale_factor=self.pre, postscale_factor=self.post,
+                process_set=self.process_set,
+            )  # fmt: skip
+
+            def finish() -> torch.Tensor:
+                return self.compression.decompress(ops.synchronize(handle), ctx)
+
+        left = [finish]
+
+        def put() -> None:
+            if left:
+                reduced = left.pop()()
+                if reduced.data_ptr() != bucket.flat.data_ptr():
+                    bucket.flat.copy_(reduced)
+
+        self.waiting.update((parameter, put) for parameter in bucket.parameters)
 
     def put(self, parameter: torch.Tensor, reduced: torch.Tensor, ctx: Any) -> None:
         reduced = self.compression.decompress(reduced, ctx)

@@ -15,15 +15,13 @@ from .._submit import (
     Max, Min, Product, Sum,
 )  # fmt: skip
 from ..torch.asynchronous import _CODES
+from .rings import Ring, Rings
 from .work import CaroleWork, CoalescedWork, DoneWork
 
-# How many operations of one collective, type and size may be in flight; names are used again after so many, so that
-# the engine knows them from the second round on.
-_RING = 64
-# Sizes that have names of their own; the rest share.
-_SIZES_MAX = 4096
 # Messages of our own have tags above the users'.
 _TAG_BITS = 20
+
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 _OPERATIONS = [
     (getattr(dist.ReduceOp, name), op)
@@ -49,6 +47,15 @@ def _operation(options: Any) -> Tuple[int, float]:
     raise UsageError(f"{wanted} is none of SUM, AVG, MIN, MAX, PRODUCT, BAND, BOR, PREMUL_SUM")
 
 
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it, whose bytes are its values one behind the other."""
+    return tensor if _is_plain(tensor) else tensor.contiguous().resolve_conj().resolve_neg()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def _asynchronous(options: Any) -> bool:
     return bool(getattr(options, "asyncOp", True))
 
@@ -68,8 +75,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         self._devices: List[torch.device] = []
         self._name = ""
         self._desc = ""
-        self._tag = ""
-        self._counters: Dict[Tuple[int, Any, int], List[Any]] = {}
+        self._rings = Rings(store, rank, ranks)
 
     def ready(self) -> None:
         """Torch has set the group up."""
@@ -92,7 +98,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
 
     def _set_group_name(self, name: str) -> None:
         self._name = name
-        self._tag = f"c10d.{name}"[:64]
+        self._rings.group = name
 
     setGroupName = _set_group_name
 
@@ -121,7 +127,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         pass
 
     def _get_sequence_number_for_group(self) -> int:
-        return sum(counter[0] for counter in self._counters.values())
+        return self._rings.begun()
 
     def set_timeout(self, timeout: Any) -> None:
         self._timeout_s = timeout.total_seconds()
@@ -137,22 +143,6 @@ class CaroleProcessGroup(dist.ProcessGroup):
 
     # The way to the engine.
 
-    def _next_name(self, collective: int, code: Any, size: int) -> Tuple[str, List[Any], int]:
-        key = (collective, code, size)
-        counter = self._counters.get(key)
-        if counter is None:
-            if len(self._counters) >= _SIZES_MAX:
-                key = (collective, None, -1)
-            counter = self._counters.setdefault(
-                key, [0, [f"{self._tag}.{collective}.{key[1]}.{key[2]}.{k}" for k in range(_RING)], [None] * _RING]
-            )
-        place = counter[0] % _RING
-        counter[0] += 1
-        before = counter[2][place]
-        if before is not None and not before.is_completed():
-            before.wait()
-        return counter[1][place], counter[2], place
-
     def _start(
         self,
         collective: int,
@@ -166,15 +156,32 @@ class CaroleProcessGroup(dist.ProcessGroup):
         splits: Optional[Sequence[int]] = None,
         options: Any = None,
         size: int = 0,
+        place: Optional[Tuple[Ring, int]] = None,
     ) -> CaroleWork:
-        name, works, place = self._next_name(collective, tensors[0][2] if tensors else None, size)
+        ring, number = place or self._rings.next(collective, _DTYPES[tensors[0][2]] if tensors else None, size)
         handle = _native.submit_raw(
-            collective, tensors, keep, name, self._set, op, pre, 1.0, self._ranks[root], splits, None,
+            collective, tensors, keep, ring.names[number], self._set, op, pre, 1.0, self._ranks[root], splits, None,
             not _asynchronous(options),
         )  # fmt: skip
-        work = CaroleWork(handle, outputs, finish, self._timeout_s, keep)
-        works[place] = work
+        return self._work(ring, number, handle, outputs, finish, keep)
+
+    def _work(self, ring: Ring, number: int, handle: Any, outputs: List[torch.Tensor],
+              finish: Optional[Callable[[Any], None]], keep: Any) -> CaroleWork:  # fmt: skip
+        work = CaroleWork(
+            handle, outputs, finish, self._timeout_s, keep, stuck=lambda: self._rings.explain(ring, number)
+        )
+        ring.works[number] = work
         return work
+
+    def _short(self, tensors: List[torch.Tensor], op: int, pre: float, options: Any,
+               place: Tuple[Ring, int]) -> Optional[CaroleWork]:  # fmt: skip
+        """An allreduce in place of one tensor that is as the engine wants it; None where it is not."""
+        ring, number = place
+        handle = _native.start(
+            ALLREDUCE, tensors[0], True, "", ring.names[number], self._set, op, pre, 1.0, 0,
+            not _asynchronous(options),
+        )  # fmt: skip
+        return None if handle is None else self._work(ring, number, handle, tensors, None, None)
 
     def _code(self, tensor: torch.Tensor) -> int:
         code = _CODES.get(tensor.dtype)
@@ -191,7 +198,13 @@ class CaroleProcessGroup(dist.ProcessGroup):
             for tensor in tensors if pre != 1.0 else ():
                 tensor.mul_(pre)
             return DoneWork(tensors)
-        copies = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+        size = tensors[0].numel() if len(tensors) == 1 else -2
+        place = self._rings.next(collective, tensors[0].dtype, size)
+        if collective == ALLREDUCE and size >= 0:
+            work = self._short(tensors, op, pre, options, place)
+            if work is not None:
+                return work
+        copies = [_plain(tensor) for tensor in tensors]
         takes = collective == ALLREDUCE or self._rank == root
         arguments = [
             (copy.data_ptr(), (copy.data_ptr() or 64) if takes else 0, self._code(copy), tuple(copy.shape))
@@ -205,8 +218,9 @@ class CaroleProcessGroup(dist.ProcessGroup):
                     if copy is not tensor and takes:
                         tensor.copy_(copy)
 
-        size = tensors[0].numel() if len(tensors) == 1 else -2
-        return self._start(collective, arguments, copies, tensors, finish, op, pre, root, None, options, size)
+        return self._start(
+            collective, arguments, copies, tensors, finish, op, pre, root, None, options, size, place
+        )  # fmt: skip
 
     # The collectives.
 
@@ -225,7 +239,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
             return DoneWork(tensors)
         works = []
         for tensor in tensors:
-            copy = tensor if tensor.is_contiguous() else tensor.contiguous()
+            copy = _plain(tensor)
             finish = None if copy is tensor else (lambda _, tensor=tensor, copy=copy: tensor.copy_(copy))
             pointer = copy.data_ptr()
             arguments = [(pointer, pointer or 64, self._code(copy), tuple(copy.shape))]
@@ -242,7 +256,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
     def _gathered(self, inputs: List[torch.Tensor], place: Callable[[int, torch.Tensor], None],
                   outputs: List[Any], options: Any) -> Any:  # fmt: skip
         """Gathers all ranks' `inputs`; `place(i, rows)` gets one flat row per rank, in the order of the group."""
-        flat = [tensor.detach().contiguous().reshape(1, -1) for tensor in inputs]
+        flat = [_plain(tensor.detach()).reshape(1, -1) for tensor in inputs]
         arguments = [(one.data_ptr(), 0, self._code(one), tuple(one.shape)) for one in flat]
 
         def finish(outcome: Any) -> None:
@@ -333,8 +347,8 @@ class CaroleProcessGroup(dist.ProcessGroup):
                         tensor.reshape(output.shape)
                     )
             return DoneWork(outputs)
-        rows = [self._by_rank(tensor.detach().contiguous().reshape(self._size, -1)) for tensor in inputs]
-        made = [one if one.is_contiguous() else torch.empty(one.shape, dtype=one.dtype) for one in outputs]
+        rows = [self._by_rank(_plain(tensor.detach()).reshape(self._size, -1)) for tensor in inputs]
+        made = [one if _is_plain(one) else torch.empty(one.shape, dtype=one.dtype) for one in outputs]
         arguments = [
             (row.data_ptr(), one.data_ptr() or 64, self._code(row), tuple(row.shape)) for row, one in zip(rows, made)
         ]
@@ -361,7 +375,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         return rows[[self._ranks.index(rank) for rank in sorted(self._ranks)]]
 
     def gather(self, outputs: List[List[torch.Tensor]], inputs: List[torch.Tensor], opts: Any = None) -> Any:
-        row = inputs[0].detach().contiguous().reshape(1, -1)
+        row = _plain(inputs[0].detach()).reshape(1, -1)
         if self._size == 1:
             outputs[0][0].copy_(inputs[0])
             return DoneWork(outputs[0])
@@ -386,7 +400,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         rows = None
         if self._rank == opts.rootRank:
             rows = self._by_rank(torch.stack([one.detach().reshape(-1) for one in inputs[0]]))
-        made = output if output.is_contiguous() else torch.empty(output.shape, dtype=output.dtype)
+        made = output if _is_plain(output) else torch.empty(output.shape, dtype=output.dtype)
         finish = None if made is output else (lambda _: output.copy_(made))
         pointer = rows.data_ptr() if rows is not None else 0
         arguments = [(pointer, made.data_ptr() or 64, self._code(made), (self._size, made.numel()))]
@@ -397,7 +411,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
     def all_to_all_single(self, output: torch.Tensor, tensor: torch.Tensor, output_splits: Sequence[int],
                           input_splits: Sequence[int], opts: Any = None) -> Any:  # fmt: skip
         del output_splits
-        rows = tensor.detach().contiguous()
+        rows = _plain(tensor.detach())
         rows = rows.reshape(rows.shape[0] if rows.dim() else 1, -1)
         splits = list(input_splits) or [rows.shape[0] // self._size] * self._size
         parts = list(rows.split(splits))
@@ -441,8 +455,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         if not 0 <= tag < 1 << _TAG_BITS:
             raise UsageError(f"tag={tag} is not from 0 to {(1 << _TAG_BITS) - 1}")
         (tensor,) = tensors
-        copy = tensor.detach()
-        copy = copy if copy.is_contiguous() else copy.contiguous()
+        copy = _plain(tensor.detach())
         finish = None
         if not sending and copy.data_ptr() != tensor.data_ptr():
 

@@ -11,7 +11,8 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from .. import _native
-from .._errors import BrokenError, TimeoutError
+from .._errors import BrokenError, MismatchError, TimeoutError
+from .desync import FIRST_LOOK_S, NEXT_LOOK_S
 
 # How long the thread that completes futures waits for one operation before it looks at the others.
 _TURN_S = 0.05
@@ -61,6 +62,7 @@ class CaroleWork(c10d.Work):
         timeout_s: float,
         keep: Any = None,
         source: int = -1,
+        stuck: Optional[Callable[[], Optional[str]]] = None,
     ) -> None:
         super().__init__()
         self._handle = handle
@@ -69,6 +71,8 @@ class CaroleWork(c10d.Work):
         self._timeout_s = timeout_s
         self._keep = keep
         self._source = source
+        # Says why the operation will never end, where that can be found out.
+        self._stuck = stuck
         self._lock = threading.Lock()
         self._done = False
         self._error: Optional[BaseException] = None
@@ -81,7 +85,7 @@ class CaroleWork(c10d.Work):
         try:
             if not self._done:
                 try:
-                    outcome = self._handle.wait(timeout_s)
+                    outcome = self._wait(timeout_s)
                     if self._finish is not None:
                         self._finish(outcome)
                 except (TimeoutError, KeyboardInterrupt):
@@ -94,6 +98,27 @@ class CaroleWork(c10d.Work):
                 raise self._error
         finally:
             self._lock.release()
+
+    def _wait(self, timeout_s: float) -> Any:
+        if self._stuck is None or timeout_s <= FIRST_LOOK_S:
+            return self._handle.wait(timeout_s)
+        left, turn = timeout_s, FIRST_LOOK_S
+        while True:
+            try:
+                return self._handle.wait(min(turn, left))
+            except TimeoutError:
+                left, turn = left - turn, NEXT_LOOK_S
+                words = self._stuck()
+                if words is not None:
+                    raise MismatchError(words) from None
+                if left <= 0:
+                    raise
+            except BrokenError as error:
+                # The rank that it was waiting for may have found out why, and ended.
+                words = self._stuck() if turn == NEXT_LOOK_S else None
+                if words is not None:
+                    raise MismatchError(words) from error
+                raise
 
     def wait(self, timeout: Any = None) -> bool:
         seconds = timeout.total_seconds() if timeout is not None else 0.0

@@ -1,0 +1,259 @@
+//! The short way for tensors of PyTorch: one call from Python looks at them, submits them and returns the handle.
+//! What it cannot take (`None`), the general way in `carole.torch.asynchronous` takes or refuses with words.
+
+use crate::errors;
+use crate::exchange::Exchange;
+use crate::fastcall::text;
+use crate::handle::{Finish, Handle, release_finished};
+use carole::runtime::{self, Request, TensorArg};
+use carole::types::{Collective, DType, Rank, ReduceOp, Scale, SetId};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyList, PyString, PyType};
+use std::any::Any;
+use std::borrow::Cow;
+
+/// What torch is, told once by `carole.torch`.
+struct Torch {
+    class: Py<PyType>,
+    /// torch's types, which are objects that exist once.
+    dtypes: Vec<(Py<PyAny>, DType)>,
+    strided: Py<PyAny>,
+    empty_like: Py<PyAny>,
+    everyone: Py<PyAny>,
+    exchange: Option<Exchange>,
+}
+
+static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+
+/// Tells what torch is: the class of its tensors, its types with their codes, `torch.strided`, `torch.empty_like`,
+/// and the process set of all ranks.
+#[pyfunction]
+pub fn learn_torch(
+    py: Python<'_>,
+    class: Bound<'_, PyType>,
+    dtypes: Vec<(Py<PyAny>, u8)>,
+    strided: Py<PyAny>,
+    empty_like: Py<PyAny>,
+    everyone: Py<PyAny>,
+) {
+    let exchange = Exchange::of(class.as_any());
+    let known = |(object, code)| DType::from_code(code).map(|dtype| (object, dtype));
+    let dtypes = dtypes.into_iter().filter_map(known).collect();
+    TORCH.get_or_init(py, || Torch {
+        class: class.unbind(),
+        dtypes,
+        strided,
+        empty_like,
+        everyone,
+        exchange,
+    });
+}
+
+/// The memory of a tensor.
+struct View<'a> {
+    data: *mut u8,
+    dtype: DType,
+    shape: Cow<'a, [u64]>,
+}
+
+impl Torch {
+    /// Views a dense, contiguous tensor in host memory whose bytes are its values.
+    fn view<'a>(&self, object: &'a Bound<'_, PyAny>) -> Option<View<'a>> {
+        if !object.is_instance(self.class.bind(object.py()).as_any()).ok()? {
+            return None;
+        }
+        let view = match &self.exchange {
+            Some(exchange) => {
+                let seen = exchange.view(object)?;
+                View { data: seen.data, dtype: seen.dtype, shape: Cow::Borrowed(seen.shape) }
+            }
+            None => self.view_by_attributes(object)?,
+        };
+        let py = object.py();
+        // Lazy views: the bytes are not yet conjugated or negated. A negated one of more than one element, the
+        // imaginary part of a conjugate, has gaps and does not come here.
+        let lazy = match view.dtype {
+            DType::C64 | DType::C128 => Some(intern!(py, "is_conj")),
+            DType::F32 | DType::F64 if view.shape.iter().product::<u64>() <= 1 => Some(intern!(py, "is_neg")),
+            _ => None,
+        };
+        match lazy {
+            Some(method) if object.call_method0(method).ok()?.is_truthy().ok()? => None,
+            _ => Some(view),
+        }
+    }
+
+    fn view_by_attributes<'a>(&self, object: &'a Bound<'_, PyAny>) -> Option<View<'a>> {
+        let py = object.py();
+        let yes =
+            |value: PyResult<Bound<'_, PyAny>>| value.and_then(|value| value.is_truthy()).unwrap_or(false);
+        let dense = object.getattr(intern!(py, "layout")).is_ok_and(|layout| layout.is(&self.strided));
+        if !dense
+            || !yes(object.getattr(intern!(py, "is_cpu")))
+            || !yes(object.call_method0(intern!(py, "is_contiguous")))
+        {
+            return None;
+        }
+        let dtype = object.getattr(intern!(py, "dtype")).ok()?;
+        let dtype = self.dtypes.iter().find(|(known, _)| known.is(&dtype))?.1;
+        let address: usize = object.call_method0(intern!(py, "data_ptr")).ok()?.extract().ok()?;
+        let shape: Vec<u64> = object.getattr(intern!(py, "shape")).ok()?.extract().ok()?;
+        Some(View { data: std::ptr::with_exposed_provenance_mut(address), dtype, shape: Cow::Owned(shape) })
+    }
+
+    fn set(&self, set: &Bound<'_, PyAny>) -> Option<SetId> {
+        if set.is(&self.everyone) || set.is_none() {
+            return Some(SetId(0));
+        }
+        if let Ok(number) = set.extract::<u32>() {
+            return Some(SetId(number));
+        }
+        set.getattr(intern!(set.py(), "process_set_id")).ok()?.extract::<u32>().ok().map(SetId)
+    }
+}
+
+/// The arguments of [`start`], as Python gave them.
+struct Call<'a, 'py> {
+    torch: &'a Torch,
+    collective: Collective,
+    tensors: &'a Bound<'py, PyAny>,
+    in_place: bool,
+    name: Option<String>,
+    set: SetId,
+    op: ReduceOp,
+    scale: Scale,
+    root: Rank,
+    waits: bool,
+}
+
+/// Starts an allreduce or a broadcast of a tensor, or of a list of tensors as one operation; in place, or into new
+/// tensors. Its name is `prefix.name` (`name` where the prefix is empty). `None` where the general way is to be
+/// taken. The handle's result is the tensor, or the list.
+///
+/// The arguments: collective, tensors, in_place, prefix, name, set, op, pre, post, root, waits.
+pub fn start<'py>(py: Python<'py>, arguments: &[Bound<'py, PyAny>; 11]) -> PyResult<Option<Handle>> {
+    release_finished();
+    match understand(py, arguments) {
+        Some(call) if call.tensors.is_instance_of::<PyList>() => start_list(py, &call),
+        Some(call) => start_one(py, call),
+        // What is not as it should be, the general way refuses, and tells the other ranks.
+        None => Ok(None),
+    }
+}
+
+fn understand<'a, 'py>(py: Python<'py>, arguments: &'a [Bound<'py, PyAny>; 11]) -> Option<Call<'a, 'py>> {
+    let [collective, tensors, in_place, prefix, name, set, op, pre, post, root, waits] = arguments;
+    let torch = TORCH.get(py)?;
+    let name = match name.cast_exact::<PyString>() {
+        Ok(name) => {
+            let (prefix, name) = (text(prefix)?, text(name.as_any())?);
+            Some(if prefix.is_empty() { name.to_owned() } else { [prefix, ".", name].concat() })
+        }
+        Err(_) if name.is_none() => None,
+        Err(_) => return None,
+    };
+    Some(Call {
+        torch,
+        collective: Collective::from_code(collective.extract().ok()?)?,
+        tensors,
+        in_place: in_place.is_truthy().ok()?,
+        name,
+        set: torch.set(set)?,
+        op: ReduceOp::from_code(op.extract().ok()?)?,
+        scale: Scale { pre: pre.extract().ok()?, post: post.extract().ok()? },
+        root: Rank(root.extract().ok()?),
+        waits: waits.is_truthy().ok()?,
+    })
+}
+
+fn start_one<'py>(py: Python<'py>, call: Call<'_, 'py>) -> PyResult<Option<Handle>> {
+    let Some(view) = call.torch.view(call.tensors) else { return Ok(None) };
+    let result = match call.in_place {
+        true => call.tensors.clone(),
+        false => call.torch.empty_like.bind(py).call1((call.tensors,))?,
+    };
+    let output = match call.in_place {
+        true => view.data,
+        false => match call.torch.view(&result) {
+            Some(output) => output.data,
+            None => return Ok(None),
+        },
+    };
+    let keep: Box<dyn Any + Send> = match call.in_place {
+        true => Box::new(result.clone().unbind()),
+        false => Box::new((call.tensors.clone().unbind(), result.clone().unbind())),
+    };
+    let tensors = [argument(&view, output)];
+    let handle = call.post(py, &tensors, keep)?;
+    Ok(Some(Handle::new(handle, call.name, Finish::Tensors { result: result.unbind() })))
+}
+
+fn start_list<'py>(py: Python<'py>, call: &Call<'_, 'py>) -> PyResult<Option<Handle>> {
+    let inputs: Vec<Bound<'py, PyAny>> = call.tensors.cast::<PyList>()?.iter().collect();
+    let view_all = |tensors: &'_ [Bound<'py, PyAny>]| -> Option<Vec<(*mut u8, DType, Vec<u64>)>> {
+        let view =
+            |tensor| call.torch.view(tensor).map(|view| (view.data, view.dtype, view.shape.into_owned()));
+        tensors.iter().map(view).collect()
+    };
+    let views = match view_all(&inputs) {
+        Some(views) if !views.is_empty() => views,
+        _ => return Ok(None),
+    };
+    let made = match call.in_place {
+        true => inputs,
+        false => {
+            let like = |input: &Bound<'py, PyAny>| call.torch.empty_like.bind(py).call1((input,));
+            inputs.iter().map(like).collect::<PyResult<_>>()?
+        }
+    };
+    let Some(outputs) = view_all(&made) else { return Ok(None) };
+    let views: Vec<View<'_>> = views
+        .into_iter()
+        .map(|(data, dtype, shape)| View { data, dtype, shape: Cow::Owned(shape) })
+        .collect();
+    let tensors: Vec<TensorArg<'_>> =
+        views.iter().zip(&outputs).map(|(view, output)| argument(view, output.0)).collect();
+    // A list of its own, which the caller cannot change while the operation needs it.
+    let result = PyList::new(py, made)?;
+    let keep = (call.tensors.cast::<PyList>()?.as_sequence().to_list()?.unbind(), result.clone().unbind());
+    let handle = call.post(py, &tensors, Box::new(keep))?;
+    let finish = Finish::Tensors { result: result.into_any().unbind() };
+    Ok(Some(Handle::new(handle, call.name.clone(), finish)))
+}
+
+fn argument<'a>(view: &'a View<'_>, output: *mut u8) -> TensorArg<'a> {
+    // Null asks the engine to allocate, so that of an empty tensor becomes another address.
+    let output = if output.is_null() { std::ptr::NonNull::dangling().as_ptr() } else { output };
+    TensorArg { input: view.data, output, dtype: view.dtype, shape: &view.shape }
+}
+
+impl Call<'_, '_> {
+    fn post(
+        &self,
+        py: Python<'_>,
+        tensors: &[TensorArg<'_>],
+        keep: Box<dyn Any + Send>,
+    ) -> PyResult<runtime::Handle> {
+        let request = Request {
+            name: self.name.as_deref(),
+            set: self.set,
+            collective: self.collective,
+            op: self.op,
+            scale: self.scale,
+            root: self.root,
+            tensors,
+            ..Request::default()
+        };
+        // SAFETY: `keep` holds inputs and outputs where they are until the operation has an outcome; that Python
+        // code does not write inputs, touch outputs or resize either meanwhile is its documented duty.
+        let handle = unsafe {
+            match self.waits {
+                true => runtime::submit_to_wait(&request, Some(keep)),
+                false => runtime::submit(&request, Some(keep)),
+            }
+        };
+        handle.map_err(|error| errors::to_python(py, &error))
+    }
+}
