@@ -240,8 +240,8 @@ impl Driver {
         let limit = now.after_ns(limits::SHUTDOWN_MS * 1_000_000);
         *lock(&self.shared.failure) = Some(Error::Shutdown(None));
         loop {
-            let moved = self.shared.turn(&mut engine, None);
             let now = self.shared.now();
+            let moved = self.shared.turn(&mut engine, None, now);
             if engine.is_gone() || now >= limit {
                 break;
             }
@@ -315,8 +315,7 @@ impl Shared {
 
     /// One turn of the engine, which may begin with the news that somebody waits for an operation. A panic in it
     /// (a bug of ours) breaks the epoch and leaves no waiter behind.
-    fn turn(&self, engine: &mut Engine, waits_for: Option<OpId>) -> bool {
-        let now = self.now();
+    fn turn(&self, engine: &mut Engine, waits_for: Option<OpId>, now: Time) -> bool {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             let mut moved = self.read_mail(engine, now);
             if let Some(op) = waits_for {
@@ -449,13 +448,14 @@ impl Shared {
         let mut waits_for = self.handles.index(handle).ok().map(OpId);
         let mut idle_since = None;
         loop {
-            let moved = self.turn(&mut engine, waits_for.take());
+            let now = self.now();
+            let moved = self.turn(&mut engine, waits_for.take(), now);
             let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
             if moved
                 && let Some((since, learns)) = idle_since.take()
                 && learns
             {
-                spin.found(self.now().since(since));
+                spin.found(now.since(since));
             }
             if over || until.is_some_and(|at| Instant::now() >= at) {
                 break;
@@ -463,7 +463,6 @@ impl Shared {
             if moved {
                 continue;
             }
-            let now = self.now();
             // While all members are at a batch the next window is known to be on its way, and comes soon.
             let exchanging = engine.is_exchanging();
             let (since, _) = *idle_since.get_or_insert((now, !exchanging));
@@ -484,7 +483,7 @@ impl Shared {
         }
         if engine.is_busy() {
             // What the last turn had to say leaves now: to wake the background thread for it costs far more.
-            self.turn(&mut engine, None);
+            self.turn(&mut engine, None, self.now());
         }
         let busy = engine.is_busy();
         drop(spin);
@@ -555,7 +554,7 @@ impl Shared {
             // Only who drives may clear the eventfd: a caller that sleeps on it would miss its wake.
             self.waker.clear();
             engine.disarm();
-            if self.turn(&mut engine, None) {
+            if self.turn(&mut engine, None, self.now()) {
                 continue;
             }
             if engine.is_busy() {

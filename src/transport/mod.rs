@@ -58,6 +58,10 @@ pub trait Pipe: Send {
     fn descriptor_tells_room(&self) -> bool {
         true
     }
+    /// Whether a write is a copy in memory and no system call, so that nothing is gained by gathering several.
+    fn is_memory(&self) -> bool {
+        false
+    }
     /// The transport's name: shm, tcp, sim.
     fn kind(&self) -> &'static str;
 }

@@ -318,6 +318,10 @@ impl Link for FlowLink {
     fn tell(&mut self, message: &[u8]) {
         assert!(message.len() <= CONTROL_BYTES_MAX, "a control message is at most CONTROL_BYTES_MAX long");
         self.outbox.message(message);
+        if self.control.is_memory() {
+            // The peer may begin with it at once. What does not fit or fails comes up with the next progress.
+            let _ = self.write_control();
+        }
     }
 
     /// On `Err`, `events` still holds what happened before: the engine looks at it first.

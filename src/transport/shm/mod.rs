@@ -64,6 +64,8 @@ pub struct ShmPipe {
     producer: Producer,
     consumer: Consumer,
     distance: Distance,
+    /// Whether large parts have been written.
+    carries_much: bool,
     /// What happened since the last flush that a sleeping peer may wait for.
     offers: u64,
     looks: u32,
@@ -103,6 +105,7 @@ impl ShmPipe {
             producer: Producer::new(tx.size()),
             consumer: Consumer::new(rx.size()),
             distance: Distance::default(),
+            carries_much: false,
             offers: 0,
             looks: 0,
             armed: false,
@@ -114,6 +117,7 @@ impl ShmPipe {
     fn write_part(&mut self, part: &[u8]) -> Result<usize, Cause> {
         let segment = &self.shared.segment;
         let (ring, size) = (segment.bytes(self.tx), self.tx.size());
+        self.carries_much |= part.len() >= PUBLISH_BYTES;
         let mut done = 0;
         while done < part.len() {
             let wanted = (part.len() - done).min(PUBLISH_BYTES);
@@ -172,8 +176,8 @@ impl ShmPipe {
     /// Bytes that can be read in a row.
     fn readable(&mut self) -> Result<usize, Cause> {
         let segment = &self.shared.segment;
-        // Of control messages, which are small, it makes no difference.
-        if self.rx.data
+        // Where only small messages go it makes no difference, and the look is not free.
+        if self.carries_much
             && let Some(known) = self.consumer.drained_at()
         {
             self.distance.look(segment.tail(self.rx), known);
@@ -309,6 +313,10 @@ impl Pipe for ShmPipe {
 
     fn descriptor_tells_room(&self) -> bool {
         false
+    }
+
+    fn is_memory(&self) -> bool {
+        true
     }
 
     fn kind(&self) -> &'static str {
