@@ -11,7 +11,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from .. import _native
-from .._errors import BrokenError, MismatchError, TimeoutError
+from .._errors import BrokenError, MismatchError, ShutdownError, TimeoutError
 from .desync import FIRST_LOOK_S, NEXT_LOOK_S
 
 # How long the thread that completes futures waits for one operation before it looks at the others.
@@ -113,7 +113,7 @@ class CaroleWork(c10d.Work):
                     raise MismatchError(words) from None
                 if left <= 0:
                     raise
-            except BrokenError as error:
+            except (BrokenError, ShutdownError) as error:
                 # The rank that it was waiting for may have found out why, and ended.
                 words = self._stuck() if turn == NEXT_LOOK_S else None
                 if words is not None:
