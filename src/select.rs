@@ -36,6 +36,14 @@ pub struct Reason {
     forced: Forced,
 }
 
+impl Reason {
+    /// The price of what was chosen.
+    #[must_use]
+    pub fn ns(&self) -> u64 {
+        self.ns
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Forced {
     No,
@@ -69,7 +77,7 @@ impl fmt::Display for Reason {
 }
 
 /// A time that people can read.
-struct Nanoseconds(u64);
+pub struct Nanoseconds(pub u64);
 
 impl fmt::Display for Nanoseconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -99,6 +107,14 @@ pub fn select(query: &Query, prices: &Prices, forced: Option<&str>, window_bytes
     let forced = wanted.and_then(Result::err).unwrap_or(Forced::No);
     let fitting = rows(query).filter(|row| (row.fits)(query).is_ok());
     best(fitting, query, prices, window_bytes, forced)
+}
+
+/// How long the algorithm of this name would take, in as many windows as are best for it; `None` where it does not
+/// fit.
+#[must_use]
+pub fn price_ns(query: &Query, prices: &Prices, name: &str) -> Option<u64> {
+    let row = force(query, name).ok()?;
+    Some(best_windows(row, query, prices, WINDOW_BYTES).1)
 }
 
 /// Every candidate with its price, or why it does not fit; then the choice.
