@@ -188,6 +188,10 @@ fn best(
     Choice { algorithm, chunks: (algorithm.chunks)(query), windows, reason }
 }
 
+/// Over TCP as few windows as cost at most this much more than the best number: each window is a chance to find the
+/// peer asleep or the socket empty, which the price does not see.
+const FEWER_WINDOWS: f64 = 1.03;
+
 /// The number of windows with the lowest price, and that price.
 fn best_windows(row: &Algorithm, query: &Query, prices: &Prices, window_bytes: u64) -> (u32, u64) {
     let price = |windows| (windows, predict_ns(query, row, windows, prices));
@@ -197,7 +201,15 @@ fn best_windows(row: &Algorithm, query: &Query, prices: &Prices, window_bytes: u
     let least = query.bytes.div_ceil(window_bytes.max(1)).clamp(1, u64::from(WINDOWS_MAX)) as u32;
     let most = (query.bytes / WINDOW_BYTES_MIN).clamp(u64::from(least), u64::from(WINDOWS_MAX)) as u32;
     let counts = std::iter::successors(Some(least), |w| Some(w * 2)).take_while(|w| *w <= most);
-    counts.map(price).min_by_key(|(_, ns)| *ns).expect("at least the least")
+    let priced: Vec<(u32, u64)> = counts.map(price).collect();
+    let best = *priced.iter().min_by_key(|(_, ns)| *ns).expect("at least the least");
+    let over_tcp =
+        prices.same_host.copy_ns_per_byte > 0.0 || query.hosts.iter().any(|h| *h != query.hosts[0]);
+    if !over_tcp {
+        return best;
+    }
+    let limit = (best.1 as f64 * FEWER_WINDOWS) as u64;
+    priced.into_iter().find(|(_, ns)| *ns <= limit).expect("the best is within the limit")
 }
 
 #[cfg(test)]

@@ -387,7 +387,6 @@ fn porter_options(config: &Config) -> PorterOptions {
             buffer_bytes: config.tcp_buffer_bytes.map(|bytes| bytes as usize),
             congestion: config.tcp_congestion.clone(),
             user_timeout_ms: 2 * config.timeout_ms,
-            ..TcpOptions::default()
         },
     }
 }

@@ -125,8 +125,8 @@ impl Network {
     /// From now on every host's link carries this much in each direction and no more.
     pub fn shape(&self, mbits: u32) -> Result<(), String> {
         let tc = |namespace: &str, device: &str| {
-            // The burst holds what the timer of a loaded machine lets pass at once.
-            let burst = (mbits / 4).max(64);
+            // As little as passes unshaped, but what the clock that serves the queue lets through at once.
+            let burst = (mbits / 40).max(48);
             let line = format!(
                 "-n {namespace} qdisc replace dev {device} root tbf rate {mbits}mbit burst {burst}kb latency 30ms"
             );

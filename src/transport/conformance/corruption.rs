@@ -60,7 +60,8 @@ impl Pipe for Flipping {
 /// Two links over TCP, of which the first flips one bit on the pipe `at` (0 is control).
 fn rig(checksums: bool, at: usize, flip_at: u64) -> Rig {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (mut a, mut b): (Vec<Box<dyn Pipe>>, Vec<Box<dyn Pipe>>) = (vec![], vec![]);
+    let mut a: Vec<Box<dyn Pipe>> = vec![];
+    let mut b: Vec<Box<dyn Pipe>> = vec![];
     for i in 0..2 {
         let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (theirs, _) = listener.accept().unwrap();

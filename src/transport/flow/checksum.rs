@@ -50,7 +50,7 @@ mod tests {
     #[test]
     fn it_is_crc_32c_however_it_is_cut() {
         assert_eq!(of(b"123456789"), 0xE306_9283, "the check value of the standard");
-        let bytes: Vec<u8> = (0..10_000u32).map(|i| (i * 31 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..10_000u32).map(|i| ((i * 31) >> 3) as u8).collect();
         let mut sum = Checksum::new();
         for cut in [0, 1, 63, 64, 4097, 9999, 10_000] {
             sum.reset();
