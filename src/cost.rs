@@ -18,7 +18,49 @@ pub struct Wire {
     pub latency_ns: f64,
     /// Per byte.
     pub ns_per_byte: f64,
+    /// Work of the processor at each end for one message: system calls, the grant of a large one.
+    pub message_ns: f64,
+    /// Work of the processor at each end for each byte: TCP copies into the kernel and out of it. 0 where
+    /// `ns_per_byte` is that very work.
+    pub copy_ns_per_byte: f64,
 }
+
+impl Wire {
+    /// Shared memory at 10 GB/s.
+    pub const SHARED_MEMORY: Wire =
+        Wire { latency_ns: 1_000.0, ns_per_byte: 0.1, message_ns: 300.0, copy_ns_per_byte: 0.0 };
+    /// TCP within a host: no wire, but two copies.
+    pub const LOOPBACK: Wire = Wire {
+        latency_ns: 15_000.0,
+        ns_per_byte: 0.05,
+        message_ns: TCP_MESSAGE_NS,
+        copy_ns_per_byte: TCP_COPY_NS_PER_BYTE,
+    };
+
+    /// TCP over a network that carries `gbits` Gbit/s in each direction, with this latency.
+    #[must_use]
+    pub const fn network(gbits: f64, latency_us: f64) -> Wire {
+        Wire {
+            latency_ns: latency_us * 1e3,
+            ns_per_byte: 8.0 / gbits,
+            message_ns: TCP_MESSAGE_NS,
+            copy_ns_per_byte: TCP_COPY_NS_PER_BYTE,
+        }
+    }
+
+    /// Per byte of one message alone on the wire: copies overlap with the wire, the slower sets the pace.
+    fn pace_ns_per_byte(&self) -> f64 {
+        self.ns_per_byte.max(self.copy_ns_per_byte)
+    }
+}
+
+/// Calls of the kernel for one message with its grant, at one end; from a grid of sizes, ranks and hosts
+/// (`ci shaped`), where half of it made many small messages look better than they were.
+const TCP_MESSAGE_NS: f64 = 8_000.0;
+/// Of a byte between a process and the kernel, measured over loopback with both directions busy.
+const TCP_COPY_NS_PER_BYTE: f64 = 0.2;
+/// Windows of a batch that are at work at the same time: as many as the engine starts.
+const WINDOWS_IN_FLIGHT: f64 = 4.0;
 
 /// What everything costs. Agreed when the epoch starts: members with different prices would choose apart.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -29,18 +71,15 @@ pub struct Prices {
     pub between_hosts: Wire,
     /// Per byte of an operand that is reduced.
     pub reduce_ns_per_byte: f64,
-    /// Work of the processor for each message sent or received.
-    pub message_ns: f64,
 }
 
 impl Default for Prices {
     /// Shared memory at 10 GB/s, a 10 Gbit/s network, and one core that reduces 20 GB/s.
     fn default() -> Prices {
         Prices {
-            same_host: Wire { latency_ns: 1_000.0, ns_per_byte: 0.1 },
-            between_hosts: Wire { latency_ns: 25_000.0, ns_per_byte: 0.8 },
+            same_host: Wire::SHARED_MEMORY,
+            between_hosts: Wire::network(10.0, 25.0),
             reduce_ns_per_byte: 0.05,
-            message_ns: 300.0,
         }
     }
 }
@@ -69,7 +108,7 @@ pub fn simulate_ns(query: &Query, algorithm: &Algorithm, windows: u32, prices: &
     };
     let chunk_bytes = query.bytes as f64 / f64::from(windows) / parts;
     let (path, busiest) = Simulation::new(&all, query, prices, chunk_bytes).run();
-    path + u64::from(windows - 1) * busiest
+    path + pipelined(path as f64, busiest as f64, windows)
 }
 
 /// From the algorithm's own statement of steps and bytes.
@@ -77,17 +116,34 @@ pub fn simulate_ns(query: &Query, algorithm: &Algorithm, windows: u32, prices: &
 pub fn estimate_ns(query: &Query, algorithm: &Algorithm, windows: u32, prices: &Prices) -> u64 {
     let load = (algorithm.load)(query);
     let w = f64::from(windows);
-    let path = |leg: Leg, wire: Wire| leg.steps * wire.latency_ns + leg.path_bytes / w * wire.ns_per_byte;
+    let path =
+        |leg: Leg, wire: Wire| leg.steps * wire.latency_ns + leg.path_bytes / w * wire.pace_ns_per_byte();
     let port = |leg: Leg, wire: Wire| leg.port_bytes / w * wire.ns_per_byte;
-    let messages = 2.0 * load.messages * prices.message_ns;
+    // How the messages are divided between near and far is not stated; the steps tell roughly.
+    let steps = (load.near.steps + load.far.steps).max(1.0);
+    let message_ns = (load.near.steps * prices.same_host.message_ns
+        + load.far.steps * prices.between_hosts.message_ns)
+        / steps;
+    let messages = 2.0 * load.messages * message_ns;
+    // Out and in. The members of a host share its port, but each copies its own bytes.
+    let local = f64::from(query.size()) / query.members_by_host().len().max(1) as f64;
+    let copies = 2.0 / w
+        * (load.near.port_bytes * prices.same_host.copy_ns_per_byte
+            + load.far.port_bytes / local * prices.between_hosts.copy_ns_per_byte);
     let one = path(load.near, prices.same_host)
         + path(load.far, prices.between_hosts)
         + load.path_reduced / w * prices.reduce_ns_per_byte
         + messages;
     let each = port(load.near, prices.same_host)
         .max(port(load.far, prices.between_hosts))
-        .max(load.port_reduced / w * prices.reduce_ns_per_byte + messages);
-    round_up(one + (w - 1.0) * each)
+        .max(load.port_reduced / w * prices.reduce_ns_per_byte + messages + copies);
+    round_up(one) + pipelined(one, each, windows)
+}
+
+/// What all windows but the first add: the busiest port serves them one after another, and only so many are at
+/// work at the same time.
+fn pipelined(path: f64, busiest: f64, windows: u32) -> u64 {
+    round_up(f64::from(windows - 1) * busiest.max(path / WINDOWS_IN_FLIGHT))
 }
 
 fn round_up(ns: f64) -> u64 {
@@ -236,12 +292,15 @@ impl<'a> Simulation<'a> {
     /// whatever the algorithm, and mostly nothing is to be done.
     fn step(&mut self, at: u64, member: usize, step: usize) -> u64 {
         let all = self.all;
-        let (message, reduce) = (self.prices.message_ns, self.prices.reduce_ns_per_byte);
+        let reduce = self.prices.reduce_ns_per_byte;
         let bytes = |chunks: u32| f64::from(chunks) * self.chunk_bytes;
         let work = match &all[member].steps[step].verb {
             Verb::Send { to, src } => return self.send(at, member, step, *to as usize, bytes(src.count())),
-            Verb::Recv { .. } => message,
-            Verb::RecvReduce { dst, .. } => message + bytes(dst.count()) * reduce,
+            Verb::Recv { from, dst } => self.receive(member, *from as usize, bytes(dst.count())),
+            Verb::RecvReduce { from, dst, .. } => {
+                let bytes = bytes(dst.count());
+                self.receive(member, *from as usize, bytes) + bytes * reduce
+            }
             Verb::Reduce { dst, .. } => bytes(dst.count()) * reduce,
             Verb::ReduceMany { dst, srcs } => bytes(dst.count()) * reduce * (srcs.len() - 1) as f64,
             // Once for the dot products, once for the sum.
@@ -252,19 +311,33 @@ impl<'a> Simulation<'a> {
         self.ports.cpu[member].serve(at, work) + work
     }
 
+    fn wire(&self, a: usize, b: usize) -> (bool, Wire) {
+        let near = self.query.hosts[a] == self.query.hosts[b];
+        (near, if near { self.prices.same_host } else { self.prices.between_hosts })
+    }
+
+    /// Work that is left when the last byte has arrived. The copies before it are done meanwhile: they keep the
+    /// processor busy, but nobody waits for them.
+    fn receive(&mut self, member: usize, from: usize, bytes: f64) -> f64 {
+        let (_, wire) = self.wire(member, from);
+        self.ports.cpu[member].busy += round_up(bytes * wire.copy_ns_per_byte.min(wire.ns_per_byte));
+        wire.message_ns + bytes * (wire.pace_ns_per_byte() - wire.ns_per_byte)
+    }
+
     fn send(&mut self, at: u64, member: usize, step: usize, to: usize, bytes: f64) -> u64 {
+        let (near, wire) = self.wire(member, to);
         let (mine, theirs) = (self.query.hosts[member], self.query.hosts[to]);
-        let near = mine == theirs;
-        let wire = if near { self.prices.same_host } else { self.prices.between_hosts };
-        let message = round_up(self.prices.message_ns);
+        let message = round_up(wire.message_ns);
         let moving = round_up(bytes * wire.ns_per_byte);
         let ports = &mut self.ports;
         let (out, into) = match near {
             true => (&mut ports.near_out[member], &mut ports.near_in[to]),
             false => (&mut ports.far_out[mine as usize], &mut ports.far_in[theirs as usize]),
         };
-        let posted = ports.cpu[member].serve(at, message) + message;
-        let left = out.serve(posted, moving);
+        let copying = round_up(bytes * wire.copy_ns_per_byte);
+        // The first bytes leave while the others are copied.
+        let posted = ports.cpu[member].serve(at, message + copying) + message;
+        let left = out.serve(posted, moving).max(posted + copying.saturating_sub(moving));
         let arrived = into.serve(left + round_up(wire.latency_ns), moving) + moving;
         let recv = self.partner[member][step];
         self.release(to, recv, arrived);
@@ -300,7 +373,9 @@ mod tests {
             for size in [2, 3, 4, 6, 8, 12, 16, 33, 64] {
                 for (shape, host) in shapes.iter().enumerate() {
                     for bytes in [64, 64 << 10, 64 << 20] {
-                        for windows in if row.windows { vec![1, 16] } else { vec![1] } {
+                        // As select cuts: small buffers go whole.
+                        let cuts = row.windows && bytes > 16 << 20;
+                        for windows in if cuts { vec![1, 16] } else { vec![1] } {
                             let q = query(row, (0..size).map(host).collect(), bytes);
                             if (row.fits)(&q).is_err() {
                                 continue;
@@ -324,12 +399,11 @@ mod tests {
     fn a_ring_costs_what_the_paper_says() {
         // 4 members, latency only: 6 steps of one latency and two message costs each.
         let row = find("ring", Collective::Allreduce).expect("a row");
-        let free = Wire { latency_ns: 1000.0, ns_per_byte: 0.0 };
-        let prices =
-            Prices { same_host: free, between_hosts: free, reduce_ns_per_byte: 0.0, message_ns: 0.0 };
+        let free = Wire { latency_ns: 1000.0, ns_per_byte: 0.0, message_ns: 0.0, copy_ns_per_byte: 0.0 };
+        let prices = Prices { same_host: free, between_hosts: free, reduce_ns_per_byte: 0.0 };
         assert_eq!(simulate_ns(&query(row, vec![0; 4], 1 << 20), row, 1, &prices), 6000);
         // Bandwidth only: 2 n 3/4.
-        let wire = Wire { latency_ns: 0.0, ns_per_byte: 1.0 };
+        let wire = Wire { latency_ns: 0.0, ns_per_byte: 1.0, ..free };
         let prices = Prices { same_host: wire, ..prices };
         assert_eq!(simulate_ns(&query(row, vec![0; 4], 1 << 20), row, 1, &prices), (1 << 20) * 3 / 2);
     }

@@ -68,6 +68,8 @@ pub enum Cause {
     },
     /// It sent something that no correct peer sends.
     Misbehaved(String),
+    /// Its bytes did not arrive as it had sent them: the checksum is wrong.
+    Corrupted(String),
     /// It (or every rank) waited longer than the limit for these ranks to submit a tensor.
     Stalled {
         /// The tensor.
@@ -136,6 +138,11 @@ impl fmt::Display for Cause {
                 write!(f, "has been silent for {for_ms} ms (stopped, swapped out or cut off)")
             }
             Cause::Misbehaved(what) => write!(f, "sent what no correct peer sends: {what}"),
+            Cause::Corrupted(what) => write!(
+                f,
+                "sent bytes that were changed on the way: {what}; a network card, a cable, a switch or memory is \
+                 faulty between the two hosts"
+            ),
             Cause::Stalled { tensor, missing } => {
                 write!(f, "stalled: '{tensor}' was not submitted by ")?;
                 let mut separator = "";

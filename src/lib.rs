@@ -51,6 +51,8 @@
 //! * All that `fuse` and `select` read is agreed when the epoch starts; two ranks never choose apart.
 //! * Payload travels only against credit: a receive that is posted, or landing space that is reserved. So
 //!   process sets that overlap cannot deadlock. Control never waits for payload.
+//! * What passes between hosts carries checksums, and nobody is told of a message before its own is right
+//!   ([`transport::flow`]); within a host memory's checks must do.
 //! * No byte of a connection is believed before it has proven (job, rank, epoch); no length is believed
 //!   before it was held against [`limits`].
 //! * A failure ends the *epoch*: everybody gets the same [`error::Broken`], the gravest cause of those that were

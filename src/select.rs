@@ -36,6 +36,14 @@ pub struct Reason {
     forced: Forced,
 }
 
+impl Reason {
+    /// The price of what was chosen.
+    #[must_use]
+    pub fn ns(&self) -> u64 {
+        self.ns
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Forced {
     No,
@@ -69,7 +77,7 @@ impl fmt::Display for Reason {
 }
 
 /// A time that people can read.
-struct Nanoseconds(u64);
+pub struct Nanoseconds(pub u64);
 
 impl fmt::Display for Nanoseconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -99,6 +107,14 @@ pub fn select(query: &Query, prices: &Prices, forced: Option<&str>, window_bytes
     let forced = wanted.and_then(Result::err).unwrap_or(Forced::No);
     let fitting = rows(query).filter(|row| (row.fits)(query).is_ok());
     best(fitting, query, prices, window_bytes, forced)
+}
+
+/// How long the algorithm of this name would take, in as many windows as are best for it; `None` where it does not
+/// fit.
+#[must_use]
+pub fn price_ns(query: &Query, prices: &Prices, name: &str) -> Option<u64> {
+    let row = force(query, name).ok()?;
+    Some(best_windows(row, query, prices, WINDOW_BYTES).1)
 }
 
 /// Every candidate with its price, or why it does not fit; then the choice.
@@ -172,6 +188,10 @@ fn best(
     Choice { algorithm, chunks: (algorithm.chunks)(query), windows, reason }
 }
 
+/// Over TCP as few windows as cost at most this much more than the best number: each window is a chance to find the
+/// peer asleep or the socket empty, which the price does not see.
+const FEWER_WINDOWS: f64 = 1.03;
+
 /// The number of windows with the lowest price, and that price.
 fn best_windows(row: &Algorithm, query: &Query, prices: &Prices, window_bytes: u64) -> (u32, u64) {
     let price = |windows| (windows, predict_ns(query, row, windows, prices));
@@ -181,7 +201,15 @@ fn best_windows(row: &Algorithm, query: &Query, prices: &Prices, window_bytes: u
     let least = query.bytes.div_ceil(window_bytes.max(1)).clamp(1, u64::from(WINDOWS_MAX)) as u32;
     let most = (query.bytes / WINDOW_BYTES_MIN).clamp(u64::from(least), u64::from(WINDOWS_MAX)) as u32;
     let counts = std::iter::successors(Some(least), |w| Some(w * 2)).take_while(|w| *w <= most);
-    counts.map(price).min_by_key(|(_, ns)| *ns).expect("at least the least")
+    let priced: Vec<(u32, u64)> = counts.map(price).collect();
+    let best = *priced.iter().min_by_key(|(_, ns)| *ns).expect("at least the least");
+    let over_tcp =
+        prices.same_host.copy_ns_per_byte > 0.0 || query.hosts.iter().any(|h| *h != query.hosts[0]);
+    if !over_tcp {
+        return best;
+    }
+    let limit = (best.1 as f64 * FEWER_WINDOWS) as u64;
+    priced.into_iter().find(|(_, ns)| *ns <= limit).expect("the best is within the limit")
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ mod oracle;
 mod order;
 mod ptx;
 mod random;
+mod shaped;
 mod sim;
 mod strict;
 mod suite;
@@ -53,6 +54,8 @@ enum Task {
     Intrude(intrude::Settings),
     /// Several hosts, as network namespaces around a router; takes root.
     Hosts(hosts::Settings),
+    /// Algorithms on links of a set rate between namespaces: regret of the choice, cost of checksums; takes root.
+    Shaped(shaped::Settings),
     /// Threads and memory of a process, and of simulated engines.
     Figures(figures::Settings),
     /// One tensor of more than 2^31 elements.
@@ -80,6 +83,7 @@ enum Rank {
     Chaos(chaos::RankSettings),
     Figures(figures::RankSettings),
     Huge(huge::RankSettings),
+    Shaped(shaped::RankSettings),
 }
 
 /// What a task found: how many checks passed and how many were not made; or why it failed.
@@ -106,6 +110,7 @@ fn main() {
         Task::Chaos(settings) => chaos::run(&settings),
         Task::Intrude(settings) => intrude::run(&settings),
         Task::Hosts(settings) => hosts::run(&settings),
+        Task::Shaped(settings) => shaped::run(&settings),
         Task::Figures(settings) => figures::run(&settings),
         Task::Huge(settings) => huge::run(&settings),
         Task::Fuzz(settings) => fuzz::run(&settings),
@@ -130,6 +135,7 @@ fn run_rank(rank: Rank) -> i32 {
         Rank::Chaos(settings) => chaos::rank(&settings),
         Rank::Figures(settings) => figures::rank(&settings),
         Rank::Huge(settings) => huge::rank(&settings),
+        Rank::Shaped(settings) => shaped::rank(&settings),
     };
     match result {
         Ok(()) => 0,

@@ -134,6 +134,14 @@ knobs! {
     tcp_lanes: Small<1, { limits::TCP_LANES_MAX as u32 }> = "2", "CAROLE_TCP_LANES", Agreed;
     /// The congestion control of TCP connections, by the kernel's name for it (`cubic`, `bbr`, `dctcp`).
     tcp_congestion: Maybe<Text> = "auto", "CAROLE_TCP_CONGESTION", Local;
+    /// Bytes that the kernel buffers for a TCP connection in each direction. `auto` leaves it to the kernel, which
+    /// follows the path; on loopback it is 4M.
+    tcp_buffer_bytes: Maybe<Bytes<4096, { 1 << 30 }>> = "auto", "CAROLE_TCP_BUFFER_BYTES", Local;
+    /// What the network between two hosts can do, in Gbit/s in each direction. Algorithms are chosen by it.
+    network_gbits: Count<1, 100_000> = "10", "CAROLE_NETWORK_GBITS", Agreed;
+    /// How long a small message takes from one host to another, in microseconds, with the wake of the receiver.
+    /// Algorithms are chosen by it.
+    network_latency_us: Count<0, 1_000_000> = "25", "CAROLE_NETWORK_LATENCY_US", Agreed;
     /// Network interfaces (names or addresses) that TCP may use. `none` leaves the choice to a probe.
     interfaces: List<Text> = "none", "CAROLE_INTERFACES", Local,
         "HOROVOD_GLOO_IFACE" => as_is;

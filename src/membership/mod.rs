@@ -331,11 +331,12 @@ fn gravity(broken: &Broken) -> (u8, u32, Vec<u8>) {
     let kind = match broken.cause {
         Cause::Aborted(_) => 0,
         Cause::Misbehaved(_) => 1,
-        Cause::System(_) => 2,
-        Cause::Exited => 3,
-        Cause::Silent { .. } => 4,
-        Cause::Stalled { .. } => 5,
-        Cause::Unreachable(_) => 6,
+        Cause::Corrupted(_) => 2,
+        Cause::System(_) => 3,
+        Cause::Exited => 4,
+        Cause::Silent { .. } => 5,
+        Cause::Stalled { .. } => 6,
+        Cause::Unreachable(_) => 7,
     };
     let mut words = Vec::new();
     put_broken(&mut words, broken);

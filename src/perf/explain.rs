@@ -1,13 +1,14 @@
 //! `carole-perf explain`: which algorithm would be chosen, why, its steps and its price.
 #![forbid(unsafe_code)]
 
-use super::{parse_bytes, parse_dtype, parse_op};
+use super::{parse_bytes, parse_dtype, parse_op, scale};
 use crate::algorithm::{Query, supports};
-use crate::cost::{Prices, SIMULATED_SIZE_MAX};
+use crate::cost::{Prices, SIMULATED_SIZE_MAX, Wire};
 use crate::select::{WINDOW_BYTES, explain, select};
 use crate::types::{Collective, DType, ReduceOp};
 use clap::Args;
 use std::fmt::Write as _;
+use std::path::PathBuf;
 
 /// What to explain.
 #[derive(Args, Debug)]
@@ -39,6 +40,21 @@ pub(super) struct Question {
     /// As if CAROLE_DETERMINISTIC were set.
     #[arg(long)]
     deterministic: bool,
+    /// As if CAROLE_NETWORK_GBITS were set to this.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    gbits: u32,
+    /// As if CAROLE_NETWORK_LATENCY_US were set to this.
+    #[arg(long, default_value_t = 25)]
+    latency_us: u32,
+    /// Prints predicted times from 2 to 4096 ranks on networks of 10, 100 and 400 Gbit/s instead.
+    #[arg(long)]
+    scale: bool,
+    /// Ranks on each host, for --scale.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    per_host: u32,
+    /// With --scale: draws the table to this file, as SVG.
+    #[arg(long, requires = "scale")]
+    plot: Option<PathBuf>,
     /// The rank whose steps are printed.
     #[arg(long, default_value_t = 0)]
     rank: u32,
@@ -74,13 +90,17 @@ fn answer(question: &Question) -> Result<String, String> {
         prescaled: false,
         strict: question.deterministic,
     };
-    let prices = Prices::default();
+    if question.scale {
+        return scale::table(&query, question.per_host, question.plot.as_deref());
+    }
+    let between_hosts = Wire::network(f64::from(question.gbits), f64::from(question.latency_us));
+    let prices = Prices { between_hosts, ..Prices::default() };
     let forced = question.algorithm.as_deref();
     let mut text = explain(&query, &prices, forced);
     let choice = select(&query, &prices, forced, WINDOW_BYTES);
     let _ = writeln!(
         text,
-        "prices assumed (a job measures its own): within a host {:.1} us + {:.2} ns/byte, between hosts \
+        "prices (CAROLE_NETWORK_GBITS and CAROLE_NETWORK_LATENCY_US set them): within a host {:.1} us + {:.2} ns/byte, between hosts \
          {:.1} us + {:.2} ns/byte, reduction {:.2} ns/byte; priced by {}",
         prices.same_host.latency_ns / 1e3,
         prices.same_host.ns_per_byte,
@@ -126,6 +146,11 @@ mod tests {
             root: 0,
             algorithm: None,
             deterministic: false,
+            gbits: 10,
+            latency_us: 25,
+            scale: false,
+            per_host: 8,
+            plot: None,
             rank: 0,
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! - `carole-perf allreduce -np 2 --min 4 --max 256M` starts its own ranks through the launcher, unless it
 //!   already runs inside a job, and prints one row per size: time, bandwidth, wrong elements.
-//! - `carole-perf explain allreduce --ranks 8 --hosts 2 --bytes 64M` needs no cluster.
+//! - `carole-perf explain allreduce --ranks 8 --hosts 2 --bytes 64M` needs no cluster; with `--scale` it prints the
+//!   predicted time up to 4096 ranks on networks of 10, 100 and 400 Gbit/s, and with `--plot FILE.svg` draws it.
 //!
 //! Times are per call; each iteration counts as long as its slowest rank took. *Algorithm bandwidth* is the
 //! size divided by the time. *Bus bandwidth* multiplies it by the share of the size that must cross a rank's
@@ -14,7 +15,9 @@ mod calls;
 mod explain;
 mod measure;
 mod pattern;
+mod plot;
 mod report;
+mod scale;
 mod start;
 
 use crate::config;

@@ -3,7 +3,7 @@
 use super::{Handle, Options, Request, SetInfo, TensorArg, World, request};
 use crate::config::{self, Config, SimdLevel, TransportChoice};
 use crate::coordinator;
-use crate::cost::Prices;
+use crate::cost::{Prices, Wire};
 use crate::device::host::{self, Level};
 use crate::engine::driver::{Driver, Patience};
 use crate::engine::handles::{Handles, Message, Submitted, Waited};
@@ -354,7 +354,7 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
         },
         fusion: fusion::Rules { fusion_bytes: config.fusion_bytes },
         plans: PlanRules {
-            prices: Prices::default(),
+            prices: prices(config),
             forced: config.algorithm.map(|name| name.to_string()),
             strict: config.deterministic,
             window_bytes: config.window_bytes,
@@ -367,6 +367,16 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
     }
 }
 
+/// What links cost: those that this job will have, on the network that the knobs describe.
+fn prices(config: &Config) -> Prices {
+    let network = Wire::network(config.network_gbits as f64, config.network_latency_us as f64);
+    let same_host = match config.transport {
+        TransportChoice::Tcp => Wire::LOOPBACK,
+        TransportChoice::Auto | TransportChoice::Shm => Prices::default().same_host,
+    };
+    Prices { same_host, between_hosts: network, ..Prices::default() }
+}
+
 fn porter_options(config: &Config) -> PorterOptions {
     PorterOptions {
         choice: match config.transport {
@@ -377,9 +387,9 @@ fn porter_options(config: &Config) -> PorterOptions {
         tcp_lanes: config.tcp_lanes as usize,
         silence_ms: config.timeout_ms,
         tcp: TcpOptions {
+            buffer_bytes: config.tcp_buffer_bytes.map(|bytes| bytes as usize),
             congestion: config.tcp_congestion.clone(),
             user_timeout_ms: 2 * config.timeout_ms,
-            ..TcpOptions::default()
         },
     }
 }

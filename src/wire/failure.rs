@@ -44,6 +44,7 @@ pub fn put_broken(out: &mut Vec<u8>, broken: &Broken) {
         Cause::System(what) => put_reason(out, 4, what),
         Cause::Unreachable(what) => put_reason(out, 5, what),
         Cause::Aborted(what) => put_reason(out, 6, what),
+        Cause::Corrupted(what) => put_reason(out, 7, what),
     }
 }
 
@@ -72,6 +73,7 @@ pub fn broken(reader: &mut Reader<'_>) -> Result<Broken, Malformed> {
         4 => Cause::System(reader.text(REASON_BYTES_MAX)?.to_owned()),
         5 => Cause::Unreachable(reader.text(REASON_BYTES_MAX)?.to_owned()),
         6 => Cause::Aborted(reader.text(REASON_BYTES_MAX)?.to_owned()),
+        7 => Cause::Corrupted(reader.text(REASON_BYTES_MAX)?.to_owned()),
         _ => return Err(Malformed("a cause that does not exist")),
     };
     Ok(Broken { epoch, culprit, cause })

@@ -14,6 +14,7 @@ fn causes() -> impl Strategy<Value = Cause> {
         Just(Cause::Exited),
         any::<u64>().prop_map(|for_ms| Cause::Silent { for_ms }),
         text.prop_map(Cause::Misbehaved),
+        text.prop_map(Cause::Corrupted),
         (text, vec(any::<u32>().prop_map(Rank), 0..5))
             .prop_map(|(tensor, missing)| Cause::Stalled { tensor, missing }),
         text.prop_map(Cause::System),

@@ -2,7 +2,7 @@
 //! checked as in the matrix; then hosts die, packets vanish, and addresses mislead.
 #![forbid(unsafe_code)]
 
-mod network;
+pub mod network;
 
 use crate::job::{Job, Plan};
 use crate::{Count, Verdict, chaos, matrix};

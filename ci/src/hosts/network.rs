@@ -122,6 +122,24 @@ impl Network {
         Ok(())
     }
 
+    /// From now on every host's link carries this much in each direction and no more.
+    pub fn shape(&self, mbits: u32) -> Result<(), String> {
+        let tc = |namespace: &str, device: &str| {
+            // As little as passes unshaped, but what the clock that serves the queue lets through at once.
+            let burst = (mbits / 40).max(48);
+            let line = format!(
+                "-n {namespace} qdisc replace dev {device} root tbf rate {mbits}mbit burst {burst}kb latency 30ms"
+            );
+            output("tc", &line.split_whitespace().collect::<Vec<_>>()).map(drop)
+        };
+        let router = self.router();
+        for n in 0..self.hosts {
+            tc(&self.host(n), "eth0")?;
+            tc(&router, &format!("to{n}"))?;
+        }
+        Ok(())
+    }
+
     fn remove(&self) {
         for name in self.all().into_iter().chain([self.router()]) {
             // One that does not exist needs no removal.

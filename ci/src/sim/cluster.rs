@@ -92,7 +92,10 @@ pub fn simulate(order: Order) -> Result<Report, String> {
     let mut cluster = Cluster::new(random, order, network, size, Epoch(1), Time(0));
     let end = cluster.run(Time(0))?;
     let mut report = cluster.judge()?;
-    if matches!(cluster.injected(), Some(Fault::Kill(_) | Fault::Stop(_) | Fault::HalfOpen(..))) {
+    if matches!(
+        cluster.injected(),
+        Some(Fault::Kill(_) | Fault::Stop(_) | Fault::HalfOpen(..) | Fault::Flip(..))
+    ) {
         // The processes start again: new engines, the same network.
         let Cluster { network, random, nodes, .. } = cluster;
         drop(nodes);
@@ -172,6 +175,8 @@ impl Cluster {
         let eager_bytes_max = random.pick(&[0, 64, 8 << 10]);
         let window_bytes = random.pick(&[4096, 1 << 20]);
         let fault = fault(&mut random, size);
+        // Every other cluster has links as between hosts; where bits are flipped, they must be such.
+        let checksums = random.once_in(2) || matches!(fault, Some((_, Fault::Flip(..))));
         let nodes: Vec<Node> = (0..size)
             .map(|r| {
                 let setup = EngineSetup {
@@ -189,7 +194,8 @@ impl Cluster {
                     },
                     membership: membership::Rules::default(),
                 };
-                let fabric = Fabric::new(network.clone(), Rank(r), FlowOptions { eager_bytes_max });
+                let options = FlowOptions { eager_bytes_max, checksums };
+                let fabric = Fabric::new(network.clone(), Rank(r), options);
                 let engine = match order.sabotage.filter(|bug| r == 1 || bug.is_everywhere()) {
                     Some(bug) => Engine::new(setup, Box::new(Sabotaged { fabric, bug })),
                     None => Engine::new(setup, Box::new(fabric)),
@@ -274,6 +280,7 @@ impl Cluster {
                 self.network.pause(rank);
             }
             Fault::HalfOpen(from, to) => self.network.drop_silently(from, to),
+            Fault::Flip(from, to) => self.network.flip_bit(from, to),
             Fault::Leave(rank) => {
                 let node = &mut self.nodes[rank.0 as usize];
                 node.left = true;

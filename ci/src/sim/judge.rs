@@ -43,6 +43,8 @@ impl Cluster {
                 (1 | 2, 2) if injected.is_some() => report.split += 1,
                 // Two ranks may be at fault where one direction of a link is lost: each end blames the other.
                 _ if matches!(injected, Some(Fault::HalfOpen(..))) => {}
+                // Who finds the changed bytes ends the link; who sent them sees it end.
+                _ if matches!(injected, Some(Fault::Flip(..))) => {}
                 _ if planned.may_be_eager(self.eager_bytes_max) => {}
                 _ => {
                     return Err(format!(
@@ -168,6 +170,11 @@ impl Cluster {
                 b.culprit == Some(rank) && matches!(b.cause, Cause::Silent { .. })
             }
             (Error::Broken(_), Some(Fault::HalfOpen(..))) => true,
+            (Error::Broken(b), Some(Fault::Flip(from, to))) => match b.cause {
+                Cause::Corrupted(_) => b.culprit == Some(from),
+                Cause::Exited => b.culprit == Some(to),
+                _ => false,
+            },
             (Error::Shutdown(who), Some(Fault::Leave(rank))) => {
                 let ends = match planned.kind {
                     Kind::Message { from, to, .. } => vec![from, to],

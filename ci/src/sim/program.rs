@@ -374,6 +374,8 @@ pub enum Fault {
     Pause(Rank, u64),
     /// Whatever one rank sends to the other is lost.
     HalfOpen(Rank, Rank),
+    /// One bit of what one rank sends to the other changes on the way; checksums are on.
+    Flip(Rank, Rank),
     /// The process leaves in an orderly way while others go on.
     Leave(Rank),
 }
@@ -385,11 +387,12 @@ pub fn fault(random: &mut Random, size: u32) -> Option<(u64, Fault)> {
     }
     let rank = Rank(random.below(u64::from(size)) as u32);
     let other = Rank((rank.0 + 1 + random.below(u64::from(size) - 1) as u32) % size);
-    let fault = match random.below(5) {
+    let fault = match random.below(6) {
         0 => Fault::Kill(rank),
         1 => Fault::Stop(rank),
         2 => Fault::Pause(rank, random.below(2_000_000_000)),
         3 => Fault::HalfOpen(rank, other),
+        4 => Fault::Flip(rank, other),
         _ => Fault::Leave(rank),
     };
     Some((random.below(HORIZON_NS * 2), fault))

@@ -123,7 +123,7 @@ fn withdrawn_in_its_last_frame(make: Make) {
 }
 
 /// Random bytes, and valid headers with random fields, on every pipe: never a panic, and an error that says
-/// Misbehaved or nothing at all.
+/// Misbehaved (or Corrupted, where there are checksums) or nothing at all.
 pub fn garbage(make: Make) {
     for seed in 0..24u64 {
         let mut ends = make();
@@ -162,7 +162,7 @@ pub fn garbage(make: Make) {
         }
         rig.settle();
         match &rig.b.error {
-            None | Some(Cause::Misbehaved(_)) => {}
+            None | Some(Cause::Misbehaved(_) | Cause::Corrupted(_)) => {}
             Some(other) => panic!("garbage is not {other:?}"),
         }
         if seed % 3 == 0 {

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cases;
+mod corruption;
 mod faults;
 mod rig;
 mod sleep;
@@ -25,13 +26,15 @@ pub(super) struct Ends {
     /// What ends the sleep of each side, where a transport has it.
     pub wakers: Option<(Waker, Waker)>,
     pub network: Option<Network>,
+    pub checksums: bool,
 }
 
 impl Ends {
     fn rig(self) -> Rig {
         let link = |peer, mut pipes: Vec<Box<dyn Pipe>>| {
             let control = pipes.remove(0);
-            FlowLink::new(Rank(peer), control, pipes, FlowOptions::default())
+            let options = FlowOptions { checksums: self.checksums, ..FlowOptions::default() };
+            FlowLink::new(Rank(peer), control, pipes, options)
         };
         Rig::new(link(1, self.a), link(0, self.b), self.network)
     }
@@ -48,24 +51,32 @@ pub(super) fn shm_ends() -> Ends {
     let both = |(control, data): (shm::ShmPipe, shm::ShmPipe)| -> Vec<Box<dyn Pipe>> {
         vec![Box::new(control), Box::new(data)]
     };
-    Ends { a: both(a), b: both(b), wakers: Some(wakers), network: None }
+    Ends { a: both(a), b: both(b), wakers: Some(wakers), network: None, checksums: false }
 }
 
 fn tcp_ends(address: &str, lanes: usize) -> Ends {
     let listener = TcpListener::bind(address).unwrap();
-    let options = TcpOptions::default();
-    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: None };
+    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: None, checksums: false };
     for _ in 0..=lanes {
         let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (b, _) = listener.accept().unwrap();
-        ends.a.push(Box::new(TcpPipe::new(a, &options).unwrap()));
-        ends.b.push(Box::new(TcpPipe::new(b, &options).unwrap()));
+        ends.a.push(tcp_pipe(a));
+        ends.b.push(tcp_pipe(b));
     }
     ends
 }
 
+fn tcp_pipe(stream: TcpStream) -> Box<dyn Pipe> {
+    Box::new(TcpPipe::new(stream, &TcpOptions::default()).unwrap())
+}
+
+/// As between hosts: with checksums.
+fn checked_ends() -> Ends {
+    Ends { checksums: true, ..tcp_ends("127.0.0.1:0", 2) }
+}
+
 fn unix_ends() -> Ends {
-    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: None };
+    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: None, checksums: false };
     for _ in 0..3 {
         let (a, b) = UnixStream::pair().unwrap();
         ends.a.push(Box::new(TcpPipe::from_socket(a.into()).unwrap()));
@@ -77,7 +88,8 @@ fn unix_ends() -> Ends {
 fn sim_ends(seed: u64) -> Ends {
     let capacity_bytes = [480, 4096, 64 << 10, 1 << 20][(seed % 4) as usize];
     let network = Network::new(SimOptions { seed, capacity_bytes, ..SimOptions::default() });
-    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: Some(network.clone()) };
+    let mut ends =
+        Ends { a: vec![], b: vec![], wakers: None, network: Some(network.clone()), checksums: seed % 2 == 1 };
     for _ in 0..2 + seed % 3 {
         let (a, b) = network.pipe(Rank(0), Rank(1));
         ends.a.push(Box::new(a));
@@ -91,6 +103,7 @@ macro_rules! suite {
         mod shm_suite { $(#[test] fn $name() { super::$file::$name(&mut super::shm_ends); })* }
         mod tcp_v4_one_lane { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("127.0.0.1:0", 1)); })* }
         mod tcp_v4_four_lanes { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("127.0.0.1:0", 4)); })* }
+        mod tcp_checked { $(#[test] fn $name() { super::$file::$name(&mut super::checked_ends); })* }
         mod tcp_v6 { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("[::1]:0", 2)); })* }
         mod unix_suite { $(#[test] fn $name() { super::$file::$name(&mut super::unix_ends); })* }
         mod sim_suite { $(#[test] fn $name() {

@@ -1,6 +1,7 @@
 //! The control pipe of a link: what waits to be written, and the frame that is being read.
 #![forbid(unsafe_code)]
 
+use super::checksum;
 use super::frame::{FrameKind, HEADER_BYTES, Header, PAD_BYTES};
 use crate::error::Cause;
 use crate::transport::{Events, LinkEvent, Pipe, Stream};
@@ -10,11 +11,12 @@ use std::io::IoSlice;
 pub struct Outbox {
     bytes: Vec<u8>,
     head: usize,
+    checked: bool,
 }
 
 impl Outbox {
-    pub fn new() -> Outbox {
-        Outbox { bytes: Vec::new(), head: 0 }
+    pub fn new(checked: bool) -> Outbox {
+        Outbox { bytes: Vec::new(), head: 0, checked }
     }
     pub fn is_empty(&self) -> bool {
         self.head == self.bytes.len()
@@ -25,13 +27,15 @@ impl Outbox {
     }
     /// Queues a frame without payload.
     pub fn notice(&mut self, kind: FrameKind, stream: Stream, ordinal: u64, total: u64) {
-        self.bytes.extend_from_slice(&Header::notice(kind, stream, ordinal, total).encode());
+        let header = Header::notice(kind, stream, ordinal, total);
+        self.bytes.extend_from_slice(&header.encode(self.checked));
     }
     /// Queues a message of the engine.
     pub fn message(&mut self, message: &[u8]) {
         let mut header = Header::notice(FrameKind::Control, Stream(0), 0, 0);
         header.len = message.len() as u32;
-        self.bytes.extend_from_slice(&header.encode());
+        header.payload_sum = if self.checked { checksum::of(message) } else { 0 };
+        self.bytes.extend_from_slice(&header.encode(self.checked));
         self.bytes.extend_from_slice(message);
         self.bytes.resize(self.bytes.len() + header.padding(), 0);
     }
@@ -63,14 +67,14 @@ pub struct Inbox {
     got: usize,
     /// The message of the engine that is being read, with its padding.
     message: Vec<u8>,
-    /// Its length without padding.
-    len: usize,
-    in_message: bool,
+    /// Its header.
+    begun: Option<Header>,
+    checked: bool,
 }
 
 impl Inbox {
-    pub fn new() -> Inbox {
-        Inbox { header: [0; HEADER_BYTES], got: 0, message: Vec::new(), len: 0, in_message: false }
+    pub fn new(checked: bool) -> Inbox {
+        Inbox { header: [0; HEADER_BYTES], got: 0, message: Vec::new(), begun: None, checked }
     }
 
     /// Reads the next frame as far as it has arrived. A message of the engine goes to `events`; any other
@@ -80,8 +84,8 @@ impl Inbox {
         pipe: &mut dyn Pipe,
         events: &mut Events,
     ) -> Result<(bool, Option<Header>), Cause> {
-        if self.in_message {
-            return Ok((self.read_message(pipe, events)?, None));
+        if let Some(header) = self.begun {
+            return Ok((self.read_message(&header, pipe, events)?, None));
         }
         let n = pipe.read(&mut self.header[self.got..])?;
         self.got += n;
@@ -89,18 +93,23 @@ impl Inbox {
             return Ok((n > 0, None));
         }
         self.got = 0;
-        let header = Header::decode(&self.header, false)?;
+        let header = Header::decode(&self.header, false, self.checked)?;
         if header.kind != FrameKind::Control {
             return Ok((true, Some(header)));
         }
-        self.len = header.len as usize;
-        self.in_message = true;
-        self.read_message(pipe, events)?;
+        self.begun = Some(header);
+        self.read_message(&header, pipe, events)?;
         Ok((true, None))
     }
 
-    fn read_message(&mut self, pipe: &mut dyn Pipe, events: &mut Events) -> Result<bool, Cause> {
-        let padded = self.len.next_multiple_of(PAD_BYTES);
+    fn read_message(
+        &mut self,
+        header: &Header,
+        pipe: &mut dyn Pipe,
+        events: &mut Events,
+    ) -> Result<bool, Cause> {
+        let len = header.len as usize;
+        let padded = len.next_multiple_of(PAD_BYTES);
         let mut moved = false;
         while self.message.len() < padded {
             let shown = pipe.peek()?;
@@ -113,11 +122,14 @@ impl Inbox {
             pipe.consume(n);
             moved = true;
         }
+        if self.checked {
+            header.check_payload(checksum::of(&self.message[..len]))?;
+        }
         let start = events.control.len();
-        events.control.extend_from_slice(&self.message[..self.len]);
-        events.list.push(LinkEvent::Control(start..start + self.len));
+        events.control.extend_from_slice(&self.message[..len]);
+        events.list.push(LinkEvent::Control(start..start + len));
         self.message.clear();
-        self.in_message = false;
+        self.begun = None;
         Ok(true)
     }
 }

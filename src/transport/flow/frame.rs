@@ -1,13 +1,17 @@
 //! Frames: what flows through a pipe. A header of 64 bytes, then payload padded to a multiple of 32 bytes, so
-//! that a ring (whose size is such a multiple) never splits an element.
+//! that a ring (whose size is such a multiple) never splits an element. Between hosts the header ends with the
+//! checksums of the payload (without padding) and of the header before it; within a host these bytes are 0.
 #![forbid(unsafe_code)]
 
+use super::checksum;
 use crate::error::Cause;
 use crate::limits::{CONTROL_BYTES_MAX, EAGER_BYTES_MAX, FRAME_BYTES_MAX, TENSOR_BYTES_MAX};
 use crate::transport::Stream;
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 64;
+/// The bytes of a header that its own checksum covers.
+const SUMMED_BYTES: usize = HEADER_BYTES - 4;
 /// Payload is padded to a multiple of this.
 pub const PAD_BYTES: usize = 32;
 /// Stands in the upper half of the first word, so that a reader that has lost its place notices at once.
@@ -68,18 +72,20 @@ pub struct Header {
     pub offset: u64,
     /// Bytes of the whole message.
     pub total: u64,
+    /// The checksum of the bytes that follow; 0 where there are none, or no checksums.
+    pub payload_sum: u32,
 }
 
 impl Header {
     /// A header without payload.
     #[must_use]
     pub fn notice(kind: FrameKind, stream: Stream, ordinal: u64, total: u64) -> Header {
-        Header { kind, len: 0, stream, ordinal, offset: 0, total }
+        Header { kind, len: 0, stream, ordinal, offset: 0, total, payload_sum: 0 }
     }
 
-    /// As bytes. The last twelve are kept for a checksum and must be 0.
+    /// As bytes, with checksums if `checked`. The eight bytes before them are reserved and 0.
     #[must_use]
-    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+    pub fn encode(&self, checked: bool) -> [u8; HEADER_BYTES] {
         let mut bytes = [0u8; HEADER_BYTES];
         bytes[0..4].copy_from_slice(&(MARK | self.kind as u32).to_le_bytes());
         bytes[4..8].copy_from_slice(&self.len.to_le_bytes());
@@ -87,17 +93,28 @@ impl Header {
         bytes[24..32].copy_from_slice(&self.ordinal.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.offset.to_le_bytes());
         bytes[40..48].copy_from_slice(&self.total.to_le_bytes());
+        if checked {
+            bytes[56..SUMMED_BYTES].copy_from_slice(&self.payload_sum.to_le_bytes());
+            let sum = checksum::of(&bytes[..SUMMED_BYTES]);
+            bytes[SUMMED_BYTES..].copy_from_slice(&sum.to_le_bytes());
+        }
         bytes
     }
 
-    /// Reads a header from the control pipe or a lane, and checks all that can be checked without state.
-    pub fn decode(bytes: &[u8; HEADER_BYTES], on_lane: bool) -> Result<Header, Cause> {
+    /// Reads a header from the control pipe or a lane, and checks all that can be checked without state; first
+    /// of all, if `checked`, that it is what was sent.
+    pub fn decode(bytes: &[u8; HEADER_BYTES], on_lane: bool, checked: bool) -> Result<Header, Cause> {
+        if checked {
+            let sent = u32::from_le_bytes(array(&bytes[SUMMED_BYTES..]));
+            checksum::check(|| "the header of a frame".into(), sent, checksum::of(&bytes[..SUMMED_BYTES]))?;
+        }
         let word = u32::from_le_bytes(array(&bytes[0..4]));
         let kind = if word & 0xFFFF_0000 == MARK { FrameKind::from_code(word & 0xFFFF) } else { None };
         let Some(kind) = kind else {
             return Err(misbehaved(format!("a frame that begins with {word:#010x}")));
         };
-        if bytes[48..].iter().any(|b| *b != 0) {
+        let reserved = if checked { &bytes[48..56] } else { &bytes[48..] };
+        if reserved.iter().any(|b| *b != 0) {
             return Err(misbehaved(format!("a {kind:?} frame whose reserved bytes are not 0")));
         }
         let header = Header {
@@ -107,6 +124,7 @@ impl Header {
             ordinal: u64::from_le_bytes(array(&bytes[24..32])),
             offset: u64::from_le_bytes(array(&bytes[32..40])),
             total: u64::from_le_bytes(array(&bytes[40..48])),
+            payload_sum: if checked { u32::from_le_bytes(array(&bytes[56..SUMMED_BYTES])) } else { 0 },
         };
         if kind.is_payload() != on_lane {
             return Err(misbehaved(format!("a {kind:?} frame on the wrong pipe")));
@@ -142,6 +160,16 @@ impl Header {
             "a {:?} frame with length {}, offset {} and total {}",
             self.kind, self.len, self.offset, self.total
         )))
+    }
+
+    /// Whether the payload is what was sent, by its checksum here.
+    pub fn check_payload(&self, arrived: u32) -> Result<(), Cause> {
+        let Header { kind, len, offset, total, .. } = *self;
+        let words = || match kind {
+            FrameKind::Control => format!("a control message of {len} bytes"),
+            _ => format!("payload (bytes {offset} to {} of {total})", offset + u64::from(len)),
+        };
+        checksum::check(words, self.payload_sum, arrived)
     }
 
     /// Bytes of padding behind the payload.

@@ -16,8 +16,12 @@
 //!
 //! *Lengths that differ* (point-to-point only): both sides get [`LinkEvent::Length`] and nothing moves; a
 //! sender whose small message had left eagerly has been told Done already, and stays so.
+//!
+//! *Checksums* ([`FlowOptions::checksums`]) cover every header, control message and payload. Nobody is told of a
+//! message before its checksum is right; a wrong one ends the link with [`Cause::Corrupted`].
 #![deny(unsafe_code)]
 
+mod checksum;
 mod control;
 mod frame;
 mod hash;
@@ -73,11 +77,13 @@ pub struct FlowOptions {
     /// Messages of at most this many bytes may go eagerly. The same on both sides; at most
     /// [`EAGER_BYTES_MAX`].
     pub eager_bytes_max: usize,
+    /// Whether frames carry checksums. The same on both sides; on between hosts.
+    pub checksums: bool,
 }
 
 impl Default for FlowOptions {
     fn default() -> Self {
-        FlowOptions { eager_bytes_max: EAGER_BYTES_MAX }
+        FlowOptions { eager_bytes_max: EAGER_BYTES_MAX, checksums: false }
     }
 }
 
@@ -118,17 +124,18 @@ impl FlowLink {
     ) -> FlowLink {
         assert!(!lanes.is_empty(), "a link has at least one lane");
         assert!(options.eager_bytes_max <= EAGER_BYTES_MAX, "landing space is made for EAGER_BYTES_MAX");
+        let checked = options.checksums;
         let lanes = lanes
             .into_iter()
-            .map(|pipe| Lane { pipe, ended: false, incoming: Incoming::new(), outgoing: None })
+            .map(|pipe| Lane { pipe, ended: false, incoming: Incoming::new(checked), outgoing: None })
             .collect();
         FlowLink {
             peer,
             control,
             lanes,
-            outbox: Outbox::new(),
-            inbox: Inbox::new(),
-            sends: Sends::new(options.eager_bytes_max as u64),
+            outbox: Outbox::new(checked),
+            inbox: Inbox::new(checked),
+            sends: Sends::new(options.eager_bytes_max as u64, checked),
             recvs: Recvs::new(options.eager_bytes_max as u64),
             heard: Time(0),
             control_ended: false,
@@ -251,7 +258,7 @@ impl FlowLink {
         let mut written = 0;
         while written < LANE_BUDGET_BYTES {
             let Some(frame) = &mut lane.outgoing else {
-                lane.outgoing = self.sends.cut();
+                lane.outgoing = self.sends.cut(memory);
                 if lane.outgoing.is_none() {
                     break;
                 }

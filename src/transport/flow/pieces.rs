@@ -1,5 +1,6 @@
 //! The one place of the flow where pieces of a run's memory become bytes.
 
+use super::checksum::Checksum;
 use crate::device::{Reduction, host};
 use crate::error::Cause;
 use crate::memory::{Memory, PieceRange, RunId};
@@ -71,6 +72,18 @@ impl Cursor {
         (used, bytes)
     }
 
+    /// Takes the next `len` bytes into a checksum.
+    pub fn sum(mut self, memory: &Memory, run: RunId, range: &PieceRange, len: usize, sum: &mut Checksum) {
+        let mut done = 0;
+        while done < len {
+            let (address, n) = self.chunk(memory, run, range, len - done);
+            // SAFETY: as in `gather`, for the length of this call.
+            sum.update(unsafe { std::slice::from_raw_parts(address, n) });
+            self.advance(range, n as u64);
+            done += n;
+        }
+    }
+
     /// Copies the next bytes out.
     pub fn copy(mut self, memory: &Memory, run: RunId, range: &PieceRange, out: &mut [u8]) {
         let mut done = 0;
@@ -114,7 +127,8 @@ impl TargetCursor {
         }
     }
 
-    /// Takes up to `limit` bytes of the message from `pipe`, and says how many. 0: nothing can be done yet.
+    /// Takes up to `limit` bytes of the message from `pipe`, and says how many. 0: nothing can be done yet. What
+    /// is taken goes into `sum`, too.
     pub fn take(
         &mut self,
         target: &Target,
@@ -122,17 +136,25 @@ impl TargetCursor {
         memory: &Memory,
         run: RunId,
         limit: usize,
+        sum: Option<&mut Checksum>,
     ) -> Result<usize, Cause> {
         if target.combine.is_some() {
             let shown = pipe.peek()?;
             let n = shown.len().min(limit).min(REDUCE_BYTES);
             let n = self.put(target, &shown[..n], memory, run);
+            if let Some(sum) = sum {
+                sum.update(&shown[..n]);
+            }
             pipe.consume(n);
             return Ok(n);
         }
         let (address, n) = self.dst.chunk(memory, run, &target.dst, limit);
         // SAFETY: the region's maker gives these bytes to this run alone while it lives; the slice ends here.
-        let n = pipe.read(unsafe { std::slice::from_raw_parts_mut(address, n) })?;
+        let into = unsafe { std::slice::from_raw_parts_mut(address, n) };
+        let n = pipe.read(into)?;
+        if let Some(sum) = sum {
+            sum.update(&into[..n]);
+        }
         self.dst.advance(&target.dst, n as u64);
         Ok(n)
     }

@@ -1,6 +1,7 @@
 //! The receiving half of a link: orders meet what is wanted, what has landed and what arrives.
 #![forbid(unsafe_code)]
 
+use super::checksum::Checksum;
 use super::control::Outbox;
 use super::frame::{FrameKind, HEADER_BYTES, Header, misbehaved};
 use super::hash::Table;
@@ -55,9 +56,12 @@ pub struct Incoming {
     header: [u8; HEADER_BYTES],
     got: usize,
     body: Option<Body>,
+    /// Where frames carry checksums: that of the payload that has arrived.
+    sum: Option<Checksum>,
 }
 
 struct Body {
+    header: Header,
     sink: Sink,
     payload_left: usize,
     padding_left: usize,
@@ -71,8 +75,9 @@ enum Sink {
 }
 
 impl Incoming {
-    pub fn new() -> Incoming {
-        Incoming { header: [0; HEADER_BYTES], got: 0, body: None }
+    pub fn new(checked: bool) -> Incoming {
+        let sum = checked.then(Checksum::new);
+        Incoming { header: [0; HEADER_BYTES], got: 0, body: None, sum }
     }
 }
 
@@ -279,14 +284,19 @@ impl Recvs {
                     break;
                 }
                 incoming.got = 0;
-                let header = Header::decode(&incoming.header, true)?;
+                let header = Header::decode(&incoming.header, true, incoming.sum.is_some())?;
+                incoming.sum.iter_mut().for_each(Checksum::reset);
                 incoming.body = Some(self.begin(&header, outbox)?);
                 continue;
             };
             let n = if body.payload_left > 0 {
-                let n = self.read_payload(body, pipe, memory)?;
+                let n = self.read_payload(body, pipe, memory, incoming.sum.as_mut())?;
                 body.payload_left -= n;
                 if body.payload_left == 0 {
+                    // Before anybody is told that it is there.
+                    if let Some(sum) = &incoming.sum {
+                        body.header.check_payload(sum.value())?;
+                    }
                     let sink = std::mem::replace(&mut body.sink, Sink::Drop);
                     self.end(sink, events)?;
                 }
@@ -312,22 +322,32 @@ impl Recvs {
         body: &mut Body,
         pipe: &mut dyn Pipe,
         memory: &Memory,
+        sum: Option<&mut Checksum>,
     ) -> Result<usize, Cause> {
         match &mut body.sink {
             Sink::Drop => {
-                let n = pipe.peek()?.len().min(body.payload_left);
+                let shown = pipe.peek()?;
+                let n = shown.len().min(body.payload_left);
+                if let Some(sum) = sum {
+                    sum.update(&shown[..n]);
+                }
                 pipe.consume(n);
                 Ok(n)
             }
             Sink::Message(index, cursor) => {
                 let message = self.messages.get(*index);
-                let n = cursor.take(&message.target, pipe, memory, message.token.run, body.payload_left)?;
+                let run = message.token.run;
+                let n = cursor.take(&message.target, pipe, memory, run, body.payload_left, sum)?;
                 message.received += n as u64;
                 Ok(n)
             }
             Sink::Landing(landed) => {
                 let chain = &mut self.landed.get(*landed).chain;
-                let n = pipe.read(self.landing.room(chain))?;
+                let room = self.landing.room(chain);
+                let n = pipe.read(room)?;
+                if let Some(sum) = sum {
+                    sum.update(&room[..n]);
+                }
                 self.landing.landed(chain, n);
                 Ok(n)
             }
@@ -357,7 +377,7 @@ impl Recvs {
                 Sink::Landing(landed)
             }
         };
-        Ok(Body { sink, payload_left: header.len as usize, padding_left: header.padding() })
+        Ok(Body { header: *header, sink, payload_left: header.len as usize, padding_left: header.padding() })
     }
 
     fn begin_posted(&mut self, index: u32, header: &Header, outbox: &mut Outbox) -> Result<Sink, Cause> {

@@ -1,6 +1,7 @@
 //! The sending half of a link: orders meet grants, and are cut into frames.
 #![forbid(unsafe_code)]
 
+use super::checksum::Checksum;
 use super::control::Outbox;
 use super::frame::{FrameKind, HEADER_BYTES, Header, misbehaved};
 use super::hash::Table;
@@ -65,6 +66,8 @@ pub struct Sends {
     data: VecDeque<u32>,
     credit: u64,
     eager_max: u64,
+    /// Where frames carry checksums: the one in the making.
+    sum: Option<Checksum>,
     /// Orders on streams whose retirement is under way.
     held: VecDeque<(Token, Stream, PieceRange)>,
     /// Found outside of progress; told by the next one.
@@ -72,7 +75,7 @@ pub struct Sends {
 }
 
 impl Sends {
-    pub fn new(eager_max: u64) -> Sends {
+    pub fn new(eager_max: u64, checked: bool) -> Sends {
         Sends {
             messages: Slab::new(),
             table: Table::default(),
@@ -82,6 +85,7 @@ impl Sends {
             data: VecDeque::new(),
             credit: EAGER_CREDIT_BYTES as u64,
             eager_max,
+            sum: checked.then(Checksum::new),
             held: VecDeque::new(),
             news: Vec::new(),
         }
@@ -196,13 +200,19 @@ impl Sends {
     }
 
     /// Cuts the next frame.
-    pub fn cut(&mut self) -> Option<Outgoing> {
+    pub fn cut(&mut self, memory: &Memory) -> Option<Outgoing> {
         let (kind, index) = match self.eager.pop_front() {
             Some(index) => (FrameKind::Eager, index),
             None => (FrameKind::Data, self.data.pop_front()?),
         };
         let message = self.messages.get(index);
         let len = (message.len - message.cut).min(FRAME_BYTES_MAX as u64);
+        let cursor = message.cursor;
+        let payload_sum = self.sum.as_mut().map_or(0, |sum| {
+            sum.reset();
+            cursor.sum(memory, message.token.run, &message.src, len as usize, sum);
+            sum.value()
+        });
         let header = Header {
             kind,
             len: len as u32,
@@ -210,15 +220,15 @@ impl Sends {
             ordinal: message.key.ordinal,
             offset: message.cut,
             total: message.len,
+            payload_sum,
         };
-        let cursor = message.cursor;
         message.cut += len;
         if message.cut < message.len {
             message.cursor.advance(&message.src, len);
             self.data.push_back(index);
         }
         Some(Outgoing {
-            header: header.encode(),
+            header: header.encode(self.sum.is_some()),
             header_left: HEADER_BYTES,
             message: Some(index),
             rest: Vec::new(),

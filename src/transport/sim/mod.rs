@@ -69,6 +69,8 @@ struct State {
     channels: Vec<Channel>,
     /// Directions in which everything is dropped silently.
     dropped: Vec<(Rank, Rank)>,
+    /// Directions in which the next write is changed by one bit.
+    flips: Vec<(Rank, Rank)>,
     /// Ranks whose bytes stand still until they are resumed.
     paused: Vec<Rank>,
     /// Ranks that are gone.
@@ -98,6 +100,7 @@ impl Network {
             random: options.seed ^ 0x9E37_79B9_7F4A_7C15,
             channels: Vec::new(),
             dropped: Vec::new(),
+            flips: Vec::new(),
             paused: Vec::new(),
             gone: Vec::new(),
             requests: fabric::Requests::default(),
@@ -164,6 +167,11 @@ impl Network {
         self.lock().dropped.push((from, to));
     }
 
+    /// Changes one bit of what `from` next sends to `to`.
+    pub fn flip_bit(&self, from: Rank, to: Rank) {
+        self.lock().flips.push((from, to));
+    }
+
     /// Holds all bytes to and from a rank until it is resumed.
     pub fn pause(&self, rank: Rank) {
         self.lock().paused.push(rank);
@@ -173,6 +181,7 @@ impl Network {
     pub fn forget_faults(&self) {
         let mut state = self.lock();
         state.dropped.clear();
+        state.flips.clear();
         state.paused.clear();
         state.gone.clear();
         state.boards.clear();
@@ -249,7 +258,19 @@ impl State {
         }
         let time = channel.arrivals.back().map_or(time, |(last, _)| time.max(*last));
         channel.arrivals.push_back((time, n));
+        self.flip(at, n);
         n
+    }
+
+    /// Changes a bit of the last `n` bytes of a channel, if that was asked for.
+    fn flip(&mut self, at: usize, n: usize) {
+        let pair = (self.channels[at].from, self.channels[at].to);
+        let Some(order) = self.flips.iter().position(|flip| *flip == pair) else { return };
+        self.flips.remove(order);
+        let bit = (self.random() % (8 * n as u64)) as usize;
+        let bytes = &mut self.channels[at].bytes;
+        let first = bytes.len() - n;
+        bytes[first + bit / 8] ^= 1 << (bit % 8);
     }
 
     fn room(&self, at: usize) -> usize {

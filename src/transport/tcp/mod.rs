@@ -10,14 +10,17 @@ pub use options::TcpOptions;
 use crate::error::Cause;
 use crate::transport::Pipe;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
-use std::io::IoSlice;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags};
+use std::io::{IoSlice, IoSliceMut};
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-/// What is read ahead of its use, so that a reduction reads from the cache. Allocated when first needed.
+/// What is read ahead of a reduction, so that it reads from the cache. Allocated when first needed.
 const STAGING_BYTES: usize = 256 << 10;
-/// From here on a read goes straight to its destination; below, one system call fetches several frames.
+/// What is read ahead to find out what comes: several small frames, or a header and little of its payload, for the
+/// rest then goes to its destination without a copy in between.
+const AHEAD_BYTES: usize = 8 << 10;
+/// From here on a read goes straight to its destination.
 const DIRECT_BYTES: usize = 16 << 10;
 /// As long as this many bytes are staged, nothing more is asked of the kernel: any caller can go on with them.
 const ENOUGH_BYTES: usize = 64;
@@ -33,6 +36,8 @@ pub struct TcpPipe {
     end: usize,
     /// Bytes consumed since the beginning: staged bytes keep their alignment relative to the stream.
     position: u64,
+    /// The last read took all that had arrived: the next look at the socket is not worth a system call.
+    dry: bool,
     /// Bytes were staged that nobody has seen yet.
     unseen: bool,
     /// Why the stream has ended; told when the staged bytes are used up.
@@ -61,17 +66,30 @@ impl TcpPipe {
             start: 0,
             end: 0,
             position: 0,
+            dry: false,
             unseen: false,
             failed: None,
             kind,
         })
     }
 
-    fn recv(socket: &OwnedFd, dst: &mut [u8]) -> Result<usize, Cause> {
+    /// Reads what has arrived, at most so much as fits into both parts; 0 when there is nothing.
+    fn recv(&mut self, dst: &mut [u8], staging: std::ops::Range<usize>) -> Result<usize, Cause> {
+        // Whoever reads goes on until there is nothing, so half of all reads would find nothing.
+        if std::mem::take(&mut self.dry) {
+            return Ok(0);
+        }
+        let room = dst.len() + staging.len();
+        let mut parts = [IoSliceMut::new(dst), IoSliceMut::new(&mut self.staging[staging])];
+        let mut no_control = RecvAncillaryBuffer::default();
         loop {
-            return match rustix::net::recv(socket, &mut *dst, RecvFlags::DONTWAIT) {
-                Ok((0, _)) => Err(Cause::Exited),
-                Ok((n, _)) => Ok(n),
+            let read = rustix::net::recvmsg(&self.socket, &mut parts, &mut no_control, RecvFlags::DONTWAIT);
+            return match read.map(|message| message.bytes) {
+                Ok(0) => Err(Cause::Exited),
+                Ok(n) => {
+                    self.dry = n < room;
+                    Ok(n)
+                }
                 Err(Errno::AGAIN) => Ok(0),
                 Err(Errno::INTR) => continue,
                 Err(error) => Err(cause_of(error)),
@@ -79,28 +97,34 @@ impl TcpPipe {
         }
     }
 
-    /// Reads ahead. Bytes that are staged already are kept.
-    fn stage(&mut self) -> Result<(), Cause> {
+    /// Makes room behind the staged bytes, of which there are few.
+    fn make_room(&mut self, position: u64) {
         if self.staging.is_empty() {
             self.staging = vec![0; STAGING_BYTES];
         }
         let left = self.end - self.start;
         assert!(left < ENOUGH_BYTES, "reading ahead happens when little is left");
         // To the front, at the same place within a cache line as in the stream: elements stay aligned.
-        let start = (self.position % ENOUGH_BYTES as u64) as usize;
+        let start = (position % ENOUGH_BYTES as u64) as usize;
         self.staging.copy_within(self.start..self.end, start);
         (self.start, self.end) = (start, start + left);
-        let n = TcpPipe::recv(&self.socket, &mut self.staging[self.end..])?;
+    }
+
+    /// Reads ahead, at most `limit` bytes. Bytes that are staged already are kept.
+    fn stage(&mut self, limit: usize) -> Result<(), Cause> {
+        self.make_room(self.position);
+        let room = self.end..STAGING_BYTES.min(self.end + limit);
+        let n = self.recv(&mut [], room)?;
         self.end += n;
         self.unseen |= n > 0;
         Ok(())
     }
 
     /// Staged bytes are shown before the error that ends the stream.
-    fn staged(&mut self) -> Result<usize, Cause> {
+    fn staged(&mut self, limit: usize) -> Result<usize, Cause> {
         if self.end - self.start < ENOUGH_BYTES
             && self.failed.is_none()
-            && let Err(cause) = self.stage()
+            && let Err(cause) = self.stage(limit)
         {
             self.failed = Some(cause);
         }
@@ -108,6 +132,19 @@ impl TcpPipe {
             Some(cause) if self.start == self.end => Err(cause.clone()),
             _ => Ok(self.end - self.start),
         }
+    }
+
+    /// Reads to `dst`, and what comes behind it to the staging space: the next header costs no call of its own.
+    fn read_straight(&mut self, dst: &mut [u8]) -> Result<usize, Cause> {
+        let behind = self.position + dst.len() as u64;
+        self.make_room(behind);
+        let ahead = self.end..self.end + AHEAD_BYTES;
+        let n = self.recv(dst, ahead).inspect_err(|cause| self.failed = Some(cause.clone()))?;
+        let read = n.min(dst.len());
+        self.position += read as u64;
+        self.end += n - read;
+        self.unseen |= n > read;
+        Ok(read)
     }
 }
 
@@ -140,7 +177,7 @@ impl Pipe for TcpPipe {
     }
 
     fn peek(&mut self) -> Result<&[u8], Cause> {
-        self.staged()?;
+        self.staged(STAGING_BYTES)?;
         self.unseen = false;
         Ok(&self.staging[self.start..self.end])
     }
@@ -152,20 +189,11 @@ impl Pipe for TcpPipe {
     }
 
     fn read(&mut self, dst: &mut [u8]) -> Result<usize, Cause> {
-        if self.start == self.end && dst.len() >= DIRECT_BYTES && self.failed.is_none() {
-            return match TcpPipe::recv(&self.socket, dst) {
-                Ok(n) => {
-                    self.position += n as u64;
-                    Ok(n)
-                }
-                Err(cause) => {
-                    self.failed = Some(cause.clone());
-                    Err(cause)
-                }
-            };
+        if self.start == self.end && self.failed.is_none() && dst.len() >= DIRECT_BYTES {
+            return self.read_straight(dst);
         }
         if self.start == self.end {
-            self.staged()?;
+            self.staged(AHEAD_BYTES)?;
         }
         self.unseen = false;
         let n = dst.len().min(self.end - self.start);

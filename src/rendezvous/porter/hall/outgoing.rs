@@ -220,7 +220,11 @@ impl Hall {
             ));
         }
         assert!(self.up.insert(peer), "one link for each pair of ranks");
-        let link = FlowLink::new(peer, control, lanes, FlowOptions::default()).with_board(board);
+// Bytes that leave the host pass cards, cables and switches. On a host memory's own checks must do.
+        let host = |rank: Rank| &self.joined.table.cards[rank.0 as usize].host_id;
+        let checksums = host(self.joined.rank) != host(peer);
+        let options = FlowOptions { checksums, ..FlowOptions::default() };
+        let link = FlowLink::new(peer, control, lanes, options).with_board(board);
         self.tell(FabricEvent::Up(Box::new(link)));
     }
 }
