@@ -18,6 +18,7 @@ mod share;
 use super::client::Joined;
 use crate::error::Cause;
 use crate::limits::{SILENCE_MS, TCP_LANES_MAX};
+use crate::transport::shm::Budget;
 use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;
 use crate::transport::{Fabric, FabricEvent};
@@ -48,6 +49,8 @@ pub struct PorterOptions {
     pub tcp_lanes: usize,
     /// Options of each TCP connection.
     pub tcp: TcpOptions,
+    /// The shared memory that links may take.
+    pub memory: Budget,
     /// A peer whose doors take connections and that does not answer for so long is held to be stopped. The same
     /// as for a link that is up, so that it makes no difference whether there is one already.
     pub silence_ms: u64,
@@ -59,6 +62,7 @@ impl Default for PorterOptions {
             choice: Choice::Auto,
             tcp_lanes: 1,
             tcp: TcpOptions::default(),
+            memory: Budget::new(u64::MAX),
             silence_ms: SILENCE_MS,
         }
     }

@@ -238,14 +238,15 @@ def test_without_our_launcher(body):
 
 
 def body_late():
-    rank, _ = begin(timeout_s=2)
+    # Long enough for the barrier of a busy machine.
+    rank, _ = begin(timeout_s=8)
     dist.barrier()
     if rank == 0:
         started = time.monotonic()
         text = catch(RuntimeError, lambda: dist.all_reduce(torch.ones(2)))
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < 120
         return text
-    time.sleep(8)
+    time.sleep(20)
     return ""
 
 

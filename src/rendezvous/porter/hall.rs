@@ -11,6 +11,7 @@ use crate::rendezvous::proof::{self, Accept, Handshake, Hello, ProofError, Purpo
 use crate::rendezvous::reactor::Reactor;
 use crate::rendezvous::server::GREETING_MS;
 use crate::rendezvous::{build, listen};
+use crate::transport::shm;
 use crate::transport::wake::Waker;
 use crate::transport::{FabricEvent, Pipe};
 use crate::types::Rank;
@@ -90,7 +91,7 @@ enum Stage {
     /// We connect: proven, and waiting for the other lanes.
     Waiting { peer: Rank, purpose: Purpose, attempt: u64 },
     /// We connect: the segment is offered.
-    Offered { peer: Rank, attempt: u64, segment: Option<std::os::fd::OwnedFd>, refused: bool },
+    Offered { peer: Rank, attempt: u64, segment: Option<(std::os::fd::OwnedFd, shm::Share)>, refused: bool },
     /// We knocked: proven, and the peer is about to connect.
     Knocked { peer: Rank, attempt: u64 },
     /// The peer has knocked, and hears here how it goes.

@@ -4,7 +4,7 @@
 use crate::error::Cause;
 use crate::limits::{SHM_CONTROL_BYTES, SHM_RING_BYTES};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
@@ -93,6 +93,10 @@ impl Segment {
             return Err(Cause::System("a segment was mapped at address 0".to_owned()));
         };
         let segment = Segment { base };
+        // A forked child has no business here, and would keep the memory alive after its parent's end.
+        // SAFETY: the whole of the mapping that was just made.
+        unsafe { rustix::mm::madvise(base.as_ptr().cast(), SEGMENT_BYTES, Advice::LinuxDontFork) }
+            .map_err(|e| system("keeping a segment from forked children", e))?;
         for (at, expected) in words().into_iter().enumerate() {
             let found = segment.word(8 * at).load(std::sync::atomic::Ordering::Acquire);
             if found != expected {

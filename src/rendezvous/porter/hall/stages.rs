@@ -1,7 +1,6 @@
 //! What each stage of a connection does with the bytes that have come.
 
 use super::*;
-use crate::transport::shm;
 use std::os::fd::{AsFd, OwnedFd};
 
 impl Hall {
@@ -91,10 +90,11 @@ impl Hall {
     }
 
     fn offer(&mut self, number: Number, peer: Rank, attempt: u64) -> Step {
-        let offered = shm::create_segment().and_then(|segment| {
+        let offered = self.options.memory.take(shm::SEGMENT_BYTES as u64).and_then(|taken| {
+            let segment = shm::create_segment()?;
             let channel = &self.connections[&number].channel;
             share::send(channel, share::OFFER, &[segment.as_fd(), self.ends.waker.as_fd()])?;
-            Ok(segment)
+            Ok((segment, taken))
         });
         match offered {
             Ok(segment) => {
@@ -124,8 +124,8 @@ impl Hall {
                 Ok(Some((share::REFUSE, _))) => *refused = true,
                 Ok(Some((share::ACCEPT, mut descriptors))) if descriptors.len() == 1 => {
                     let theirs = descriptors.pop().expect("one");
-                    let segment = segment.take().expect("a segment is accepted once");
-                    let opened = self.open_segment(number, segment, shm::Side::Creator, theirs);
+                    let (segment, taken) = segment.take().expect("a segment is accepted once");
+                    let opened = self.open_segment(number, segment, taken, shm::Side::Creator, theirs);
                     let channel = &mut self.connections.get_mut(&number).expect("it is there").channel;
                     return match opened.and_then(|pipes| say_go(channel).map(|()| pipes)) {
                         Ok((control, lane)) => {
@@ -212,7 +212,9 @@ impl Hall {
         };
         let theirs = descriptors.pop().expect("two");
         let segment = descriptors.pop().expect("two");
-        let opened = self.open_segment(number, segment, shm::Side::Joiner, theirs);
+        let taken = self.options.memory.take(shm::SEGMENT_BYTES as u64);
+        let opened =
+            taken.and_then(|taken| self.open_segment(number, segment, taken, shm::Side::Joiner, theirs));
         let answered = opened.and_then(|pipes| {
             share::send(&self.connections[&number].channel, share::ACCEPT, &[self.ends.waker.as_fd()])?;
             Ok(pipes)
@@ -299,13 +301,14 @@ impl Hall {
         &self,
         number: Number,
         segment: OwnedFd,
+        taken: shm::Share,
         side: shm::Side,
         theirs: OwnedFd,
     ) -> Result<Pipes, Cause> {
         // The pipes watch the socket for the peer's death; until the last word the porter needs it as well.
         let socket = self.connections[&number].channel.as_fd().try_clone_to_owned();
         let socket = socket.map_err(|e| Cause::System(format!("a descriptor could not be copied: {e}")))?;
-        let (control, lane) = shm::open(segment, side, socket, self.ends.waker.clone(), theirs)?;
+        let (control, lane) = shm::open(segment, side, socket, self.ends.waker.clone(), theirs, taken)?;
         Ok((Box::new(control), Box::new(lane)))
     }
 }
