@@ -27,7 +27,8 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-/// How many unnamed operations of each kind were submitted to each set; changes of the sets count as [`Collective::AddSet`].
+/// How many unnamed operations of each kind were submitted to each set. Changes of the sets count as
+/// [`Collective::AddSet`].
 type Unnamed = HashMap<(SetId, Collective), u32>;
 
 /// A job in progress.
@@ -175,12 +176,7 @@ impl Live {
         }
     }
 
-    fn name(
-        &self,
-        request: &Request<'_>,
-        counters: Option<&mut Unnamed>,
-        into: &mut String,
-    ) {
+    fn name(&self, request: &Request<'_>, counters: Option<&mut Unnamed>, into: &mut String) {
         into.clear();
         match (request.name, counters) {
             (Some(name), _) => into.push_str(name),
