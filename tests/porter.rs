@@ -102,37 +102,51 @@ fn when_the_connector_fails_the_one_that_knocked_fails_alike() {
     stop(nodes);
 }
 
+/// Rank 1, which connects, goes on trying an address where somebody else closes every connection.
+fn with_a_futile_connector(stranger: SocketAddr) -> Vec<Node> {
+    let joined: Vec<Joined> =
+        join_all(2, private(&unique("knocked"), 2)).into_iter().map(Result::unwrap).collect();
+    let start = |mut joined: Joined| {
+        if joined.rank == Rank(1) {
+            let mut table = (*joined.table).clone();
+            table.cards[0].socket = None;
+            table.cards[0].addresses = vec![stranger];
+            joined.table = Arc::new(table);
+        }
+        Node::start(joined, PorterOptions { silence_ms: 3000, ..options(Choice::Auto, 1) })
+    };
+    joined.into_iter().map(start).collect()
+}
+
 #[test]
 fn a_connector_that_ends_after_a_knock_is_noticed_at_once() {
     let _alone = alone();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let stranger = listener.local_addr().unwrap();
     std::thread::spawn(move || listener.incoming().for_each(drop));
-    let joined: Vec<Joined> =
-        join_all(2, private(&unique("knocked"), 2)).into_iter().map(Result::unwrap).collect();
-    let mut nodes: Vec<Node> = joined
-        .into_iter()
-        .map(|mut joined| {
-            if joined.rank == Rank(1) {
-                // It goes on trying an address where somebody else closes every connection.
-                let mut table = (*joined.table).clone();
-                table.cards[0].socket = None;
-                table.cards[0].addresses = vec![stranger];
-                joined.table = Arc::new(table);
-            }
-            Node::start(joined, PorterOptions { silence_ms: 5000, ..options(Choice::Auto, 1) })
-        })
-        .collect();
-    nodes[0].fabric.request(Rank(1));
-    // Longer than the silence: it says that it is still trying, so it is not taken for a stopped one.
-    let until = Instant::now() + Duration::from_millis(7000);
-    drive(&mut nodes, |_| Instant::now() >= until);
-    assert!(nodes.iter().all(|node| node.failed.is_empty()), "{:?} {:?}", nodes[0].failed, nodes[1].failed);
-    let start = Instant::now();
-    stop(vec![nodes.pop().unwrap()]);
-    drive(&mut nodes, |nodes| nodes[0].failed.len() == 1);
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-    stop(nodes);
+    for attempt in 1.. {
+        let mut nodes = with_a_futile_connector(stranger);
+        nodes[0].fabric.request(Rank(1));
+        // Longer than the silence: it says that it is still trying, so it is not taken for a stopped one.
+        let start = Instant::now();
+        let (mut last, mut gap) = (start, Duration::ZERO);
+        drive(&mut nodes, |_| {
+            gap = gap.max(last.elapsed());
+            last = Instant::now();
+            start.elapsed() >= Duration::from_millis(4500)
+        });
+        if nodes.iter().any(|node| !node.failed.is_empty()) {
+            // Where threads get no processor for so long, silence means nothing.
+            assert!(attempt < 5 && gap > Duration::from_millis(500), "{:?}", nodes[0].failed);
+            stop(nodes);
+            continue;
+        }
+        stop(vec![nodes.pop().unwrap()]);
+        drive(&mut nodes, |nodes| nodes[0].failed.len() == 1);
+        // At the limit for links, or of silence, the words would be others.
+        assert_eq!(nodes[0].failed[0], (Rank(1), format!("rank 1 {}", Cause::Exited)));
+        return stop(nodes);
+    }
 }
 
 #[test]
