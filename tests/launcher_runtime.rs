@@ -20,6 +20,8 @@ use std::time::Duration;
 const ROLE: &str = "CAROLE_TEST_ROLE";
 /// The silence that a stopped rank is allowed.
 const STOPPED_MS: &str = "3000";
+/// Where the survivors wait for each other.
+const MEETING: &str = "CAROLE_TEST_MEETING";
 /// The rank that does it.
 const VICTIM: &str = "CAROLE_TEST_VICTIM";
 
@@ -75,9 +77,18 @@ fn survive(role: &str) {
             break error;
         }
     };
+    everybody_knows();
     println!("ended: {error}");
     eprintln!("{error}");
     std::process::exit(1);
+}
+
+/// Waits until all survivors have their error: one that ends before would be news of its own to the others.
+fn everybody_knows() {
+    let world = runtime::world().unwrap();
+    let meeting = PathBuf::from(std::env::var(MEETING).unwrap());
+    std::fs::write(meeting.join(world.rank.to_string()), "").unwrap();
+    until("all survivors know", || std::fs::read_dir(&meeting).unwrap().count() as u32 == world.size - 1);
 }
 
 fn busy(me: u32) {
@@ -107,12 +118,14 @@ fn other_version() {
     // The protocol's number stands behind the eight bytes that name it.
     bytes[8..12].copy_from_slice(&(PROTOCOL + 1).to_le_bytes());
     let address = std::env::var("CAROLE_RENDEZVOUS").unwrap();
-    let mut stream = loop {
-        match TcpStream::connect(&address) {
-            Ok(stream) => break stream,
-            Err(_) => std::thread::sleep(Duration::from_millis(20)),
-        }
-    };
+    let mut stream = None;
+    until("rank 0 listens", || {
+        // Where nobody listens yet, a connection can meet itself.
+        let made = TcpStream::connect(&address).ok();
+        stream = made.filter(|s| s.local_addr().unwrap() != s.peer_addr().unwrap());
+        stream.is_some()
+    });
+    let mut stream = stream.unwrap();
     stream.write_all(&bytes).unwrap();
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer);
@@ -135,7 +148,9 @@ fn strike(role: &str, size: u32, victim: u32) -> (Vec<String>, i32, String) {
     let silence = if role == "stops" { STOPPED_MS } else { "20000" };
     // Survivors that come late to their words are not cut short by the launcher's SIGTERM.
     let deaf = "trap '' TERM; exec \"$0\" \"$@\"";
-    let more = [(VICTIM, victim.as_str()), ("CAROLE_TIMEOUT_MS", silence)];
+    let meeting = tempfile::tempdir().unwrap();
+    let place = meeting.path().to_str().unwrap();
+    let more = [(VICTIM, victim.as_str()), (MEETING, place), ("CAROLE_TIMEOUT_MS", silence)];
     let mut job = under_launcher(&name, size, &["sh", "-c", deaf], role, &more);
     let mut words = Vec::new();
     loop {
@@ -209,7 +224,11 @@ fn a_running_job_leaves_nothing_when_its_launcher_is_killed() {
     let directories = [temporary.path(), runtime.path()].map(|path| path.to_str().unwrap().to_owned());
     let more = [("TMPDIR", directories[0].as_str()), ("XDG_RUNTIME_DIR", directories[1].as_str())];
     let mut job = under_launcher("launcher-killed", 3, &[], "busy", &more);
-    until("the job runs", || job.line().contains("running"));
+    until("the job runs", || {
+        let line = job.line();
+        assert!(!line.is_empty(), "the job has ended");
+        line.contains("running")
+    });
     kill(job.pid(), "KILL");
     job.child.wait().unwrap();
     until("all processes of the job are gone", || job.processes().is_empty());
