@@ -19,7 +19,7 @@ use std::time::Duration;
 /// Says to the program that it is a rank, and what it shall do.
 const ROLE: &str = "CAROLE_TEST_ROLE";
 /// The silence that a stopped rank is allowed.
-const STOPPED_MS: &str = "3000";
+const STOPPED_MS: &str = "6000";
 /// Where the survivors wait for each other.
 const MEETING: &str = "CAROLE_TEST_MEETING";
 /// The rank that does it.
