@@ -72,14 +72,14 @@ fn engine(network: &Network, me: u32) -> Engine {
 
 /// Allocations of one step, by the engines alone: the network's own are taken off by the caller, who measures
 /// a step in which nothing is submitted.
-#[test]
-fn a_repeated_step_allocates_nothing() {
+fn repeat_a_step(boards: bool) {
     let network = Network::new(SimOptions {
         seed: 1,
         delay_min_ns: 1000,
         delay_max_ns: 1000,
         capacity_bytes: 1 << 20,
         fragments: false,
+        boards,
     });
     let mut engines = [engine(&network, 0), engine(&network, 1)];
     let signature = Signature {
@@ -139,4 +139,14 @@ fn a_repeated_step_allocates_nothing() {
         assert!(step > 0 || last > 0, "the count counts");
     }
     assert_eq!(last, 0, "allocations in the last of 200 steps");
+}
+
+#[test]
+fn a_repeated_step_allocates_nothing() {
+    repeat_a_step(false);
+}
+
+#[test]
+fn a_repeated_step_over_boards_allocates_nothing() {
+    repeat_a_step(true);
 }

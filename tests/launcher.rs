@@ -355,6 +355,9 @@ fn bad_commands_and_arguments_get_clear_words() {
     let output = run(&["-np", "1", script]);
     assert_eq!(code(&output), 127);
     assert!(text(&output.stderr).contains("interpreter"));
+    let output = carolerun(&["-np", "1", "train.py"]).current_dir(directory.path()).output().unwrap();
+    let errors = text(&output.stderr);
+    assert!(errors.contains("not in PATH") && errors.contains("./train.py"), "{errors}");
 }
 
 fn make_executable(path: impl AsRef<Path>) {

@@ -18,6 +18,10 @@ use std::time::Duration;
 
 /// Says to the program that it is a rank, and what it shall do.
 const ROLE: &str = "CAROLE_TEST_ROLE";
+/// The silence that a stopped rank is allowed.
+const STOPPED_MS: &str = "6000";
+/// Where the survivors wait for each other.
+const MEETING: &str = "CAROLE_TEST_MEETING";
 /// The rank that does it.
 const VICTIM: &str = "CAROLE_TEST_VICTIM";
 
@@ -73,9 +77,18 @@ fn survive(role: &str) {
             break error;
         }
     };
+    everybody_knows();
     println!("ended: {error}");
     eprintln!("{error}");
     std::process::exit(1);
+}
+
+/// Waits until all survivors have their error: one that ends before would be news of its own to the others.
+fn everybody_knows() {
+    let world = runtime::world().unwrap();
+    let meeting = PathBuf::from(std::env::var(MEETING).unwrap());
+    std::fs::write(meeting.join(world.rank.to_string()), "").unwrap();
+    until("all survivors know", || std::fs::read_dir(&meeting).unwrap().count() as u32 == world.size - 1);
 }
 
 fn busy(me: u32) {
@@ -105,22 +118,25 @@ fn other_version() {
     // The protocol's number stands behind the eight bytes that name it.
     bytes[8..12].copy_from_slice(&(PROTOCOL + 1).to_le_bytes());
     let address = std::env::var("CAROLE_RENDEZVOUS").unwrap();
-    let mut stream = loop {
-        match TcpStream::connect(&address) {
-            Ok(stream) => break stream,
-            Err(_) => std::thread::sleep(Duration::from_millis(20)),
-        }
-    };
+    let mut stream = None;
+    until("rank 0 listens", || {
+        // Where nobody listens yet, a connection can meet itself.
+        let made = TcpStream::connect(&address).ok();
+        stream = made.filter(|s| s.local_addr().unwrap() != s.peer_addr().unwrap());
+        stream.is_some()
+    });
+    let mut stream = stream.unwrap();
     stream.write_all(&bytes).unwrap();
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer);
     println!("heard: {}", String::from_utf8_lossy(&answer));
 }
 
-fn under_launcher(name: &str, size: u32, role: &str, more: &[(&str, &str)]) -> Job {
+fn under_launcher(name: &str, size: u32, before: &[&str], role: &str, more: &[(&str, &str)]) -> Job {
     let me = std::env::current_exe().unwrap();
     let size = size.to_string();
-    let arguments = ["-np", &size, me.to_str().unwrap(), "--exact", "rank", "--nocapture"];
+    let program = [me.to_str().unwrap(), "--exact", "rank", "--nocapture"];
+    let arguments = [&["-np", &size][..], before, &program].concat();
     Job::start(name, &arguments, &[&[(ROLE, role)][..], more].concat())
 }
 
@@ -128,7 +144,14 @@ fn under_launcher(name: &str, size: u32, role: &str, more: &[(&str, &str)]) -> J
 fn strike(role: &str, size: u32, victim: u32) -> (Vec<String>, i32, String) {
     let name = format!("{}-{size}-{victim}", role.replace(' ', "-"));
     let victim = victim.to_string();
-    let mut job = under_launcher(&name, size, role, &[(VICTIM, &victim), ("CAROLE_TIMEOUT_MS", "1500")]);
+    // The living must not seem silent on a busy machine; only one that stops is waited for so long.
+    let silence = if role == "stops" { STOPPED_MS } else { "20000" };
+    // Survivors that come late to their words are not cut short by the launcher's SIGTERM.
+    let deaf = "trap '' TERM; exec \"$0\" \"$@\"";
+    let meeting = tempfile::tempdir().unwrap();
+    let place = meeting.path().to_str().unwrap();
+    let more = [(VICTIM, victim.as_str()), (MEETING, place), ("CAROLE_TIMEOUT_MS", silence)];
+    let mut job = under_launcher(&name, size, &["sh", "-c", deaf], role, &more);
     let mut words = Vec::new();
     loop {
         let line = job.line();
@@ -162,7 +185,7 @@ fn a_rank_that_ends_before_there_is_a_link_is_named_by_all() {
 fn a_rank_that_stops_before_there_is_a_link_is_silent_as_any_other() {
     for victim in 0..3 {
         let (words, code, errors) = strike("stops", 3, victim);
-        let expected = format!("epoch 0 is broken: rank {victim} has been silent for 1500 ms");
+        let expected = format!("epoch 0 is broken: rank {victim} has been silent for {STOPPED_MS} ms");
         assert!(words[0].starts_with(&expected), "{words:?}");
         assert_eq!(code, 1, "{errors}");
         assert!(errors.contains(&format!("rank {victim} failed first, though it still runs")), "{errors}");
@@ -200,8 +223,12 @@ fn a_running_job_leaves_nothing_when_its_launcher_is_killed() {
     let (temporary, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let directories = [temporary.path(), runtime.path()].map(|path| path.to_str().unwrap().to_owned());
     let more = [("TMPDIR", directories[0].as_str()), ("XDG_RUNTIME_DIR", directories[1].as_str())];
-    let mut job = under_launcher("launcher-killed", 3, "busy", &more);
-    until("the job runs", || job.line().contains("running"));
+    let mut job = under_launcher("launcher-killed", 3, &[], "busy", &more);
+    until("the job runs", || {
+        let line = job.line();
+        assert!(!line.is_empty(), "the job has ended");
+        line.contains("running")
+    });
     kill(job.pid(), "KILL");
     job.child.wait().unwrap();
     until("all processes of the job are gone", || job.processes().is_empty());
@@ -217,7 +244,7 @@ fn plain(rank: u32, role: &str, rendezvous: &str, secret: &Path) -> Child {
     command.args(["--exact", "rank", "--nocapture"]).env(ROLE, role);
     command.env("CAROLE_RANK", rank.to_string()).env("CAROLE_SIZE", "2");
     command.env("CAROLE_RENDEZVOUS", rendezvous).env("CAROLE_SECRET_FILE", secret);
-    command.env("CAROLE_START_TIMEOUT_S", "4");
+    command.env("CAROLE_START_TIMEOUT_S", "15");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 

@@ -30,11 +30,10 @@ fn a_peer_that_is_gone_is_told_at_once() {
     for node in &mut nodes {
         node.fabric.request(Rank(1));
     }
-    let start = Instant::now();
     drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
-    assert!(start.elapsed() < Duration::from_secs(5), "a refused connection needs no deadline");
     for node in &nodes {
-        // The words of a link that ended, so that it makes no difference whether there was one.
+        // A refused connection needs no deadline, which would have other words. These are the words of a link that
+        // ended, so that it makes no difference whether there was one.
         assert_eq!(node.failed[0], (Rank(1), format!("rank 1 {}", Cause::Exited)));
     }
     stop(nodes);
@@ -53,10 +52,9 @@ fn a_peer_that_does_not_answer_is_silent_as_long_as_any_and_others_do_not_wait()
             if joined.rank == Rank(1) {
                 mute = Some(joined)
             } else {
-                nodes.push(Node::start(joined, PorterOptions { silence_ms: 1200, ..options(choice, 1) }))
+                nodes.push(Node::start(joined, PorterOptions { silence_ms: 4000, ..options(choice, 1) }))
             }
         }
-        let start = Instant::now();
         // Rank 0 knocks, rank 2 connects.
         nodes[0].fabric.request(Rank(1));
         nodes[1].fabric.request(Rank(1));
@@ -67,10 +65,8 @@ fn a_peer_that_does_not_answer_is_silent_as_long_as_any_and_others_do_not_wait()
             "the link to the living does not wait for the mute"
         );
         drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
-        // Links had ten seconds before.
-        assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
         for node in &nodes {
-            let words = format!("rank 1 {}", Cause::Silent { for_ms: 1200 });
+            let words = format!("rank 1 {}", Cause::Silent { for_ms: 4000 });
             assert_eq!(node.failed, [(Rank(1), words)], "the words of a link that falls silent");
         }
         drop(mute);
@@ -99,13 +95,27 @@ fn when_the_connector_fails_the_one_that_knocked_fails_alike() {
         .collect();
     // Rank 1's engine asks for nothing; its call fails with the epoch all the same.
     nodes[0].fabric.request(Rank(1));
-    let start = Instant::now();
     drive(&mut nodes, |nodes| nodes.iter().all(|n| n.failed.len() == 1));
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     let words = &nodes[0].failed[0].1;
     assert!(words.starts_with("rank 0 cannot be reached") && words.contains("127.0.0.1"), "{words}");
     assert_eq!(*words, nodes[1].failed[0].1, "both name the same culprit in the same words");
     stop(nodes);
+}
+
+/// Rank 1, which connects, goes on trying an address where somebody else closes every connection.
+fn with_a_futile_connector(stranger: SocketAddr) -> Vec<Node> {
+    let joined: Vec<Joined> =
+        join_all(2, private(&unique("knocked"), 2)).into_iter().map(Result::unwrap).collect();
+    let start = |mut joined: Joined| {
+        if joined.rank == Rank(1) {
+            let mut table = (*joined.table).clone();
+            table.cards[0].socket = None;
+            table.cards[0].addresses = vec![stranger];
+            joined.table = Arc::new(table);
+        }
+        Node::start(joined, PorterOptions { silence_ms: 3000, ..options(Choice::Auto, 1) })
+    };
+    joined.into_iter().map(start).collect()
 }
 
 #[test]
@@ -114,31 +124,29 @@ fn a_connector_that_ends_after_a_knock_is_noticed_at_once() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let stranger = listener.local_addr().unwrap();
     std::thread::spawn(move || listener.incoming().for_each(drop));
-    let joined: Vec<Joined> =
-        join_all(2, private(&unique("knocked"), 2)).into_iter().map(Result::unwrap).collect();
-    let mut nodes: Vec<Node> = joined
-        .into_iter()
-        .map(|mut joined| {
-            if joined.rank == Rank(1) {
-                // It goes on trying an address where somebody else closes every connection.
-                let mut table = (*joined.table).clone();
-                table.cards[0].socket = None;
-                table.cards[0].addresses = vec![stranger];
-                joined.table = Arc::new(table);
-            }
-            Node::start(joined, PorterOptions { silence_ms: 3000, ..options(Choice::Auto, 1) })
-        })
-        .collect();
-    nodes[0].fabric.request(Rank(1));
-    // Longer than the silence: it says that it is still trying, so it is not taken for a stopped one.
-    let until = Instant::now() + Duration::from_millis(4500);
-    drive(&mut nodes, |_| Instant::now() >= until);
-    assert!(nodes.iter().all(|node| node.failed.is_empty()), "{:?} {:?}", nodes[0].failed, nodes[1].failed);
-    let start = Instant::now();
-    stop(vec![nodes.pop().unwrap()]);
-    drive(&mut nodes, |nodes| nodes[0].failed.len() == 1);
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-    stop(nodes);
+    for attempt in 1.. {
+        let mut nodes = with_a_futile_connector(stranger);
+        nodes[0].fabric.request(Rank(1));
+        // Longer than the silence: it says that it is still trying, so it is not taken for a stopped one.
+        let start = Instant::now();
+        let (mut last, mut gap) = (start, Duration::ZERO);
+        drive(&mut nodes, |_| {
+            gap = gap.max(last.elapsed());
+            last = Instant::now();
+            start.elapsed() >= Duration::from_millis(4500)
+        });
+        if nodes.iter().any(|node| !node.failed.is_empty()) {
+            // Where threads get no processor for so long, silence means nothing.
+            assert!(attempt < 5 && gap > Duration::from_millis(500), "{:?}", nodes[0].failed);
+            stop(nodes);
+            continue;
+        }
+        stop(vec![nodes.pop().unwrap()]);
+        drive(&mut nodes, |nodes| nodes[0].failed.len() == 1);
+        // At the limit for links, or of silence, the words would be others.
+        assert_eq!(nodes[0].failed[0], (Rank(1), format!("rank 1 {}", Cause::Exited)));
+        return stop(nodes);
+    }
 }
 
 #[test]

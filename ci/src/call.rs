@@ -129,7 +129,7 @@ impl Drop for Operation {
     fn drop(&mut self) {
         if let Some(handle) = self.handle.take() {
             // The buffers are the engine's until there is an outcome, so they cannot be dropped before.
-            let completion = runtime::wait(handle, Some(Duration::from_secs(60)));
+            let completion = runtime::wait(handle, Some(Duration::from_secs(180)));
             if matches!(completion.result, Err(carole::error::Error::Timeout(_))) {
                 eprintln!("an operation did not end within 60 s; its buffers cannot be freed");
                 std::process::abort();

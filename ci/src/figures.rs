@@ -41,7 +41,7 @@ pub fn run(settings: &Settings) -> Verdict {
             hosts: 1,
             places: Vec::new(),
             knobs: vec![("CAROLE_TRANSPORT", transport.to_owned())],
-            limit: Duration::from_secs(120),
+            limit: Duration::from_secs(600),
         };
         let lines = plan.run()?;
         let told = lines[0].last().ok_or("rank 0 said nothing")?;

@@ -31,10 +31,10 @@ pub fn run(settings: &Settings) -> Verdict {
         hosts: 1,
         places: Vec::new(),
         knobs: vec![("CAROLE_TRANSPORT", "tcp".to_owned())],
-        limit: Duration::from_secs(60),
+        limit: Duration::from_secs(300),
     };
     let job = plan.start()?;
-    let until = Instant::now() + Duration::from_secs(30);
+    let until = Instant::now() + Duration::from_secs(120);
     for _ in 0..settings.ranks {
         match job.line(until) {
             Some((_, line)) if line == "running" => {}

@@ -64,6 +64,9 @@ impl Plan {
             variables.push(("CAROLE_SECRET_FILE".to_owned(), format!("{meeting}/secret")));
             variables.push(("CAROLE_HOST_ID".to_owned(), format!("host-{}", host(rank))));
         }
+        // A rank that gets no processor for some seconds is not dead; what tests silence sets its own limits.
+        variables.push(("CAROLE_TIMEOUT_MS".to_owned(), "20000".to_owned()));
+        variables.push(("CAROLE_START_TIMEOUT_S".to_owned(), "120".to_owned()));
         variables.extend(self.knobs.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
         variables
     }

@@ -81,7 +81,7 @@ fn one_run(
             // Other batches in other runs.
             ("CAROLE_FUSION_BYTES", ["0", "4096", "64M"][(order % 3) as usize].to_owned()),
         ],
-        limit: Duration::from_secs(120),
+        limit: Duration::from_secs(600),
     };
     let mut results = 0;
     for (rank, lines) in plan.run()?.iter().enumerate() {

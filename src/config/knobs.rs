@@ -150,8 +150,8 @@ knobs! {
     spin_us: Count<0, 1_000_000> = "50", "CAROLE_SPIN_US", Local;
     /// The widest vector instructions that reductions may use; `auto` takes the best that the processor has.
     simd: Maybe<Choice<SimdLevel>> = "auto", "CAROLE_SIMD", Local;
-    /// Shared memory that one process may take for links, fusion regions and landing space together. It has no
-    /// effect yet: each link between two ranks of a host takes a fixed 2.2 MiB or so, once there is traffic.
+    /// Shared memory that one process may take. Each link to a rank of the same host takes a fixed 2.2 MiB or so,
+    /// from the first traffic on; what would exceed this goes by TCP, or is an error with CAROLE_TRANSPORT=shm.
     memory: Bytes<{ 1 << 20 }, { 1 << 46 }> = "2G", "CAROLE_MEMORY", Local;
     /// What is logged to standard error: messages of this level and above.
     log_level: Choice<LogLevel> = "warning", "CAROLE_LOG_LEVEL", Local,

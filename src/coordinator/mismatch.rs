@@ -66,7 +66,7 @@ fn first_difference(a: &Said, b: &Said) -> Difference {
         let place = place.unwrap_or(x.ranks.len().min(y.ranks.len()));
         let list = |ranks: &[Rank]| format!("{} ({} in all)", rank_list(ranks), ranks.len());
         let remedy = format!("every rank must submit the same list of ranks (entry {place} differs)");
-        return ("list of ranks".into(), list(&x.ranks), list(&y.ranks), remedy);
+        return ("the list".into(), list(&x.ranks), list(&y.ranks), remedy);
     }
     let what = "number of splits or row counts";
     (what.into(), a.width.to_string(), b.width.to_string(), same(what))

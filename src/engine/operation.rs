@@ -27,7 +27,7 @@ pub struct Outcome {
     pub received_splits: Vec<u64>,
     /// Join: the last rank to join.
     pub last_joined: Option<Rank>,
-    /// AddSet: the new set.
+    /// AddSet: the new set. Join: the set that was joined.
     pub set: Option<SetId>,
 }
 

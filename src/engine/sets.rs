@@ -135,6 +135,7 @@ impl Engine {
         let Some(operation) = self.ops.get_mut(&op) else { return };
         operation.outcome.tensors.clear();
         operation.outcome.last_joined = Some(last);
+        operation.outcome.set = Some(id);
         operation.agreed = true;
         operation.remaining = 0;
         for flight in self.flights.iter_mut().flatten() {

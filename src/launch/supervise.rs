@@ -243,8 +243,13 @@ impl Supervisor {
     fn on_refused(&mut self, errno: i32) {
         let command = self.setup.command.to_string_lossy().into_owned();
         let error = std::io::Error::from_raw_os_error(errno);
+        let here = std::path::Path::new(&self.setup.command).is_file();
         let (code, mut words) = match errno {
-            libc::ENOENT if std::path::Path::new(&self.setup.command).is_file() => (
+            libc::ENOENT if here && !command.contains('/') => (
+                127,
+                format!("the command '{command}' is not in PATH; the file in this folder is ./{command}"),
+            ),
+            libc::ENOENT if here => (
                 127,
                 format!(
                     "'{command}' cannot be run: the interpreter that its first line names does not exist"

@@ -111,14 +111,21 @@ pub fn reachable(local: SocketAddr, interfaces: &[String]) -> io::Result<Vec<Soc
         // A link-local address means nothing without the number of the interface on the host that connects.
         IpAddr::V6(ip) => local.is_ipv6() && !ip.is_unicast_link_local(),
     };
-    Ok(if_addrs::get_if_addrs()?
+    let found: Vec<(IpAddr, bool)> = if_addrs::get_if_addrs()?
         .into_iter()
-        .filter(|i| i.is_oper_up() || i.is_loopback())
         .filter(|i| interfaces.is_empty() || interfaces.contains(&i.name))
-        .map(|i| i.ip())
-        .filter(usable)
-        .map(|ip| SocketAddr::new(ip, local.port()))
-        .collect())
+        .map(|i| (i.ip(), i.is_oper_up()))
+        .filter(|(ip, _)| usable(ip))
+        .collect();
+    Ok(worth_telling(&found).map(|ip| SocketAddr::new(ip, local.port())).collect())
+}
+
+/// Of the addresses of interfaces (and whether each can carry traffic now), those that peers should try. The kernel
+/// may take a second to see the carrier of an interface that has just been set up, so those without are told where
+/// nothing better leads off this host; beside others they would only be tried in vain (an idle bridge).
+fn worth_telling(found: &[(IpAddr, bool)]) -> impl Iterator<Item = IpAddr> {
+    let any_up = found.iter().any(|(ip, up)| *up && !ip.is_loopback());
+    found.iter().filter(move |(ip, up)| *up || ip.is_loopback() || !any_up).map(|(ip, _)| *ip)
 }
 
 /// Ranks with the same text share memory: the same boot of the same kernel, and the same network namespace,
@@ -153,6 +160,20 @@ mod tests {
             let last_other = doors.addresses.iter().rposition(|a| !a.ip().is_loopback());
             assert!(first_loopback > last_other || last_other.is_none());
         }
+    }
+
+    #[test]
+    fn an_interface_whose_carrier_is_not_known_yet_is_told_where_there_is_no_other() {
+        let (lo, late, up) = ("127.0.0.1", "10.0.0.7", "fd00::3");
+        let told = |found: &[(&str, bool)]| -> Vec<String> {
+            let found: Vec<(IpAddr, bool)> =
+                found.iter().map(|(ip, up)| (ip.parse().unwrap(), *up)).collect();
+            worth_telling(&found).map(|ip| ip.to_string()).collect()
+        };
+        assert_eq!(told(&[(lo, true), (late, false)]), [lo, late]);
+        assert_eq!(told(&[(lo, true), (late, false), (up, true)]), [lo, up]);
+        assert_eq!(told(&[(late, false)]), [late]);
+        assert_eq!(told(&[(lo, false)]), [lo]);
     }
 
     #[test]

@@ -18,7 +18,8 @@ mod share;
 use super::client::Joined;
 use crate::error::Cause;
 use crate::limits::{SILENCE_MS, TCP_LANES_MAX};
-use crate::transport::board::BoardMemory;
+use crate::transport::board::{BOARD_BYTES, BoardMemory};
+use crate::transport::shm::{Budget, SEGMENT_BYTES};
 use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;
 use crate::transport::{Fabric, FabricEvent};
@@ -51,6 +52,8 @@ pub struct PorterOptions {
     pub tcp_lanes: usize,
     /// Options of each TCP connection.
     pub tcp: TcpOptions,
+    /// The shared memory that links may take.
+    pub memory: Budget,
     /// A peer whose doors take connections and that does not answer for so long is held to be stopped. The same
     /// as for a link that is up, so that it makes no difference whether there is one already.
     pub silence_ms: u64,
@@ -62,6 +65,7 @@ impl Default for PorterOptions {
             choice: Choice::Auto,
             tcp_lanes: 1,
             tcp: TcpOptions::default(),
+            memory: Budget::new(u64::MAX),
             silence_ms: SILENCE_MS,
         }
     }
@@ -95,7 +99,7 @@ impl Porter {
         let (tell, events) = bounded(2 * size);
         let (stop, stopped) = bounded(1);
         let bell = Waker::new()?;
-        let (fd, board) = own_board(&joined, options.choice).unzip();
+        let (fd, board) = own_board(&joined, &options).unzip();
         let ends =
             hall::Ends { requests: asked, events: tell, stopped, bell: bell.clone(), waker, board: fd };
         let mut hall = hall::Hall::new(joined, options, ends)?;
@@ -129,12 +133,14 @@ impl Porter {
 
 /// A board, where there are other ranks on this host to share it with. Without memory for it links do all the
 /// work, and whoever cannot have them either is told so.
-fn own_board(joined: &Joined, choice: Choice) -> Option<(OwnedFd, Arc<BoardMemory>)> {
-    let company = joined.topology.local_size(joined.rank) > 1;
-    if choice == Choice::Tcp || !company {
+fn own_board(joined: &Joined, options: &PorterOptions) -> Option<(OwnedFd, Arc<BoardMemory>)> {
+    let others = u64::from(joined.topology.local_size(joined.rank) - 1);
+    // Links come first where the budget is small: nothing goes without them.
+    let needed = BOARD_BYTES as u64 + others * SEGMENT_BYTES as u64;
+    if options.choice == Choice::Tcp || others == 0 || !options.memory.has(needed) {
         return None;
     }
-    BoardMemory::create().ok()
+    BoardMemory::create(&options.memory).ok()
 }
 
 impl Drop for Porter {

@@ -17,6 +17,7 @@ use crate::membership;
 use crate::memory::Region;
 use crate::rendezvous::client::{Join, Joined, join};
 use crate::rendezvous::porter::{self, Porter, PorterOptions};
+use crate::transport::shm::Budget;
 use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;
 use crate::types::{Collective, Epoch, GLOBAL_SET, Rank, SetId, TensorSignature};
@@ -26,6 +27,10 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+/// How many unnamed operations of each kind were submitted to each set. Changes of the sets count as
+/// [`Collective::AddSet`].
+type Unnamed = HashMap<(SetId, Collective), u32>;
+
 /// A job in progress.
 pub(super) struct Live {
     pub(super) options: Options,
@@ -33,8 +38,7 @@ pub(super) struct Live {
     pub(super) driver: Driver,
     porter: Mutex<Option<Porter>>,
     sets: RwLock<BTreeMap<SetId, Arc<SetInfo>>>,
-    /// How many unnamed operations of each kind were submitted to each set.
-    unnamed: Mutex<HashMap<(SetId, Collective), u32>>,
+    unnamed: Mutex<Unnamed>,
 }
 
 /// How often this process has joined a job: the number of the next epoch.
@@ -175,19 +179,12 @@ impl Live {
         }
     }
 
-    fn name(
-        &self,
-        request: &Request<'_>,
-        counters: Option<&mut HashMap<(SetId, Collective), u32>>,
-        into: &mut String,
-    ) {
+    fn name(&self, request: &Request<'_>, counters: Option<&mut Unnamed>, into: &mut String) {
         into.clear();
         match (request.name, counters) {
             (Some(name), _) => into.push_str(name),
             (None, Some(counters)) => {
-                let counter = counters.entry((request.set, request.collective)).or_insert(0);
-                let number = *counter % limits::UNNAMED_RING;
-                *counter = counter.wrapping_add(1);
+                let number = next_number(counters, (request.set, request.collective));
                 write!(into, "{}.noname.{number}", request.collective).expect("strings take what is written");
             }
             (None, None) => unreachable!("unnamed operations are counted"),
@@ -239,12 +236,14 @@ impl Live {
         Ok(Handle(handle))
     }
 
-    /// Submits a change of the process sets and waits for it.
-    fn change_sets(&self, what: Collective, ranks: &[Rank]) -> Result<Option<SetId>> {
-        let handle = self.driver.submit(None, true, |submitted| {
+    /// Submits a change of the process sets. Changes match by their order on each rank, so that two ranks that
+    /// ask for different lists get an error that names both instead of waiting for each other.
+    fn change_sets(&self, what: Collective, ranks: &[Rank], refused: Option<&str>) -> Result<u64> {
+        let mut counters = lock(&self.unnamed);
+        self.driver.submit(None, refused.is_none(), |submitted| {
             submitted.set = GLOBAL_SET;
-            submitted.hold = false;
-            submitted.refused = None;
+            submitted.hold = true;
+            submitted.refused = refused.map(str::to_owned);
             submitted.message = None;
             submitted.call.clear();
             submitted.tensors.clear();
@@ -256,13 +255,15 @@ impl Live {
             submitted.signature.scale = Default::default();
             submitted.signature.op = crate::types::ReduceOp::Sum;
             submitted.signature.join_average = Default::default();
+            // Adding and removing share one order: to add here and to remove there is a mismatch, too.
+            let number = next_number(&mut counters, (GLOBAL_SET, Collective::AddSet));
             submitted.name.clear();
-            let list: Vec<String> = ranks.iter().map(|r| r.0.to_string()).collect();
-            // A list of many thousand ranks must not burst the bound on names.
-            let mut words = list.join(",");
-            words.truncate(limits::NAME_BYTES_MAX / 2);
-            write!(submitted.name, "{what}({words})").expect("strings take what is written");
-        })?;
+            write!(submitted.name, "process_sets.change.{number}").expect("strings take what is written");
+        })
+    }
+
+    /// Waits until all ranks have agreed on a change of the process sets.
+    fn agreed_change(&self, handle: u64) -> Result<Option<SetId>> {
         match self.driver.wait(handle, None)? {
             Waited::Done(result, _) => result.map(|outcome| outcome.set),
             Waited::Pending => unreachable!("a wait without limit ends with an outcome"),
@@ -272,24 +273,41 @@ impl Live {
     pub(super) fn add_process_set(&self, ranks: &[Rank]) -> Result<SetId> {
         let mut sorted = ranks.to_vec();
         sorted.sort_unstable();
-        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(Error::usage(format!("{} stands twice in the list of a process set", pair[0])));
+        if let Err(reason) = self.check_new_set(&sorted) {
+            // The other ranks are told; nobody here waits for it. What is no rank is not sent.
+            let handle = self.change_sets(Collective::AddSet, &[], Some(&reason))?;
+            self.driver.abandon(handle);
+            return Err(Error::Usage(reason));
         }
-        if let Some(rank) = sorted.iter().find(|r| r.0 >= self.world.size) {
-            return Err(Error::usage(format!("{rank} is not in this job of {} ranks", self.world.size)));
-        }
-        if sorted.is_empty() {
-            return Err(Error::usage("a process set needs at least one rank"));
-        }
-        if let Some(known) = self.all_sets().iter().find(|info| info.ranks == sorted) {
-            return Err(Error::usage(format!(
-                "a process set of these ranks exists already (number {}); use that one",
-                known.id.0
-            )));
-        }
-        let id = self.change_sets(Collective::AddSet, &sorted)?.expect("an agreed set has a number");
+        let handle = self.change_sets(Collective::AddSet, &sorted, None)?;
+        let id = self.agreed_change(handle)?.expect("an agreed set has a number");
         self.know_set(id, sorted);
         Ok(id)
+    }
+
+    fn check_new_set(&self, sorted: &[Rank]) -> std::result::Result<(), String> {
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("{} stands twice in the list of a process set", pair[0]));
+        }
+        if let Some(rank) = sorted.iter().find(|r| r.0 >= self.world.size) {
+            return Err(format!("{rank} is not in this job of {} ranks", self.world.size));
+        }
+        if sorted.is_empty() {
+            return Err("a process set needs at least one rank".to_owned());
+        }
+        match self.all_sets().iter().find(|info| info.ranks == sorted) {
+            None => Ok(()),
+            Some(known) => Err(format!(
+                "a process set of these ranks exists already (number {}); use that one",
+                known.id.0
+            )),
+        }
+    }
+
+    /// All ranks have joined. Those that joined early have submitted fewer unnamed operations than the others;
+    /// from here on all count from the beginning again.
+    pub(super) fn realign(&self, set: SetId) {
+        lock(&self.unnamed).retain(|(counted, _), _| *counted != set);
     }
 
     fn know_set(&self, id: SetId, ranks: Vec<Rank>) {
@@ -303,10 +321,19 @@ impl Live {
             return Ok(false);
         }
         let Ok(info) = self.set(id) else { return Ok(false) };
-        self.change_sets(Collective::RemoveSet, &info.ranks)?;
+        let handle = self.change_sets(Collective::RemoveSet, &info.ranks, None)?;
+        self.agreed_change(handle)?;
         self.sets.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
         Ok(true)
     }
+}
+
+/// The number of the next operation without a name, out of a ring of names that are cached.
+fn next_number(counters: &mut Unnamed, of: (SetId, Collective)) -> u32 {
+    let counter = counters.entry(of).or_insert(0);
+    let number = *counter % limits::UNNAMED_RING;
+    *counter = counter.wrapping_add(1);
+    number
 }
 
 fn find_the_others(config: &Config, epoch: Epoch) -> Result<Joined> {
@@ -385,6 +412,7 @@ fn porter_options(config: &Config) -> PorterOptions {
             TransportChoice::Tcp => porter::Choice::Tcp,
         },
         tcp_lanes: config.tcp_lanes as usize,
+        memory: Budget::new(config.memory),
         silence_ms: config.timeout_ms,
         tcp: TcpOptions {
             buffer_bytes: config.tcp_buffer_bytes.map(|bytes| bytes as usize),

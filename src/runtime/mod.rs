@@ -264,7 +264,14 @@ pub fn wait(handle: Handle, timeout: Option<Duration>) -> Completion {
         Err(_) => handles().try_take(handle.0),
     };
     match waited {
-        Ok(Waited::Done(result, keep)) => Completion { result, keep },
+        Ok(Waited::Done(result, keep)) => {
+            if let Ok(Outcome { last_joined: Some(_), set: Some(set), .. }) = &result
+                && let Ok(live) = live()
+            {
+                live.realign(*set);
+            }
+            Completion { result, keep }
+        }
         Ok(Waited::Pending) => Completion { result: Err(timed_out(handle, timeout)), keep: None },
         Err(error) => Completion { result: Err(error), keep: None },
     }
@@ -325,12 +332,14 @@ pub unsafe fn recv(
     live()?.message(set, Message { peer: from, tag, sends: false }, tensor, keep)
 }
 
-/// Makes a process set of these ranks. Collective over the global set, identified by the list; waits for agreement.
+/// Makes a process set of these ranks. Collective over the global set: changes of the process sets match by
+/// their order on each rank (one thread should make them), and different lists are a mismatch on all ranks.
+/// Waits for agreement.
 pub fn add_process_set(ranks: &[Rank]) -> Result<SetId> {
     live()?.add_process_set(ranks)
 }
 
-/// Ends a process set. Collective over the global set. False for the global set and for unknown ones.
+/// Ends a process set. Collective over the global set, as [`add_process_set`] is. False for the global set and for unknown ones.
 pub fn remove_process_set(set: SetId) -> Result<bool> {
     live()?.remove_process_set(set)
 }

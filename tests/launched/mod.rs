@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Long enough for the most loaded machine; a test that gets here has hung.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The launcher with these arguments, and without the settings of whoever runs the tests.
 pub fn carolerun(arguments: &[&str]) -> Command {

@@ -87,7 +87,7 @@ pub fn options(choice: Choice, tcp_lanes: usize) -> PorterOptions {
 
 /// Drives all nodes until `done` or a limit that only a hang reaches.
 pub fn drive(nodes: &mut [Node], mut done: impl FnMut(&mut [Node]) -> bool) {
-    let limit = Instant::now() + Duration::from_secs(40);
+    let limit = Instant::now() + Duration::from_secs(120);
     loop {
         nodes.iter_mut().for_each(Node::collect);
         if done(nodes) {
@@ -115,7 +115,7 @@ pub fn talk(nodes: &mut [Node]) {
             link.tell(format!("from {me} to {to}").as_bytes());
         }
     }
-    let limit = Instant::now() + Duration::from_secs(20);
+    let limit = Instant::now() + Duration::from_secs(120);
     let mut events = Events::default();
     while heard.iter().enumerate().any(|(me, row)| row.iter().enumerate().any(|(peer, h)| me != peer && !h)) {
         assert!(Instant::now() < limit, "messages are missing: {heard:?}");

@@ -173,12 +173,12 @@ def body_killed(how, many):
         errors = []
         for handle in handles:
             try:
-                handle.wait(30)
+                handle.wait(120)
             except carole.BrokenError as error:
                 errors.append(error)
         if errors:
             break
-        assert time.monotonic() - started < 30, "the death of rank 1 was not noticed"
+        assert time.monotonic() - started < 120, "the death of rank 1 was not noticed"
     assert len({str(error) for error in errors}) == 1
     again = catch(carole.BrokenError, lambda: carole.allreduce(np.ones(2)))
     assert again == str(errors[0])
@@ -212,7 +212,7 @@ def body_stopped():
         text = catch(carole.BrokenError, lambda: carole.allreduce(np.ones(10)))
         elapsed = time.monotonic() - started
         # The other survivor has the same words before the stopped one is ended for good.
-        time.sleep(1.0)
+        time.sleep(5.0)
     finally:
         if me == 0:
             os.kill(victim, signal.SIGKILL)
@@ -220,7 +220,7 @@ def body_stopped():
 
 
 def test_a_stopped_rank_is_given_up():
-    first, none, third = run(3, body_stopped, may_die=[1])
+    first, none, third = run(3, body_stopped, may_die=[1], env={"CAROLE_TIMEOUT_MS": "3000"})
     assert none is None and first[0] == third[0] and "rank 1" in first[0], (first, third)
 
 
@@ -282,7 +282,7 @@ def body_dropped():
     carole.barrier()
     total = carole.allreduce(np.full(3, me + 1.0), carole.Sum, name="kept")
     carole.barrier()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while (out != 3).any() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert (out == 3).all() and (total == 3).all()

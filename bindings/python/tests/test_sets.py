@@ -1,5 +1,7 @@
 """Process sets: given to init, added and removed while the job runs, and what is wrong with them."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,75 @@ def body_wrong():
 
 def test_sets_that_are_wrong():
     run(3, body_wrong)
+
+
+def body_different():
+    me = carole.rank()
+    for _ in range(2):
+        text = catch(carole.MismatchError, lambda: carole.add_process_set([0, 1] if me < 2 else [0, 2]))
+        assert "rank 0" in text and "rank 2" in text and "ranks 0, 1 (" in text and "ranks 0, 2 (" in text, text
+        assert "same list of ranks" in text, text
+    first, second = carole.add_process_set([0, 1]), carole.add_process_set([0, 2])
+    text = catch(carole.MismatchError, lambda: carole.remove_process_set(first if me < 2 else second))
+    assert "ranks 0, 1 (" in text and "ranks 0, 2 (" in text, text
+
+    def remove_or_add():
+        return carole.remove_process_set(first) if me == 1 else carole.add_process_set([1, 2])
+
+    text = catch(carole.MismatchError, remove_or_add)
+    assert "rank 0" in text and "rank 1" in text and "remove_process_set" in text, text
+    # What one rank may not ask for is told to the others, who do not wait.
+    if me == 0:
+        text = catch(carole.UsageError, lambda: carole.add_process_set([0, 1]))
+    else:
+        text = catch(carole.MismatchError, lambda: carole.add_process_set([1, 2]))
+        assert "rank 0 refused it" in text, text
+    assert "exists already" in text, text
+    # Nothing has changed meanwhile.
+    assert first.ranks == [0, 1] and second.ranks == [0, 2]
+    assert carole.remove_process_set(second) and carole.remove_process_set(first)
+    last = carole.add_process_set([1, 2])
+    if last.included():
+        assert carole.allreduce(np.ones(2), carole.Sum, process_set=last).tolist() == [2, 2]
+
+
+def test_different_lists_on_different_ranks():
+    run(3, body_different)
+
+
+def body_different_from_init():
+    sets = [[0], [1]] if os.environ["CAROLE_RANK"] == "0" else [[0], [0, 1]]
+    text = catch(carole.MismatchError, lambda: carole.init(process_sets=sets))
+    assert "rank 1 (1 in all)" in text and "ranks 0, 1 (2 in all)" in text, text
+    assert not carole.is_initialized()
+    carole.init(process_sets=[[0]])
+    carole.barrier()
+
+
+def test_different_lists_given_to_init():
+    run(3, body_different_from_init, init=False)
+
+
+def body_uneven():
+    """Ranks that join early count fewer unnamed operations and changes of sets than the others."""
+    me, size = carole.rank(), carole.size()
+    for epoch in range(3):
+        for step in range(5 + 3 * ((me + epoch) % size)):
+            carole.allreduce(np.ones(2), carole.Sum)
+        carole.join()
+        assert carole.allreduce(np.ones(2), carole.Sum).tolist() == [size] * 2
+        one = carole.add_process_set([0, 1])
+        if one.included():
+            for step in range(2 + me):
+                carole.allreduce(np.ones(2), carole.Sum, process_set=one)
+            carole.join(process_set=one)
+            assert carole.allgather(np.array([me]), process_set=one).tolist() == [0, 1]
+            assert carole.allreduce(np.ones(2), carole.Sum, process_set=one).tolist() == [2, 2]
+        assert carole.remove_process_set(one)
+
+
+def test_unnamed_operations_after_an_uneven_epoch():
+    run(3, body_uneven)
 
 
 def test_before_init():

@@ -68,7 +68,7 @@ fn plan(settings: &Settings, network: &Network, args: &[&str]) -> Plan {
         hosts: places.len() as u32,
         places,
         knobs: Vec::new(),
-        limit: Duration::from_secs(180),
+        limit: Duration::from_secs(600),
     }
 }
 
@@ -127,7 +127,8 @@ fn verdicts(
     strike: impl Fn(&Job, &Network) -> Result<(), String>,
 ) -> Result<Vec<(u32, f64, String)>, String> {
     let network = Network::new(2, Family::Both)?;
-    let plan = plan(settings, &network, &["chaos", "--seed", &settings.seed.to_string()]);
+    let mut plan = plan(settings, &network, &["chaos", "--seed", &settings.seed.to_string()]);
+    plan.knobs.push(chaos::silence());
     let job = plan.start()?;
     chaos::wait_until_running(&job, plan.size)?;
     let struck_at = chaos::now_ms();

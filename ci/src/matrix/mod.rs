@@ -113,7 +113,7 @@ fn run_job(
         hosts: hosts(algorithm, transport, ranks),
         knobs: vec![("CAROLE_TRANSPORT", transport.to_owned()), ("CAROLE_ALGORITHM", algorithm.to_owned())],
         places: Vec::new(),
-        limit: Duration::from_secs(if settings.full { 1800 } else { 180 }),
+        limit: Duration::from_secs(if settings.full { 1800 } else { 600 }),
     };
     let lines = plan.run()?;
     let known = cases(ranks, settings.seed, turn, settings.full);

@@ -109,7 +109,7 @@ pub fn all(long: bool) -> Vec<Step> {
     );
     steps.push(
         Step::task("simulator", pick("sim --seeds 2000", "sim --seeds 200000"))
-            .within(Duration::from_secs(if long { 8 * 3600 } else { 900 })),
+            .within(Duration::from_secs(if long { 8 * 3600 } else { 1800 })),
     );
     steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));
     steps.extend(processes(long));

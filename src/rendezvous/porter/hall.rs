@@ -12,6 +12,7 @@ use crate::rendezvous::reactor::Reactor;
 use crate::rendezvous::server::GREETING_MS;
 use crate::rendezvous::{build, listen};
 use crate::transport::board::BoardMemory;
+use crate::transport::shm;
 use crate::transport::wake::Waker;
 use crate::transport::{FabricEvent, Pipe};
 use crate::types::Rank;
@@ -100,7 +101,7 @@ enum Stage {
     /// We connect: proven, and waiting for the other lanes.
     Waiting { peer: Rank, purpose: Purpose, attempt: u64 },
     /// We connect: the segment is offered.
-    Offered { peer: Rank, attempt: u64, segment: Option<OwnedFd>, refused: bool },
+    Offered { peer: Rank, attempt: u64, segment: Option<(OwnedFd, shm::Share)>, refused: bool },
     /// We knocked: proven, and the peer is about to connect.
     Knocked { peer: Rank, attempt: u64 },
     /// The peer has knocked, and hears here how it goes.

@@ -2,7 +2,7 @@
 
 use crate::error::Cause;
 use crate::limits::{BOARD_SEATS, BOARD_SLOT_BYTES, BOARD_SLOTS};
-use crate::transport::shm::sealed;
+use crate::transport::shm::{Budget, Share, sealed};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -35,7 +35,8 @@ pub struct BoardMemory {
 }
 
 enum Kind {
-    Mapped,
+    /// With what it takes of the owner's budget.
+    Mapped(Option<Share>),
     /// Of the simulator's ranks, which share a process.
     Heap(crate::memory::OwnedBytes),
 }
@@ -47,17 +48,22 @@ unsafe impl Send for BoardMemory {}
 unsafe impl Sync for BoardMemory {}
 
 impl BoardMemory {
-    /// Makes and maps a board: unnamed, committed and sealed. The descriptor is for the peers.
-    pub fn create() -> Result<(OwnedFd, Arc<BoardMemory>), Cause> {
+    /// Makes and maps a board within a budget: unnamed, committed and sealed. The descriptor is for the peers.
+    pub fn create(budget: &Budget) -> Result<(OwnedFd, Arc<BoardMemory>), Cause> {
+        let share = budget.take(BOARD_BYTES as u64)?;
         let fd = sealed::create("carole-board", BOARD_BYTES, &WORDS)?;
-        let board = BoardMemory::map(&fd)?;
+        let board = BoardMemory::open(&fd, Some(share))?;
         Ok((fd, board))
     }
 
     /// Maps a peer's board, after making sure that it is one.
     pub fn map(fd: &OwnedFd) -> Result<Arc<BoardMemory>, Cause> {
+        BoardMemory::open(fd, None)
+    }
+
+    fn open(fd: &OwnedFd, share: Option<Share>) -> Result<Arc<BoardMemory>, Cause> {
         let base = sealed::map(fd, BOARD_BYTES)?;
-        let board = BoardMemory { base, kind: Kind::Mapped };
+        let board = BoardMemory { base, kind: Kind::Mapped(share) };
         for (at, expected) in WORDS.iter().enumerate() {
             let found = board.word(8 * at).load(std::sync::atomic::Ordering::Acquire);
             if found != *expected {
@@ -114,7 +120,7 @@ impl BoardMemory {
 
 impl Drop for BoardMemory {
     fn drop(&mut self) {
-        if let Kind::Mapped = self.kind {
+        if let Kind::Mapped(_) = self.kind {
             // SAFETY: mapped by `map` with this length, and nobody holds the board any more.
             unsafe { sealed::unmap(self.base, BOARD_BYTES) };
         }
@@ -124,7 +130,8 @@ impl Drop for BoardMemory {
 impl std::fmt::Debug for BoardMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let kind = match &self.kind {
-            Kind::Mapped => "shared",
+            Kind::Mapped(Some(_)) => "shared, own",
+            Kind::Mapped(None) => "shared, a peer's",
             Kind::Heap(bytes) => {
                 if bytes.as_slice().is_empty() {
                     "empty"

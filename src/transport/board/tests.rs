@@ -117,7 +117,7 @@ fn a_member_whose_counters_cannot_be_is_blamed() {
 
 #[test]
 fn a_board_crosses_as_a_descriptor() {
-    let (fd, own) = BoardMemory::create().unwrap();
+    let (fd, own) = BoardMemory::create(&crate::transport::shm::Budget::new(1 << 30)).unwrap();
     let theirs = BoardMemory::map(&fd).unwrap();
     own.holder(1).store(5, Ordering::Release);
     assert_eq!(theirs.holder(1).load(Ordering::Acquire), 5);

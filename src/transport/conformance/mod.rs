@@ -46,8 +46,11 @@ pub(super) fn shm_ends() -> Ends {
     let segment = shm::create_segment().unwrap();
     let copy = segment.try_clone().unwrap();
     let eventfd = |w: &Waker| w.as_fd().try_clone_to_owned().unwrap();
-    let a = shm::open(segment, Side::Creator, ours.into(), wakers.0.clone(), eventfd(&wakers.1)).unwrap();
-    let b = shm::open(copy, Side::Joiner, theirs.into(), wakers.1.clone(), eventfd(&wakers.0)).unwrap();
+    let share = || shm::Budget::new(u64::MAX).take(shm::SEGMENT_BYTES as u64).unwrap();
+    let a = shm::open(segment, Side::Creator, ours.into(), wakers.0.clone(), eventfd(&wakers.1), share())
+        .unwrap();
+    let b =
+        shm::open(copy, Side::Joiner, theirs.into(), wakers.1.clone(), eventfd(&wakers.0), share()).unwrap();
     let both = |(control, data): (shm::ShmPipe, shm::ShmPipe)| -> Vec<Box<dyn Pipe>> {
         vec![Box::new(control), Box::new(data)]
     };

@@ -1,5 +1,6 @@
 //! Shared memory between two processes of one host: rings that a peer reads where they lie.
 
+mod budget;
 mod distance;
 #[cfg(all(test, loom))]
 mod loom;
@@ -9,6 +10,7 @@ mod segment;
 #[cfg(test)]
 mod tests;
 
+pub use budget::{Budget, Share};
 pub use segment::{SEGMENT_BYTES, create_segment};
 
 use crate::device::host::copy_streaming;
@@ -52,6 +54,8 @@ struct Shared {
     /// Kept alive: the peer writes to (its copy of) it.
     _waker: Waker,
     peer_waker: OwnedFd,
+    /// What the segment takes of this process's budget.
+    _share: Share,
     /// Whether the processor is one on which handing lines back pays.
     hands_back: bool,
 }
@@ -74,13 +78,15 @@ pub struct ShmPipe {
 }
 
 /// Opens a segment, after making sure that it is one: its control pipe and its data pipe. `socket` is a unix
-/// stream to the peer on which nothing is sent any more; `waker` is this process's, `peer_waker` the peer's.
+/// stream to the peer on which nothing is sent any more; `waker` is this process's, `peer_waker` the peer's; `share`
+/// is [`SEGMENT_BYTES`] of this process's budget.
 pub fn open(
     segment: OwnedFd,
     side: Side,
     socket: OwnedFd,
     waker: Waker,
     peer_waker: OwnedFd,
+    share: Share,
 ) -> Result<(ShmPipe, ShmPipe), Cause> {
     let segment = Segment::map(&segment)?;
     // A full counter must not block whoever wakes. The flag belongs to the file that both sides share.
@@ -90,8 +96,15 @@ pub fn open(
         Side::Creator => 0,
         Side::Joiner => 1,
     };
-    let shared =
-        Arc::new(Shared { segment, side, socket, _waker: waker, peer_waker, hands_back: hands_back() });
+    let shared = Arc::new(Shared {
+        segment,
+        side,
+        socket,
+        _waker: waker,
+        peer_waker,
+        _share: share,
+        hands_back: hands_back(),
+    });
     Ok((ShmPipe::new(shared.clone(), false), ShmPipe::new(shared, true)))
 }
 

@@ -3,7 +3,7 @@
 
 use crate::error::Cause;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
@@ -52,6 +52,10 @@ pub fn map(fd: &OwnedFd, bytes: usize) -> Result<NonNull<u8>, Cause> {
     // SAFETY: a new mapping at an address of the kernel's choice.
     let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, flags, fd, 0) };
     let base = base.map_err(|e| system("mapping shared memory", e))?;
+    // A forked child has no business here, and would keep the memory alive after its parent's end.
+    // SAFETY: the whole of the mapping that was just made.
+    unsafe { rustix::mm::madvise(base, bytes, Advice::LinuxDontFork) }
+        .map_err(|e| system("keeping shared memory from forked children", e))?;
     NonNull::new(base.cast()).ok_or_else(|| Cause::System("shared memory was mapped at address 0".to_owned()))
 }
 

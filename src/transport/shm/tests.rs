@@ -11,6 +11,10 @@ struct Pair {
     wakers: [Waker; 2],
 }
 
+fn share() -> Share {
+    Budget::new(u64::MAX).take(SEGMENT_BYTES as u64).unwrap()
+}
+
 fn pair() -> Pair {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let wakers = [Waker::new().unwrap(), Waker::new().unwrap()];
@@ -18,8 +22,9 @@ fn pair() -> Pair {
     let copy = segment.try_clone().unwrap();
     let eventfd = |w: &Waker| w.as_fd().try_clone_to_owned().unwrap();
     Pair {
-        a: open(segment, Side::Creator, ours.into(), wakers[0].clone(), eventfd(&wakers[1])).unwrap(),
-        b: open(copy, Side::Joiner, theirs.into(), wakers[1].clone(), eventfd(&wakers[0])).unwrap(),
+        a: open(segment, Side::Creator, ours.into(), wakers[0].clone(), eventfd(&wakers[1]), share())
+            .unwrap(),
+        b: open(copy, Side::Joiner, theirs.into(), wakers[1].clone(), eventfd(&wakers[0]), share()).unwrap(),
         wakers,
     }
 }
@@ -32,7 +37,7 @@ fn is_awake(waker: &Waker) -> bool {
 fn refusal(segment: OwnedFd) -> Cause {
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let peer = Waker::new().unwrap().as_fd().try_clone_to_owned().unwrap();
-    open(segment, Side::Joiner, ours.into(), Waker::new().unwrap(), peer).err().expect("refused")
+    open(segment, Side::Joiner, ours.into(), Waker::new().unwrap(), peer, share()).err().expect("refused")
 }
 
 #[test]

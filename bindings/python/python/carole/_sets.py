@@ -128,7 +128,8 @@ def forget() -> None:
 def add_process_set(process_set: Union[ProcessSet, Sequence[int]]) -> ProcessSet:
     """Makes a process set known to the job.
 
-    All ranks must call it, members or not, with the same ranks.
+    All ranks must call it, members or not, with the same ranks. Calls match by their order on each rank (those of
+    `remove_process_set` among them), so one thread should make them.
 
     Args:
         process_set: a `ProcessSet`, or its ranks.
@@ -136,6 +137,7 @@ def add_process_set(process_set: Union[ProcessSet, Sequence[int]]) -> ProcessSet
         The set, ready for use.
     Raises:
         UsageError: for a rank that does not exist, for no ranks, or for a set that is known already.
+        MismatchError: on all ranks, when they named different ranks, or one of them had such a UsageError.
     """
     added = as_set(process_set)
     if added.process_set_id is not None and _native.is_initialized():
@@ -147,7 +149,7 @@ def add_process_set(process_set: Union[ProcessSet, Sequence[int]]) -> ProcessSet
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:
-    """Ends a process set. All ranks must call it.
+    """Ends a process set. All ranks must call it for the same set; what differs is a MismatchError on all.
 
     Returns:
         False for the global set and for sets that are not known, else True.

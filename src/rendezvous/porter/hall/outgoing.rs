@@ -220,7 +220,7 @@ impl Hall {
             ));
         }
         assert!(self.up.insert(peer), "one link for each pair of ranks");
-// Bytes that leave the host pass cards, cables and switches. On a host memory's own checks must do.
+        // Bytes that leave the host pass cards, cables and switches. On a host memory's own checks must do.
         let host = |rank: Rank| &self.joined.table.cards[rank.0 as usize].host_id;
         let checksums = host(self.joined.rank) != host(peer);
         let options = FlowOptions { checksums, ..FlowOptions::default() };

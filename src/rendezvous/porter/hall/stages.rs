@@ -1,7 +1,6 @@
 //! What each stage of a connection does with the bytes that have come.
 
 use super::*;
-use crate::transport::shm;
 use std::os::fd::{AsFd, OwnedFd};
 
 impl Hall {
@@ -91,12 +90,13 @@ impl Hall {
     }
 
     fn offer(&mut self, number: Number, peer: Rank, attempt: u64) -> Step {
-        let offered = shm::create_segment().and_then(|segment| {
+        let offered = self.options.memory.take(shm::SEGMENT_BYTES as u64).and_then(|taken| {
+            let segment = shm::create_segment()?;
             let channel = &self.connections[&number].channel;
             let board = self.ends.board.iter().map(AsFd::as_fd);
             let gifts: Vec<_> = [segment.as_fd(), self.ends.waker.as_fd()].into_iter().chain(board).collect();
             share::send(channel, share::OFFER, &gifts)?;
-            Ok(segment)
+            Ok((segment, taken))
         });
         match offered {
             Ok(segment) => {
@@ -125,8 +125,8 @@ impl Hall {
                 Ok(None) => return Step::Stay,
                 Ok(Some((share::REFUSE, _))) => *refused = true,
                 Ok(Some((share::ACCEPT, descriptors))) if matches!(descriptors.len(), 1 | 2) => {
-                    let segment = segment.take().expect("a segment is accepted once");
-                    let opened = self.open_segment(number, segment, shm::Side::Creator, descriptors);
+                    let (segment, taken) = segment.take().expect("a segment is accepted once");
+                    let opened = self.open_segment(number, segment, taken, shm::Side::Creator, descriptors);
                     let channel = &mut self.connections.get_mut(&number).expect("it is there").channel;
                     return match opened.and_then(|parts| say_go(channel).map(|()| parts)) {
                         Ok(parts) => {
@@ -212,7 +212,9 @@ impl Hall {
             Err(e) => return Step::Close(format!("the connection ended: {e}")),
         };
         let segment = descriptors.remove(0);
-        let opened = self.open_segment(number, segment, shm::Side::Joiner, descriptors);
+        let taken = self.options.memory.take(shm::SEGMENT_BYTES as u64);
+        let opened =
+            taken.and_then(|taken| self.open_segment(number, segment, taken, shm::Side::Joiner, descriptors));
         let answered = opened.and_then(|parts| {
             let board = self.ends.board.iter().map(AsFd::as_fd);
             let gifts: Vec<_> = [self.ends.waker.as_fd()].into_iter().chain(board).collect();
@@ -301,6 +303,7 @@ impl Hall {
         &self,
         number: Number,
         segment: OwnedFd,
+        taken: shm::Share,
         side: shm::Side,
         // The peer's eventfd, and its board.
         mut theirs: Vec<OwnedFd>,
@@ -309,7 +312,7 @@ impl Hall {
         let socket = self.connections[&number].channel.as_fd().try_clone_to_owned();
         let socket = socket.map_err(|e| Cause::System(format!("a descriptor could not be copied: {e}")))?;
         let waker = theirs.remove(0);
-        let (control, lane) = shm::open(segment, side, socket, self.ends.waker.clone(), waker)?;
+        let (control, lane) = shm::open(segment, side, socket, self.ends.waker.clone(), waker, taken)?;
         // A link works without it, too.
         let board = theirs.pop().and_then(|fd| BoardMemory::map(&fd).ok());
         Ok(Parts { control: Box::new(control), lane: Box::new(lane), board })
