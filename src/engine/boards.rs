@@ -37,6 +37,8 @@ pub(super) enum Seating {
     Seeking(usize),
     /// All were found, and this member has called.
     Called(Seat),
+    /// The call was agreed while some had joined, who could not call: it is made again when all are back.
+    Missed(Seat),
     /// It was agreed.
     Taken(Seat),
 }
@@ -93,10 +95,10 @@ impl Engine {
         }
     }
 
-    /// The call was agreed while some had joined, who cannot call: it is made again when all are back.
+    /// All who had joined are back: a call that they missed is made again.
     pub(super) fn seek_seat_again(&mut self, id: SetId) {
-        let called = self.sets.get(&id).is_some_and(|set| matches!(set.seating, Seating::Called(_)));
-        if called && !self.boards.seeking.contains(&id) {
+        let missed = self.sets.get(&id).is_some_and(|set| matches!(set.seating, Seating::Missed(_)));
+        if missed && !self.boards.seeking.contains(&id) {
             self.boards.seeking.push(id);
         }
     }
@@ -119,7 +121,7 @@ impl Engine {
                 Some(places) => Some(Seat::new(set.me() as usize, places)),
                 None => return false,
             },
-            Seating::Called(_) => None,
+            Seating::Missed(_) => None,
             _ => return true,
         };
         let signature = signature();
@@ -135,8 +137,11 @@ impl Engine {
         };
         // A rank that has joined cannot call, and does so afterwards.
         let called = coordinator.submit(submission, now).is_ok();
-        if called && let Some(seat) = seat {
-            set.seating = Seating::Called(seat);
+        if called {
+            set.seating = match (seat, std::mem::replace(&mut set.seating, Seating::None)) {
+                (Some(seat), _) | (None, Seating::Missed(seat)) => Seating::Called(seat),
+                (None, other) => other,
+            };
         }
         called
     }
@@ -158,10 +163,9 @@ impl Engine {
     /// The call stands in the agreed log: batches behind it go over the boards.
     pub(super) fn sit_down(&mut self, id: SetId, agreed: &Agreed) {
         let Some(set) = self.sets.get_mut(&id) else { return };
-        if !agreed.absent.is_empty() {
-            return;
-        }
+        let all = agreed.absent.is_empty();
         set.seating = match std::mem::replace(&mut set.seating, Seating::None) {
+            Seating::Called(seat) if !all => Seating::Missed(seat),
             Seating::Called(seat) => {
                 self.boards.seated.push(id);
                 Seating::Taken(seat)
