@@ -12,6 +12,8 @@ mod tests;
 
 use clap::Args;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// What to simulate.
@@ -42,25 +44,19 @@ pub struct Tally {
     pub faults: u64,
     /// Operations that some live ranks had finished when the epoch broke, and others not.
     pub split: u64,
+    /// Seeds that found something.
+    pub failed: u64,
 }
 
-/// Simulates one seed, some of them twice: the same seed must give the same course of events.
-fn examine(args: &SimArgs, seed: u64) -> Result<cluster::Report, String> {
-    let order = cluster::Order { seed, ranks: args.ranks, verbose: args.verbose, sabotage: None };
-    let report = cluster::simulate(order)?;
-    if seed.is_multiple_of(32) && cluster::simulate(cluster::Order { verbose: false, ..order })? != report {
-        return Err("the same seed gave two courses of events".into());
-    }
-    Ok(report)
-}
-
-/// Simulates; the result is the exit code.
-pub fn run(args: &SimArgs) -> i32 {
-    let start = Instant::now();
-    let mut tally = Tally::default();
-    let mut failed = 0;
-    for seed in args.seed..args.seed + args.seeds {
+/// Takes one seed after another, until there are none or ten have failed.
+fn work(args: &SimArgs, next: &AtomicU64, total: &Mutex<Tally>) {
+    loop {
+        let seed = next.fetch_add(1, Ordering::Relaxed);
+        if seed >= args.seed + args.seeds {
+            return;
+        }
         let outcome = catch_unwind(AssertUnwindSafe(|| examine(args, seed)));
+        let mut tally = total.lock().unwrap_or_else(PoisonError::into_inner);
         let found = match outcome {
             Ok(Ok(report)) => {
                 tally.clusters += 1;
@@ -76,15 +72,40 @@ pub fn run(args: &SimArgs) -> i32 {
                 .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string))
                 .unwrap_or_else(|| "a panic".into()),
         };
-        failed += 1;
+        tally.failed += 1;
         eprintln!(
             "seed {seed}: {found}\n  replay: cargo run --release -p ci -- sim --seed {seed} --ranks {} --verbose",
             args.ranks
         );
-        if failed == 10 {
-            break;
+        if tally.failed == 10 {
+            next.store(u64::MAX / 2, Ordering::Relaxed);
         }
     }
+}
+
+/// Simulates one seed, some of them twice: the same seed must give the same course of events.
+fn examine(args: &SimArgs, seed: u64) -> Result<cluster::Report, String> {
+    let order = cluster::Order { seed, ranks: args.ranks, verbose: args.verbose, sabotage: None };
+    let report = cluster::simulate(order)?;
+    if seed.is_multiple_of(32) && cluster::simulate(cluster::Order { verbose: false, ..order })? != report {
+        return Err("the same seed gave two courses of events".into());
+    }
+    Ok(report)
+}
+
+/// Simulates, several seeds at a time; the result is the exit code.
+pub fn run(args: &SimArgs) -> i32 {
+    let start = Instant::now();
+    let next = AtomicU64::new(args.seed);
+    let total = Mutex::new(Tally::default());
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u64).min(args.seeds);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| work(args, &next, &total));
+        }
+    });
+    let tally = total.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let failed = tally.failed;
     let seconds = start.elapsed().as_secs_f64();
     println!(
         "simulated {} clusters ({} with faults) from seed {}: {} operations ended, {:.0} clusters a minute; {} failed",
