@@ -5,6 +5,7 @@ when it is told to: `pytest bindings/python/tests/long_trainers.py`.
 """
 
 import os
+import sys
 
 import pytest
 
@@ -27,10 +28,9 @@ def network():
 def data():
     """The batches of all ranks together."""
     generator = torch.Generator().manual_seed(5)
-    return [
-        (torch.randn(BATCH * SIZE, 16, generator=generator), torch.randn(BATCH * SIZE, 4, generator=generator))
-        for _ in range(STEPS)
-    ]
+    wanted = torch.randn(16, 4, generator=generator)
+    inputs = [torch.randn(BATCH * SIZE, 16, generator=generator) for _ in range(STEPS)]
+    return [(x, x @ wanted) for x in inputs]
 
 
 def loss_of(output, target):
@@ -55,7 +55,7 @@ def agrees(losses, tolerance=2e-5):
     expected = reference()
     assert len(losses) == len(expected)
     assert all(abs(a - b) <= tolerance for a, b in zip(losses, expected)), (losses, expected)
-    assert expected[-1] < expected[0]
+    assert min(expected[1:]) < expected[0]
 
 
 def mean(loss):
@@ -82,6 +82,8 @@ def as_torchrun():
     for name in ("CAROLE_LOCAL_RANK", "CAROLE_LOCAL_SIZE", "CAROLE_JOB"):
         del os.environ[name]
     os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
+    # DeepSpeed compiles a part of itself, with the ninja of this environment.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     torch.set_num_threads(1)
     import carole.torch_backend  # noqa: F401
 
