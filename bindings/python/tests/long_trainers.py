@@ -176,6 +176,7 @@ def body_deepspeed(stage):
         "train_batch_size": BATCH * size,
         "train_micro_batch_size_per_gpu": BATCH,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
