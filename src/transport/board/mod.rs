@@ -46,8 +46,8 @@ pub struct Seat {
     me: usize,
     /// By member.
     places: Vec<Place>,
-    jobs: VecDeque<Box<Job>>,
-    spare: Vec<Box<Job>>,
+    jobs: VecDeque<Job>,
+    spare: Vec<Job>,
     /// Ticks of all jobs so far.
     end: u64,
     posting: Stage,
@@ -100,7 +100,7 @@ impl Seat {
                 job.renew(run, Arc::clone(exchange), self.end);
                 job
             }
-            None => Box::new(Job::new(run, Arc::clone(exchange), self.end)),
+            None => Job::new(run, Arc::clone(exchange), self.end),
         };
         self.jobs.push_back(job);
         self.end += exchange.ticks;
