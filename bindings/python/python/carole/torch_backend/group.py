@@ -56,6 +56,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
+def _overlap(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    part_end, whole_end = (one.data_ptr() + one.numel() * one.element_size() for one in (part, whole))
+    return part.data_ptr() < whole_end and whole.data_ptr() < part_end
+
+
 def _asynchronous(options: Any) -> bool:
     return bool(getattr(options, "asyncOp", True))
 
@@ -348,7 +353,11 @@ class CaroleProcessGroup(dist.ProcessGroup):
                     )
             return DoneWork(outputs)
         rows = [self._by_rank(_plain(tensor.detach()).reshape(self._size, -1)) for tensor in inputs]
-        made = [one if _is_plain(one) else torch.empty(one.shape, dtype=one.dtype) for one in outputs]
+        # DeepSpeed's ZeRO 3 reduces into a part of the input.
+        made = [
+            one if _is_plain(one) and not _overlap(one, row) else torch.empty(one.shape, dtype=one.dtype)
+            for one, row in zip(outputs, rows)
+        ]
         arguments = [
             (row.data_ptr(), one.data_ptr() or 64, self._code(row), tuple(row.shape)) for row, one in zip(rows, made)
         ]
