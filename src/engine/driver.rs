@@ -110,6 +110,10 @@ const SMALL_BYTES: u64 = 64 << 10;
 /// A sleep that ends by itself within this time is not cut short for a small tensor.
 const SOON: Duration = Duration::from_millis(1);
 
+/// Short naps of the background thread after it had something to do, and their length.
+const NAPS: u32 = 4;
+const SHORT_NAP: Duration = Duration::from_micros(100);
+
 /// The longest sleep: a bound on what a lost wake could cost, never relied upon.
 const NAP: Duration = Duration::from_millis(100);
 
@@ -522,8 +526,14 @@ impl Shared {
     /// heartbeats, sleeps otherwise.
     fn background(&self) {
         let mut fds = Vec::new();
+        let mut naps = 0;
         while !self.stop.load(Ordering::SeqCst) {
-            let limit = self.background_turns(&mut fds);
+            let (mut limit, moved) = self.background_turns(&mut fds);
+            // Tensors come in bursts: for a while it looks by itself, so that nobody needs to wake it.
+            naps = if moved { NAPS } else { naps - naps.min(1) };
+            if naps > 0 {
+                limit = limit.min(SHORT_NAP);
+            }
             if limit <= SOON {
                 self.background_wakes_ns.store(self.now().0 + limit.as_nanos() as u64, Ordering::SeqCst);
             }
@@ -539,22 +549,25 @@ impl Shared {
         }
     }
 
-    /// Drives as long as something moves; fills in what to watch in the sleep that follows, and its length.
-    fn background_turns(&self, fds: &mut Vec<(RawFd, bool)>) -> Duration {
+    /// Drives as long as something moves; fills in what to watch in the sleep that follows, and says how long it may
+    /// be and whether anything moved.
+    fn background_turns(&self, fds: &mut Vec<(RawFd, bool)>) -> (Duration, bool) {
         fds.clear();
+        let mut moved = false;
         loop {
             if self.caller.load(Ordering::SeqCst) || self.stop.load(Ordering::SeqCst) {
-                return NAP;
+                return (NAP, false);
             }
             let mut engine = match self.engine.try_lock() {
                 Ok(engine) => engine,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => return NAP,
+                Err(TryLockError::WouldBlock) => return (NAP, false),
             };
             // Only who drives may clear the eventfd: a caller that sleeps on it would miss its wake.
             self.waker.clear();
             engine.disarm();
             if self.turn(&mut engine, None, self.now()) {
+                moved = true;
                 continue;
             }
             if engine.is_busy() {
@@ -564,7 +577,7 @@ impl Shared {
                 fds.push((self.waker.descriptor(), false));
                 engine.descriptors(&mut |fd, writes| fds.push((fd, writes)));
             }
-            return self.until_timeout(&engine);
+            return (self.until_timeout(&engine), moved);
         }
     }
 }

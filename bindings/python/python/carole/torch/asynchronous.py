@@ -350,26 +350,15 @@ def alltoall_async(tensor, splits=None, name=None, process_set=global_process_se
     return start_alltoall(tensor, splits, name, process_set, splits is not None)
 
 
-def _rows(rows: int, process_set: ProcessSet) -> int:
-    size, rank = process_set.size() or 1, process_set.rank() or 0
-    return rows // size + (1 if rank < rows % size else 0)
-
-
 def _reducescatter(tensors: List[Any], single: bool, name: Optional[str], op: int, pre: float, post: float,
                    process_set: ProcessSet, refused: Optional[str]) -> Handle:  # fmt: skip
     tensors = [_detached(tensor) for tensor in tensors]
     if op not in (Average, Sum):
         refused = refused or "a reducescatter of torch tensors takes op=Average or op=Sum"
-    made: List[torch.Tensor] = []
-
-    def outputs() -> List[torch.Tensor]:
-        for tensor in tensors:
-            rows = [_rows(tensor.shape[0], process_set)] if tensor.dim() else []
-            made.append(torch.empty(rows + list(tensor.shape[1:]), dtype=tensor.dtype))
-        return made
-
+    # The engine's memory for results is used again, where a new tensor would cost a page fault for every page.
     return submit(
-        REDUCESCATTER, tensors, outputs, lambda _: made[0] if single else made, name, process_set, op, pre, post,
+        REDUCESCATTER, tensors, None,
+        lambda outcome: _tensors(outcome)[0] if single else _tensors(outcome), name, process_set, op, pre, post,
         refused=refused,
     )  # fmt: skip
 
