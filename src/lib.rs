@@ -32,7 +32,8 @@
 //!    which marks it ready, up a tree of hosts and ranks.
 //! 3. The agreed log comes down the tree; `Engine::run_cut` (`engine/sets.rs`) fuses each cut into batches.
 //! 4. `Engine::start_batch` (`engine/batch.rs`) finds the batch's plan (`engine/plan.rs`: query, choice, schedule,
-//!    layout, made once per shape), registers its memory and starts its run.
+//!    layout, made once per shape), registers its memory and starts its run. Within one host the batch goes over
+//!    the members' boards instead (`engine/boards.rs`, [`transport::board`]): no messages, a few counters.
 //! 5. `Engine::follow` gives orders to links and device; `Engine::step_done` takes their completions back to
 //!    the run until it is finished.
 //! 6. `Engine::end` reports the outcome; the handle's waiter takes it.
@@ -71,8 +72,11 @@
 //! * *Links instead of transports match messages.* A transport only supplies byte streams ([`transport::Pipe`]);
 //!   [`transport::flow`] makes of them links that match, grant and reduce on receipt, once for all transports.
 //!   A TCP link reduces out of a small staging buffer that stays in cache, so host memory needs no lowering.
-//! * *No fusion region yet.* A batch of many tensors is a list of extents; a send gathers straight into the ring
-//!   or the socket, a receive scatters from it. Packing *is* sending without a buffer in between.
+//! * *No fusion region.* A batch of many tensors is a list of extents; a send gathers straight into the ring or
+//!   the socket, a receive scatters from it. Packing *is* sending without a buffer in between. On boards the
+//!   slots, which all members map, are the region, a window at a time so that they stay in cache.
+//! * *A direct exchange beside the schedules.* On a board `direct` is carried out as a whole, not lowered to
+//!   verbs: its reduction writes to where its operands lay, which no verb can say.
 //! * *A closing order.* A rank that leaves may not make what was agreed before fail; see `engine/departure.rs`.
 //! * *Not there yet*: uniform completion (held and released marks) and the verdict round that settle what some
 //!   ranks had finished when an epoch broke; step plans (their seam is described in [`coordinator`]).
@@ -82,6 +86,7 @@
 //! *collective* a kind of operation; *tensor*; *batch* fused tensors; *chunk* of a schedule; *window* of a buffer;
 //! *extent* and *piece* runs of memory; *lane* of a link; *stream* what matches a send with its receive; *cut* a
 //! portion of the agreed log; *epoch* an agreement about who takes part; *handle* an operation in flight;
+//! *board* memory of one rank that all ranks of its host map, with *seats* for process sets; *tick* a window's turn there;
 //! *rendezvous*; *porter* the thread that connects; *slot* a place for a rank on a host.
 
 pub mod types;
