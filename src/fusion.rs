@@ -70,6 +70,9 @@ impl Fusion {
         self.open.clear();
         for (operation, agreed) in cut.iter().enumerate() {
             let operation = operation as u32;
+            if agreed.is_inline() {
+                continue;
+            }
             if agreed.signature.tensors.is_empty() {
                 self.batches.push(Open { operation, tensor: 0, bytes: 0, parts: 0..0 });
             }

@@ -77,6 +77,8 @@
 //!   slots, which all members map, are the region, a window at a time so that they stay in cache.
 //! * *A direct exchange beside the schedules.* On a board `direct` is carried out as a whole, not lowered to
 //!   verbs: its reduction writes to where its operands lay, which no verb can say.
+//! * *Values with the marks.* An allreduce of a few bytes is agreed on together with its values (`engine/inline.rs`):
+//!   what is left to do is to reduce them.
 //! * *A closing order.* A rank that leaves may not make what was agreed before fail; see `engine/departure.rs`.
 //! * *Not there yet*: uniform completion (held and released marks) and the verdict round that settle what some
 //!   ranks had finished when an epoch broke; step plans (their seam is described in [`coordinator`]).

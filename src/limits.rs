@@ -33,6 +33,10 @@ pub const FRAME_BYTES_MAX: usize = 256 << 10;
 pub const SHM_RING_BYTES: usize = 1 << 20;
 /// The control ring of a shared-memory link.
 pub const SHM_CONTROL_BYTES: usize = 64 << 10;
+/// An allreduce of at most this many bytes travels with its ready marks: its values are agreed on as row counts are.
+pub const INLINE_BYTES_MAX: usize = 64;
+/// Members of a set in which that is so: everybody gets everybody's values.
+pub const INLINE_MEMBERS_MAX: usize = 8;
 /// Process sets of this rank that can have a seat on its board at one time; others use their links.
 pub const BOARD_SEATS: usize = 4;
 /// Slots of a seat, used in turn: while one is read by the others the next is filled.

@@ -77,6 +77,11 @@ impl Region {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+    /// The first byte; for whoever knows that the promise of [`Region::new`] still holds.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.address.as_ptr()
+    }
 }
 
 /// A run in flight, as its memory is known by. A slot and a generation: a late use of a slot that has been

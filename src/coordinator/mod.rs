@@ -53,7 +53,8 @@ pub struct OpId(pub u32);
 pub const ENGINE_NAMES: char = '\0';
 
 /// What all members said with their ready marks: row counts (allgather, gather: one per tensor of the
-/// group) or splits (alltoall: one per member and tensor). Empty for other collectives.
+/// group), splits (alltoall: one per member and tensor), or the values of an allreduce that is small enough.
+/// Empty for everything else.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct CallTable {
     /// Values per member.
@@ -86,6 +87,14 @@ pub struct Agreed {
     pub absent: Arc<[Member]>,
     /// Row counts or splits.
     pub call: Arc<CallTable>,
+}
+
+impl Agreed {
+    /// Whether all members' values came with their marks, so that nothing is left to be moved.
+    #[must_use]
+    pub fn is_inline(&self) -> bool {
+        self.signature.collective == Collective::Allreduce && self.call.width > 0
+    }
 }
 
 /// What the engine is to do.

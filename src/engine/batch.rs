@@ -99,11 +99,7 @@ impl Engine {
         if signature.collective == Collective::Alltoall {
             longest = longest_block(first, size);
         }
-        let divisor = match (signature.op, signature.join_average) {
-            (ReduceOp::Average, JoinAverage::Size) => size,
-            (ReduceOp::Average, JoinAverage::Present) => size - first.absent.len() as u32,
-            _ => 1,
-        };
+        let divisor = divisor(first, size);
         let shape = BatchShape {
             collective: signature.collective,
             op: if signature.collective.reduces() { signature.op } else { ReduceOp::Sum },
@@ -289,7 +285,7 @@ impl Engine {
     }
 
     /// Puts a tensor's two regions into a batch's table, and allocates its output where the caller gave none.
-    fn take_tensor(
+    pub(super) fn take_tensor(
         &mut self,
         op: OpId,
         t: usize,
@@ -342,7 +338,7 @@ impl Engine {
     }
 
     /// One tensor of an operation is complete.
-    fn tensor_done(&mut self, op: OpId) {
+    pub(super) fn tensor_done(&mut self, op: OpId) {
         let Some(operation) = self.ops.get_mut(&op) else { return };
         operation.remaining -= 1;
         if operation.remaining == 0 {
@@ -409,6 +405,15 @@ impl Engine {
             }
             self.reclaim(flight);
         }
+    }
+}
+
+/// What the sum is divided by.
+pub(super) fn divisor(agreed: &Agreed, size: u32) -> u32 {
+    match (agreed.signature.op, agreed.signature.join_average) {
+        (ReduceOp::Average, JoinAverage::Size) => size,
+        (ReduceOp::Average, JoinAverage::Present) => size - agreed.absent.len() as u32,
+        _ => 1,
     }
 }
 

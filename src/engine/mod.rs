@@ -11,6 +11,7 @@ mod boards;
 mod departure;
 pub mod driver;
 pub mod handles;
+mod inline;
 mod links;
 #[cfg(all(test, loom))]
 mod loom;
@@ -29,7 +30,7 @@ use crate::error::{Broken, Cause, Error, Result};
 use crate::fusion::{self, Fusion};
 use crate::limits;
 use crate::membership::{self, Membership};
-use crate::memory::{Memory, OwnedBytes};
+use crate::memory::{Memory, OwnedBytes, Region};
 use crate::run::Order;
 use crate::transport::{Events, Fabric, LinkEvent};
 use crate::types::{Epoch, GLOBAL_SET, Rank, SetId, Signature, Time};
@@ -129,6 +130,7 @@ pub struct Engine {
     orders: Vec<Order>,
     encoded: Vec<u8>,
     spare_memory: Vec<TensorMemory>,
+    inline_regions: Vec<Region>,
     spare_fds: Vec<(RawFd, bool)>,
     /// Agreement messages for sets that this rank has not made yet: the sender is ahead in the global order.
     early: Vec<(Rank, SetId, Vec<u8>)>,
@@ -176,6 +178,7 @@ impl Engine {
             orders: Vec::new(),
             encoded: Vec::new(),
             spare_memory: Vec::new(),
+            inline_regions: Vec::new(),
             spare_fds: Vec::new(),
             early: Vec::new(),
             setup,
@@ -190,6 +193,8 @@ impl Engine {
     pub fn submit(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
         self.quiet_until = None;
         self.admit(submission.set, submission.op)?;
+        let mut words = [0; inline::WORDS_MAX];
+        let call = self.inline_values(submission, &mut words).unwrap_or(submission.call);
         let coordinator = self.coordinator_of(submission.set).expect("admitted sets have a coordinator");
         let accepted = coordinator.submit(
             coordinator::Submission {
@@ -197,7 +202,7 @@ impl Engine {
                 name: submission.name,
                 hold_if_busy: submission.hold,
                 signature: submission.signature,
-                call: submission.call,
+                call,
                 refused: submission.refused,
             },
             now,

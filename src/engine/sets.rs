@@ -171,6 +171,7 @@ impl Engine {
                         self.end(op, Ok(()));
                     }
                 }
+                _ if agreed.is_inline() => self.finish_inline(id, agreed),
                 // An empty group is complete as soon as it is agreed.
                 _ if tensors == 0 => {
                     if let Some(op) = agreed.op {
