@@ -19,7 +19,7 @@
 //!
 //! | floor | modules | what they are |
 //! | --- | --- | --- |
-//! | words | [`types`] [`limits`] [`error`] [`config`] [`log`] | the nouns, the bounds, what can go wrong, every knob |
+//! | words | [`types`] [`hash`] [`limits`] [`error`] [`config`] [`log`] | the nouns, the bounds, what can go wrong, every knob |
 //! | pure | [`schedule`] [`algorithm`] [`cost`] [`select`] [`layout`] [`wire`] | collectives as data, the table of algorithms, the priced choice, chunks to bytes, messages |
 //! | machines | [`coordinator`] [`fusion`] [`membership`] [`run`] | facts in, intents out; the time is an argument |
 //! | doers | [`fork`] [`memory`] [`device`] [`transport`] [`rendezvous`] | addresses, reductions, bytes between ranks, how ranks find and prove each other |
@@ -92,6 +92,7 @@
 //! *rendezvous*; *porter* the thread that connects; *slot* a place for a rank on a host.
 
 pub mod types;
+pub mod hash;
 pub mod limits;
 pub mod error;
 pub mod config;

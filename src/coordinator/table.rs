@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::OpId;
+use crate::hash::Map;
 use crate::types::{Member, SharedSignature, Signature, TensorKey, Time};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -212,7 +213,7 @@ pub struct Table {
     /// Names; those not `in_flight` are only cached (or free).
     pub rows: Vec<Row>,
     free_rows: Vec<u32>,
-    by_name: HashMap<Arc<str>, u32>,
+    by_name: Map<Arc<str>, u32>,
     entries: Vec<Entry>,
     free_entries: Vec<u32>,
     by_key: NumberMap<TensorKey, u32>,
@@ -229,7 +230,7 @@ impl Table {
         Table {
             rows: Vec::new(),
             free_rows: Vec::new(),
-            by_name: HashMap::new(),
+            by_name: Map::default(),
             entries: Vec::new(),
             free_entries: Vec::new(),
             by_key: NumberMap::default(),

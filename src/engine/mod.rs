@@ -28,6 +28,7 @@ use crate::coordinator::{self, OpId, Rules};
 use crate::device::host::HostDevice;
 use crate::error::{Broken, Cause, Error, Result};
 use crate::fusion::{self, Fusion};
+use crate::hash::Map;
 use crate::limits;
 use crate::membership::{self, Membership};
 use crate::memory::{Memory, OwnedBytes, Region};
@@ -99,7 +100,7 @@ pub struct Engine {
     sets: BTreeMap<SetId, ProcessSet>,
     next_set: u32,
     membership: Membership,
-    ops: HashMap<OpId, Operation>,
+    ops: Map<OpId, Operation>,
     /// The algorithm of the batch that was started last.
     last_algorithm: Option<&'static str>,
     spare_ops: Vec<Operation>,
@@ -156,7 +157,7 @@ impl Engine {
             sets: BTreeMap::new(),
             next_set: 0,
             membership: Membership::new(setup.epoch, setup.me, size, setup.membership),
-            ops: HashMap::new(),
+            ops: Map::default(),
             last_algorithm: None,
             spare_ops: Vec::new(),
             spare_outcomes: Vec::new(),

@@ -6,6 +6,7 @@ use super::boards;
 use crate::algorithm::Query;
 use crate::cost::Prices;
 use crate::device::{DeviceOrder, Finish, Reduction};
+use crate::hash::Map;
 use crate::layout::{Cut, Extent, Layout, dealt_rows, input_region, output_region};
 use crate::memory::{Piece, PieceRange};
 use crate::run::Program;
@@ -13,7 +14,6 @@ use crate::schedule::{Schedule, Span, Verb};
 use crate::select::select;
 use crate::transport::board::Exchange;
 use crate::types::{Collective, DType, ReduceOp, Scale};
-use std::collections::HashMap;
 use std::sync::Arc;
 
 /// What a step of a window asks for.
@@ -126,8 +126,8 @@ const WINDOWS_IN_FLIGHT: u32 = 4;
 #[derive(Debug)]
 pub struct Plans {
     rules: PlanRules,
-    plans: HashMap<Box<[u64]>, Arc<Plan>>,
-    exchanges: HashMap<Box<[u64]>, Arc<Exchange>>,
+    plans: Map<Box<[u64]>, Arc<Plan>>,
+    exchanges: Map<Box<[u64]>, Arc<Exchange>>,
     key: Vec<u64>,
 }
 
@@ -135,7 +135,7 @@ impl Plans {
     /// An empty cache.
     #[must_use]
     pub fn new(rules: PlanRules) -> Plans {
-        Plans { rules, plans: HashMap::new(), exchanges: HashMap::new(), key: Vec::new() }
+        Plans { rules, plans: Map::default(), exchanges: Map::default(), key: Vec::new() }
     }
 
     /// The plan of a shape, which is made when it is first seen. `set` distinguishes sets whose hosts differ.
@@ -178,7 +178,7 @@ impl Plans {
 
 /// What was made for a key, or is made now.
 fn remembered<T>(
-    known: &mut HashMap<Box<[u64]>, Arc<T>>,
+    known: &mut Map<Box<[u64]>, Arc<T>>,
     key: &[u64],
     most: usize,
     make: impl FnOnce() -> T,

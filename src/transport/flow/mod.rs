@@ -24,7 +24,6 @@
 mod checksum;
 mod control;
 mod frame;
-mod hash;
 mod landing;
 #[allow(unsafe_code)]
 pub(in crate::transport) mod pieces;

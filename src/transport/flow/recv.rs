@@ -4,7 +4,7 @@
 use super::checksum::Checksum;
 use super::control::Outbox;
 use super::frame::{FrameKind, HEADER_BYTES, Header, misbehaved};
-use super::hash::Table;
+
 use super::landing::{Chain, Landing, landing_cost};
 use super::pieces::{Target, TargetCursor};
 use super::slab::Slab;
@@ -12,6 +12,7 @@ use super::streams::Streams;
 use super::{Key, PROMISES_MAX};
 use crate::device::Token;
 use crate::error::Cause;
+use crate::hash::Map;
 use crate::limits::{EAGER_CREDIT_BYTES, FRAME_BYTES_MAX};
 use crate::memory::{Memory, RunId};
 use crate::transport::{Events, LinkEvent, Pipe, Stream};
@@ -84,7 +85,7 @@ impl Incoming {
 /// The receiving half of a link.
 pub struct Recvs {
     messages: Slab<Message>,
-    table: Table<Key, Entry>,
+    table: Map<Key, Entry>,
     wanted: usize,
     streams: Streams,
     landing: Landing,
@@ -101,7 +102,7 @@ impl Recvs {
     pub fn new(eager_max: u64) -> Recvs {
         Recvs {
             messages: Slab::new(),
-            table: Table::default(),
+            table: Map::default(),
             wanted: 0,
             streams: Streams::default(),
             landing: Landing::new(),

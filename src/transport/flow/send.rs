@@ -4,7 +4,7 @@
 use super::checksum::Checksum;
 use super::control::Outbox;
 use super::frame::{FrameKind, HEADER_BYTES, Header, misbehaved};
-use super::hash::Table;
+
 use super::landing::landing_cost;
 use super::pieces::Cursor;
 use super::slab::Slab;
@@ -12,6 +12,7 @@ use super::streams::Streams;
 use super::{Key, PROMISES_MAX};
 use crate::device::Token;
 use crate::error::Cause;
+use crate::hash::Map;
 use crate::limits::{EAGER_CREDIT_BYTES, FRAME_BYTES_MAX};
 use crate::memory::{Memory, PieceRange, RunId};
 use crate::transport::{Events, LinkEvent, Pipe, Stream};
@@ -57,7 +58,7 @@ pub struct Outgoing {
 /// The sending half of a link.
 pub struct Sends {
     messages: Slab<Message>,
-    table: Table<Key, Entry>,
+    table: Map<Key, Entry>,
     granted: usize,
     streams: Streams,
     /// Small messages that have credit. They go ahead of data; credit bounds them.
@@ -78,7 +79,7 @@ impl Sends {
     pub fn new(eager_max: u64, checked: bool) -> Sends {
         Sends {
             messages: Slab::new(),
-            table: Table::default(),
+            table: Map::default(),
             granted: 0,
             streams: Streams::default(),
             eager: VecDeque::new(),

@@ -4,8 +4,9 @@
 
 use super::control::Outbox;
 use super::frame::{FrameKind, misbehaved};
-use super::hash::Table;
+
 use crate::error::Cause;
+use crate::hash::Map;
 use crate::transport::Stream;
 use std::collections::VecDeque;
 
@@ -28,7 +29,7 @@ struct Count {
 /// The streams of one direction, at one side.
 #[derive(Default)]
 pub struct Streams {
-    counts: Table<Stream, Count>,
+    counts: Map<Stream, Count>,
     idle: VecDeque<Stream>,
     frozen: bool,
 }

@@ -1,15 +1,16 @@
-//! How keys of messages are spread over tables. Several look-ups are made for each message, so the hash must cost
-//! less than they do; the standard one, which withstands anything, costs more than copying a kilobyte.
+//! How keys are spread over the tables of the hot paths. Several look-ups are made for each operation and each message,
+//! so the hash must cost less than they do; the standard one, which withstands anything, costs more than copying a
+//! kilobyte.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-/// A table with this hash.
-pub type Table<K, V> = HashMap<K, V, Seeded>;
+/// A map with this hash.
+pub type Map<K, V> = HashMap<K, V, Seeded>;
 
-/// Makes hashers that begin at a secret of this table, so that a peer cannot choose keys that collide by plan.
-#[derive(Clone)]
+/// Makes hashers that begin at a secret of this map, so that a peer cannot choose keys that collide by plan.
+#[derive(Clone, Debug)]
 pub struct Seeded(u64);
 
 impl Default for Seeded {
