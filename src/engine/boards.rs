@@ -162,7 +162,8 @@ impl Engine {
 
     /// The call stands in the agreed log: batches behind it go over the boards.
     pub(super) fn sit_down(&mut self, id: SetId, agreed: &Agreed) {
-        let Some(set) = self.sets.get_mut(&id) else { return };
+        // Where this rank had joined, the call was the others' alone; it makes its own, and may have already.
+        let Some(set) = self.sets.get_mut(&id).filter(|_| agreed.op.is_some()) else { return };
         let all = agreed.absent.is_empty();
         set.seating = match std::mem::replace(&mut set.seating, Seating::None) {
             Seating::Called(seat) if !all => Seating::Missed(seat),

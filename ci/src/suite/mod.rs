@@ -146,7 +146,8 @@ fn count(output: &str) -> Count {
         let own = line.starts_with("passed=");
         let summary = line.starts_with("Summary [") || line.starts_with("test result:");
         let pytest = line.starts_with('=') && line.ends_with('=') && line.contains(" in ");
-        let bare_pytest = line.ends_with('s') && line.contains(" passed") && line.contains(" in ");
+        // Behind a minute it adds the time in brackets.
+        let bare_pytest = line.ends_with(['s', ')']) && line.contains(" passed") && line.contains(" in ");
         if own {
             for word in line.split_whitespace() {
                 let number = |name: &str| word.strip_prefix(name).and_then(|n| n.parse::<u64>().ok());
@@ -232,10 +233,11 @@ mod tests {
 test result: ok. 3 passed; 0 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.1s
 ======== 7 passed, 4 skipped in 1.23s ========
 5 passed in 0.11s
+161 passed, 16 skipped in 86.15s (0:01:26)
 passed=100 skipped=20
 error: 4 passed this by
 ";
         let count = count(output);
-        assert_eq!((count.passed, count.skipped), (11 + 3 + 7 + 5 + 100, 1 + 2 + 4 + 20));
+        assert_eq!((count.passed, count.skipped), (11 + 3 + 7 + 5 + 161 + 100, 1 + 2 + 4 + 16 + 20));
     }
 }
