@@ -281,12 +281,17 @@ def sparse_allreduce_async(tensor, name, op, process_set=global_process_set) -> 
     return finish
 
 
-def allgather_async(tensor, name=None, process_set=global_process_set) -> Handle:
-    """Starts an allgather."""
+def start_allgather(tensor: Any, name: Optional[str], process_set: ProcessSet, waits: bool = False) -> Handle:
+    """Starts an allgather of one tensor."""
     return submit(
         ALLGATHER, [_detached(tensor)], None, lambda outcome: _tensors(outcome)[0],
-        _named("allgather", name), process_set,
+        _named("allgather", name), process_set, waits=waits,
     )  # fmt: skip
+
+
+def allgather_async(tensor, name=None, process_set=global_process_set) -> Handle:
+    """Starts an allgather."""
+    return start_allgather(tensor, name, process_set)
 
 
 def grouped_allgather_async(tensors, name=None, process_set=global_process_set) -> Handle:
@@ -328,7 +333,7 @@ def broadcast_async_(tensor, root_rank, name=None, process_set=global_process_se
 
 
 def start_alltoall(tensor: Any, splits: Any, name: Optional[str], process_set: ProcessSet,
-              with_splits: bool) -> Handle:  # fmt: skip
+              with_splits: bool, waits: bool = False) -> Handle:  # fmt: skip
     refused = None
     if isinstance(splits, torch.Tensor):
         if splits.dim() != 1 or splits.dtype.is_floating_point:
@@ -341,7 +346,7 @@ def start_alltoall(tensor: Any, splits: Any, name: Optional[str], process_set: P
 
     return submit(
         ALLTOALL, [_detached(tensor)], None, finish, _named("alltoall", name), process_set, splits=splits,
-        refused=refused,
+        refused=refused, waits=waits,
     )  # fmt: skip
 
 
@@ -351,7 +356,7 @@ def alltoall_async(tensor, splits=None, name=None, process_set=global_process_se
 
 
 def _reducescatter(tensors: List[Any], single: bool, name: Optional[str], op: int, pre: float, post: float,
-                   process_set: ProcessSet, refused: Optional[str]) -> Handle:  # fmt: skip
+                   process_set: ProcessSet, refused: Optional[str], waits: bool = False) -> Handle:  # fmt: skip
     tensors = [_detached(tensor) for tensor in tensors]
     if op not in (Average, Sum):
         refused = refused or "a reducescatter of torch tensors takes op=Average or op=Sum"
@@ -359,15 +364,21 @@ def _reducescatter(tensors: List[Any], single: bool, name: Optional[str], op: in
     return submit(
         REDUCESCATTER, tensors, None,
         lambda outcome: _tensors(outcome)[0] if single else _tensors(outcome), name, process_set, op, pre, post,
-        refused=refused,
+        refused=refused, waits=waits,
     )  # fmt: skip
+
+
+def start_reducescatter(tensor: Any, name: Optional[str], op: int, pre: float, post: float, process_set: ProcessSet,
+                        waits: bool = False) -> Handle:  # fmt: skip
+    """Starts a reducescatter of one tensor."""
+    name = _named("reducescatter", name)
+    return _reducescatter([tensor], True, name, op, pre, post, process_set, None, waits)
 
 
 def reducescatter_async(tensor, name=None, op=Average, process_set=global_process_set, prescale_factor=1.0,
                         postscale_factor=1.0) -> Handle:  # fmt: skip
     """Starts a reducescatter."""
-    name = _named("reducescatter", name)
-    return _reducescatter([tensor], True, name, op, prescale_factor, postscale_factor, process_set, None)
+    return start_reducescatter(tensor, name, op, prescale_factor, postscale_factor, process_set)
 
 
 def grouped_reducescatter_async(tensors, name=None, op=Average, process_set=global_process_set,

@@ -8,16 +8,15 @@ from .. import _native
 from .._sets import ProcessSet
 from .._submit import Average, Sum
 from .asynchronous import (
-    allgather_async,
-    alltoall_async,
     grouped_allgather_async,
     grouped_reducescatter_async,
     handle_average_backwards_compatibility,
-    reducescatter_async,
+    start_allgather,
     start_allreduce,
     start_alltoall,
     start_broadcast,
     start_grouped_allreduce,
+    start_reducescatter,
     synchronize,
 )
 
@@ -59,7 +58,7 @@ class HorovodGroupedAllreduce(torch.autograd.Function):
 def _gathered_gradient(grad: torch.Tensor, rows: int, process_set: ProcessSet) -> torch.Tensor:
     """This rank's rows of the averaged gradient. (Average, not the sum, is what Horovod's users are used to.)"""
     reduced = synchronize(start_allreduce(grad.contiguous(), False, None, Average, 1.0, 1.0, process_set, True))
-    counts = synchronize(allgather_async(torch.tensor([rows]), None, process_set)).tolist()
+    counts = synchronize(start_allgather(torch.tensor([rows]), None, process_set, True)).tolist()
     start = sum(counts[: process_set.rank()])
     return reduced.narrow(0, start, rows)
 
@@ -70,7 +69,7 @@ class HorovodAllgather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, name, process_set):
         ctx.shape, ctx.process_set = tensor.shape, process_set
-        return synchronize(allgather_async(tensor, name, process_set))
+        return synchronize(start_allgather(tensor, name, process_set, True))
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -119,14 +118,14 @@ class HorovodAlltoall(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, splits, name, process_set):
         ctx.process_set = process_set
-        output, received = synchronize(start_alltoall(tensor, splits, name, process_set, True))
+        output, received = synchronize(start_alltoall(tensor, splits, name, process_set, True, True))
         ctx.received = received
         ctx.mark_non_differentiable(received)
         return output, received
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        handle = alltoall_async(grad_output.contiguous(), ctx.received, None, ctx.process_set)
+        handle = start_alltoall(grad_output.contiguous(), ctx.received, None, ctx.process_set, True, True)
         grad, _ = synchronize(handle)
         return grad, None, None, None
 
@@ -136,7 +135,7 @@ def _scattered_gradient(grad: torch.Tensor, op: int, factor: float, process_set:
     if op == Sum:
         factor *= process_set.size()
     grad = grad.contiguous() if factor == 1.0 else grad * factor
-    return synchronize(allgather_async(grad, None, process_set))
+    return synchronize(start_allgather(grad, None, process_set, True))
 
 
 class HorovodReducescatter(torch.autograd.Function):
@@ -145,7 +144,7 @@ class HorovodReducescatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, name, op, process_set, prescale_factor, postscale_factor):
         ctx.arguments = (op, prescale_factor * postscale_factor, process_set)
-        handle = reducescatter_async(tensor, name, op, process_set, prescale_factor, postscale_factor)
+        handle = start_reducescatter(tensor, name, op, prescale_factor, postscale_factor, process_set, True)
         return synchronize(handle)
 
     @staticmethod
