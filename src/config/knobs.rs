@@ -151,7 +151,8 @@ knobs! {
     /// The widest vector instructions that reductions may use; `auto` takes the best that the processor has.
     simd: Maybe<Choice<SimdLevel>> = "auto", "CAROLE_SIMD", Local;
     /// Shared memory that one process may take. Each link to a rank of the same host takes a fixed 2.2 MiB or so,
-    /// from the first traffic on; what would exceed this goes by TCP, or is an error with CAROLE_TRANSPORT=shm.
+    /// from the first traffic on; what would exceed this goes by TCP, or is an error with CAROLE_TRANSPORT=shm. The
+    /// board, through which the ranks of a host exchange faster than by links, takes 2 MiB, if that much is left.
     memory: Bytes<{ 1 << 20 }, { 1 << 46 }> = "2G", "CAROLE_MEMORY", Local;
     /// What is logged to standard error: messages of this level and above.
     log_level: Choice<LogLevel> = "warning", "CAROLE_LOG_LEVEL", Local,
