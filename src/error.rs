@@ -27,7 +27,7 @@ pub enum Remedy {
     FixProgram,
     /// Correct the tensor on one of the ranks named.
     FixTensor,
-    /// Initialise again, among the survivors.
+    /// Call `reform()`, which goes on among the survivors.
     ReformGroup,
     /// The job is over.
     Stop,
@@ -83,6 +83,19 @@ pub enum Cause {
     Unreachable(String),
     /// It asked for the end of the epoch; its words.
     Aborted(String),
+    /// The others have gone on in this later epoch without it: it was silent for too long, or was let go.
+    Excluded {
+        /// Their epoch; 0 where it is not known yet.
+        epoch: Epoch,
+    },
+    /// The ranks that are not known to be dead, but were not there, may go on by themselves; so those that were
+    /// there must not.
+    Minority {
+        /// Ranks that were there.
+        here: u32,
+        /// Ranks of the last epoch that may live.
+        of: u32,
+    },
 }
 
 impl Error {
@@ -126,7 +139,12 @@ impl fmt::Display for Broken {
             Some(rank) => write!(f, "epoch {}{IS_BROKEN}{rank} {}", self.epoch.0, self.cause)?,
             None => write!(f, "epoch {}{IS_BROKEN}{}", self.epoch.0, self.cause)?,
         }
-        f.write_str("; call shutdown() and init() to form a new group")
+        f.write_str(match self.cause {
+            Cause::Excluded { .. } | Cause::Minority { .. } => {
+                "; this process cannot go on with them: end it, or call init() in a new job"
+            }
+            _ => "; call reform() to go on with the ranks that are left",
+        })
     }
 }
 
@@ -155,6 +173,15 @@ impl fmt::Display for Cause {
             Cause::System(what) => write!(f, "failed in its operating system: {what}"),
             Cause::Unreachable(what) => write!(f, "cannot be reached: {what}"),
             Cause::Aborted(what) => write!(f, "ended the epoch: {what}"),
+            Cause::Excluded { epoch: Epoch(0) } => f.write_str("is excluded from the next epoch"),
+            Cause::Excluded { epoch } => {
+                write!(f, "is excluded: the others have gone on without it in epoch {}", epoch.0)
+            }
+            Cause::Minority { here, of } => write!(
+                f,
+                "is in a minority: {here} of {of} ranks that may be alive came together, and the others may have \
+                 gone on without them"
+            ),
         }
     }
 }

@@ -302,7 +302,7 @@ pub struct Signature {
     pub op: ReduceOp,
     /// Factors before and after.
     pub scale: Scale,
-    /// The root as a global rank; `Rank(0)` where there is none.
+    /// The root as a global rank; `Rank(0)` where there is none. For [`Collective::RemoveSet`] the number of the set.
     pub root: Rank,
     /// Where the tensors are.
     pub place: Place,

@@ -66,6 +66,8 @@ fn engine(network: &Network, me: u32) -> Engine {
             plans_max: 64,
         },
         membership: membership::Rules::default(),
+        sets: Vec::new(),
+        next_set: 1,
     };
     Engine::new(setup, Box::new(Fabric::new(network.clone(), Rank(me), FlowOptions::default())))
 }

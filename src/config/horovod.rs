@@ -55,7 +55,7 @@ pub(super) const WITHOUT_EFFECT: &[(&str, Option<&str>)] = &[
         "HOROVOD_TIMELINE",
         Some("the engine writes no timeline in this version; carole.torch writes one of its calls"),
     ),
-    ("HOROVOD_ELASTIC", Some("elastic jobs do not exist in this version")),
+    ("HOROVOD_ELASTIC", None),
     ("HOROVOD_TORUS_ALLREDUCE", Some("the torus allreduce needs NCCL, which Carole does not use")),
     (
         "HOROVOD_HIERARCHICAL_ALLREDUCE",
@@ -86,5 +86,4 @@ pub(super) const WITHOUT_EFFECT: &[(&str, Option<&str>)] = &[
     ("HOROVOD_GLOO_RENDEZVOUS_ADDR", None),
     ("HOROVOD_GLOO_RENDEZVOUS_PORT", None),
     ("HOROVOD_HOSTNAME", None),
-    ("HOROVOD_ELASTIC_TIMEOUT", None),
 ];

@@ -130,6 +130,10 @@ knobs! {
     start_timeout_s: Count<1, SECONDS_MAX> = "30", "CAROLE_START_TIMEOUT_S", Local,
         "HOROVOD_START_TIMEOUT" => as_is,
         "HOROVOD_GLOO_TIMEOUT_SECONDS" => as_is;
+    /// How long, in seconds, ranks that live wait for each other when they re-form after a failure, and in an elastic
+    /// job for so many that there are enough. One that is silent is waited for CAROLE_TIMEOUT_MS only.
+    elastic_timeout_s: Count<1, SECONDS_MAX> = "600", "CAROLE_ELASTIC_TIMEOUT_S", Local,
+        "HOROVOD_ELASTIC_TIMEOUT" => as_is;
     /// TCP connections that carry payload between two ranks.
     tcp_lanes: Small<1, { limits::TCP_LANES_MAX as u32 }> = "2", "CAROLE_TCP_LANES", Agreed;
     /// The congestion control of TCP connections, by the kernel's name for it (`cubic`, `bbr`, `dctcp`).
@@ -200,6 +204,9 @@ knobs! {
     /// The hosts that have this local rank.
     cross_size: Maybe<Small<1, RANKS_MAX>> = "auto", "CAROLE_CROSS_SIZE", Local,
         "HOROVOD_CROSS_SIZE" => as_is;
+    /// The number of this process in an elastic job, in which ranks come and go; carolerun sets it in place of the
+    /// six above.
+    worker: Maybe<Count<0, { u32::MAX as u64 - 2 }>> = "auto", "CAROLE_WORKER", Local;
     /// A file of knobs: `name = value` lines, or the YAML of `horovodrun --config-file`. It goes before the
     /// defaults only.
     config_file: Maybe<FilePath> = "auto", "CAROLE_CONFIG_FILE", Local;

@@ -50,6 +50,14 @@ fn first_difference(a: &Said, b: &Said) -> Difference {
     if x.scale.post.to_bits() != y.scale.post.to_bits() {
         return differ("postscale factor", format!("{:?}", x.scale.post), format!("{:?}", y.scale.post));
     }
+    if x.ranks != y.ranks {
+        // Long lists are shortened, so the place where they differ is named, too.
+        let place = x.ranks.iter().zip(&y.ranks).position(|(r, s)| r != s);
+        let place = place.unwrap_or(x.ranks.len().min(y.ranks.len()));
+        let list = |ranks: &[Rank]| format!("{} ({} in all)", rank_list(ranks), ranks.len());
+        let remedy = format!("every rank must submit the same list of ranks (entry {place} differs)");
+        return ("the list".into(), list(&x.ranks), list(&y.ranks), remedy);
+    }
     if x.root != y.root {
         return differ("root", x.root.to_string(), y.root.to_string());
     }
@@ -59,14 +67,6 @@ fn first_difference(a: &Said, b: &Said) -> Difference {
     }
     if x.join_average != y.join_average {
         return differ("join_average", format!("{:?}", x.join_average), format!("{:?}", y.join_average));
-    }
-    if x.ranks != y.ranks {
-        // Long lists are shortened, so the place where they differ is named, too.
-        let place = x.ranks.iter().zip(&y.ranks).position(|(r, s)| r != s);
-        let place = place.unwrap_or(x.ranks.len().min(y.ranks.len()));
-        let list = |ranks: &[Rank]| format!("{} ({} in all)", rank_list(ranks), ranks.len());
-        let remedy = format!("every rank must submit the same list of ranks (entry {place} differs)");
-        return ("the list".into(), list(&x.ranks), list(&y.ranks), remedy);
     }
     let what = "number of splits or row counts";
     (what.into(), a.width.to_string(), b.width.to_string(), same(what))

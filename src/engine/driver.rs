@@ -235,10 +235,11 @@ impl Driver {
         engine.explain(OpId(index), self.shared.now())
     }
 
-    /// Says goodbye, lets it leave for a bounded time, and stops.
-    pub fn stop(&self) {
+    /// Says goodbye, lets it leave for a bounded time, and stops. Before that, `last` is read from the engine.
+    pub fn stop<T>(&self, last: impl FnOnce(&Engine) -> T) -> T {
         self.stop_background();
         let mut engine = lock(&self.shared.engine);
+        let last = last(&engine);
         let now = self.shared.now();
         engine.leave();
         let limit = now.after_ns(limits::SHUTDOWN_MS * 1_000_000);
@@ -255,6 +256,7 @@ impl Driver {
                 watch(&fds, Duration::from_millis(10));
             }
         }
+        last
     }
 
     /// Ends the thread, and makes a caller that drives give the baton up.

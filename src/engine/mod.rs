@@ -63,6 +63,10 @@ pub struct EngineSetup {
     pub plans: PlanRules,
     /// When silence is taken for death.
     pub membership: membership::Rules,
+    /// Process sets of the epoch before, by their numbers, besides the global one.
+    pub sets: Vec<(SetId, Vec<Rank>)>,
+    /// The number of the next process set; all lower ones were given.
+    pub next_set: u32,
 }
 
 /// An operation, as the engine takes it.
@@ -187,6 +191,13 @@ impl Engine {
         let all: Vec<Rank> = (0..size).map(Rank).collect();
         let global = engine.make_set(&all);
         assert_eq!(global, GLOBAL_SET, "the first set is the global one");
+        let (sets, next) = (std::mem::take(&mut engine.setup.sets), engine.setup.next_set);
+        for (id, ranks) in sets {
+            // Numbers of sets that are gone are not given again.
+            engine.next_set = id.0;
+            engine.make_set(&ranks);
+        }
+        engine.next_set = engine.next_set.max(next);
         engine
     }
 
@@ -464,6 +475,18 @@ impl Engine {
     #[must_use]
     pub fn broken(&self) -> Option<&Error> {
         self.broken.as_ref()
+    }
+
+    /// Ranks that have said goodbye.
+    pub fn departed(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.membership.departed()
+    }
+
+    /// The sets that there are, the global one left out, and the number of the next one.
+    #[must_use]
+    pub fn carried_sets(&self) -> (Vec<(SetId, Vec<Rank>)>, u32) {
+        let sets = self.sets.iter().filter(|(id, _)| **id != GLOBAL_SET);
+        (sets.map(|(id, set)| (*id, set.ranks.to_vec())).collect(), self.next_set)
     }
 
     /// Whether something is unfinished, so that somebody must go on driving.

@@ -7,7 +7,7 @@ use super::boards::{self, Seating};
 use super::operation::Operation;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
 use crate::error::{Error, Mismatch};
-use crate::types::{Collective, Member, Rank, SetId, Time};
+use crate::types::{Collective, GLOBAL_SET, Member, Rank, SetId, Time};
 use std::sync::Arc;
 
 /// A process set, as this rank sees it.
@@ -227,9 +227,9 @@ impl Engine {
     }
 
     fn remove_agreed_set(&mut self, agreed: &Agreed) {
-        let known =
-            self.sets.iter().find(|(_, set)| set.ranks[..] == agreed.signature.ranks[..]).map(|(&id, _)| id);
-        if let Some(id) = known {
+        // By its number: after a change of epochs several sets may have the same ranks.
+        let id = SetId(agreed.signature.root.0);
+        if id != GLOBAL_SET && self.sets.contains_key(&id) {
             let error =
                 Error::usage(format!("process set {} was removed while this operation was in flight", id.0));
             self.fail_set(id, None, &error);

@@ -12,10 +12,10 @@
 //! transport reports for a link that ends, the peer *has ended*; a silence is as long as the limit, however
 //! late it was noticed; texts are cut to what the wire carries.
 //!
-//! Deliberately absent: votes and new epochs (elastic jobs). They will be a second machine that begins where
-//! this one ends.
+//! What comes after an epoch is decided by a second machine, [`regroup`], which begins where this one ends.
 #![forbid(unsafe_code)]
 
+pub mod regroup;
 #[cfg(test)]
 mod tests;
 
@@ -288,6 +288,11 @@ impl Membership {
         self.departed.contains_key(&rank)
     }
 
+    /// Ranks that have said goodbye.
+    pub fn departed(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.departed.keys().copied()
+    }
+
     /// Whether the epoch is over, though the reason may not be settled yet: nothing more is to be agreed.
     #[must_use]
     pub fn is_over(&self) -> bool {
@@ -337,6 +342,8 @@ fn gravity(broken: &Broken) -> (u8, u32, Vec<u8>) {
         Cause::Silent { .. } => 5,
         Cause::Stalled { .. } => 6,
         Cause::Unreachable(_) => 7,
+        // What comes of a meeting after an epoch, never of an epoch.
+        Cause::Excluded { .. } | Cause::Minority { .. } => 8,
     };
     let mut words = Vec::new();
     put_broken(&mut words, broken);

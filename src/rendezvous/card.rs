@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::codec::{Malformed, Reader, Writer};
+use super::past::{Past, Sets};
 use super::place::Hints;
 use super::proof::BUILD_BYTES_MAX;
 use super::secret::JobId;
@@ -9,8 +10,8 @@ use crate::limits::{RANKS_MAX, REASON_BYTES_MAX, TABLE_BYTES_MAX};
 use crate::types::{Epoch, Rank};
 use std::net::SocketAddr;
 
-/// Bytes of one registration: a card and its knobs.
-pub const REGISTRATION_BYTES_MAX: usize = 64 << 10;
+/// Bytes of one registration: a card, its knobs, and the process sets of an epoch before.
+pub const REGISTRATION_BYTES_MAX: usize = 1 << 20;
 /// Addresses of one rank. A host rarely has more usable interfaces, and the table holds them for all ranks.
 pub const ADDRESSES_MAX: usize = 16;
 /// Knobs that must agree.
@@ -56,6 +57,8 @@ pub struct Registration {
     pub size: u32,
     /// Knobs that must be the same on every rank.
     pub knobs: Vec<Knob>,
+    /// Where it comes from, when the ranks of an epoch meet again.
+    pub past: Option<Past>,
 }
 
 /// All ranks of an epoch, the same on each.
@@ -71,6 +74,8 @@ pub struct Table {
     pub knobs: Vec<Knob>,
     /// The widest vector instructions that all ranks have.
     pub simd: u8,
+    /// The process sets that were carried over from the epoch before.
+    pub sets: Sets,
 }
 
 /// What the service answers to a registration.
@@ -80,6 +85,32 @@ pub enum Answer {
     Table(Table),
     /// This epoch cannot start, for this reason. Every rank gets the same words.
     Refused(String),
+    /// The meeting is here: send a registration.
+    Come,
+    /// The rank asked lives, but has not come to the meeting yet.
+    NotYet,
+    /// The rank asked has gone to this rank of the last epoch to meet the others.
+    Elsewhere(Rank),
+    /// The others have gone on in this epoch without the rank that asks.
+    Excluded(Epoch),
+    /// Too few have come together to go on.
+    Minority {
+        /// Ranks that came.
+        here: u32,
+        /// Ranks that may be alive.
+        of: u32,
+    },
+    /// After the table, as often as something changes: workers wait to be let in, or are to leave.
+    News(News),
+}
+
+/// What has changed about the workers of an elastic job.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct News {
+    /// New ones wait.
+    pub added: bool,
+    /// Some are to leave.
+    pub removed: bool,
 }
 
 impl Card {
@@ -153,6 +184,12 @@ impl Registration {
         self.card.encode(&mut writer);
         writer.word(self.size);
         encode_knobs(&self.knobs, &mut writer);
+        match &self.past {
+            None => {
+                writer.byte(0);
+            }
+            Some(past) => past.encode(writer.byte(1)),
+        }
         writer.0
     }
     /// What these bytes say.
@@ -161,8 +198,13 @@ impl Registration {
         let card = Card::decode(&mut reader)?;
         let size = reader.word()?;
         let knobs = decode_knobs(&mut reader)?;
+        let past = match reader.byte()? {
+            0 => None,
+            1 => Some(Past::decode(&mut reader)?),
+            _ => return Err(Malformed("a past is neither there nor missing")),
+        };
         reader.end()?;
-        Ok(Registration { card, size, knobs })
+        Ok(Registration { card, size, knobs, past })
     }
 }
 
@@ -182,6 +224,25 @@ impl Answer {
                 for card in &table.cards {
                     card.encode(&mut writer);
                 }
+                table.sets.encode(&mut writer);
+            }
+            Answer::NotYet => {
+                writer.byte(2);
+            }
+            Answer::Come => {
+                writer.byte(6);
+            }
+            Answer::Elsewhere(rank) => {
+                writer.byte(7).word(rank.0);
+            }
+            Answer::Excluded(epoch) => {
+                writer.byte(3).word(epoch.0);
+            }
+            Answer::Minority { here, of } => {
+                writer.byte(4).word(*here).word(*of);
+            }
+            Answer::News(news) => {
+                writer.byte(5).byte(u8::from(news.added)).byte(u8::from(news.removed));
             }
         }
         writer.0
@@ -208,9 +269,16 @@ impl Answer {
                     }
                     cards.push(card);
                 }
-                Answer::Table(Table { epoch, job, cards, knobs, simd })
+                let sets = Sets::decode(&mut reader)?;
+                Answer::Table(Table { epoch, job, cards, knobs, simd, sets })
             }
-            _ => return Err(Malformed("the answer is neither a table nor a refusal")),
+            2 => Answer::NotYet,
+            6 => Answer::Come,
+            7 => Answer::Elsewhere(Rank(reader.word()?)),
+            3 => Answer::Excluded(Epoch(reader.word()?)),
+            4 => Answer::Minority { here: reader.word()?, of: reader.word()? },
+            5 => Answer::News(News { added: reader.byte()? != 0, removed: reader.byte()? != 0 }),
+            _ => return Err(Malformed("the answer is of no known kind")),
         };
         reader.end()?;
         Ok(answer)

@@ -18,14 +18,23 @@ pub(in crate::rendezvous) fn card(rank: u32) -> Card {
 
 fn table() -> Table {
     let knobs = vec![("CAROLE_A".to_owned(), "1".to_owned())];
-    Table { epoch: Epoch(4), job: JobId([9; 16]), cards: vec![card(0), card(1)], knobs, simd: 2 }
+    Table { epoch: Epoch(4), job: JobId([9; 16]), cards: vec![card(0), card(1)], knobs, simd: 2, sets: Sets::default() }
 }
 
 #[test]
 fn what_is_sent_is_what_arrives() {
-    let registration = Registration { card: card(3), size: 5, knobs: table().knobs };
+    let registration = Registration { card: card(3), size: 5, knobs: table().knobs, past: None };
     assert_eq!(Registration::decode(&registration.encode()), Ok(registration));
-    for answer in [Answer::Table(table()), Answer::Refused("no".into())] {
+    for answer in [
+        Answer::Table(table()),
+        Answer::Refused("no".into()),
+        Answer::NotYet,
+        Answer::Come,
+        Answer::Elsewhere(Rank(4)),
+        Answer::Excluded(Epoch(3)),
+        Answer::Minority { here: 1, of: 3 },
+        Answer::News(News { added: true, removed: false }),
+    ] {
         assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
     }
 }

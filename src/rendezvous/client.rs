@@ -1,10 +1,13 @@
-//! Joining a job: from the variables of this process to the table of all ranks.
+//! Joining a job: from the variables of this process to the table of all ranks. A worker of an elastic job comes back
+//! here for each later epoch; how other ranks do that is said in [`super::reform`].
 #![forbid(unsafe_code)]
 
-use super::card::{Answer, Card, Knob, LENGTH_BYTES, Registration, Table, frame};
+use super::approach::read_answer;
+use super::card::{Answer, Card, Knob, Registration, Table, frame};
 use super::channel::{Channel, Stream};
 use super::listen::{self, Doors};
-use super::place::{self, Environment, Meeting, Place};
+use super::past::{Past, Sets};
+use super::place::{self, Environment, Hints, Meeting, Place};
 use super::proof::{self, Handshake, Hello, ProofError, Purpose, SERVICE};
 use super::reactor::timespec;
 use super::secret::{SECRET_BYTES, Secret};
@@ -12,8 +15,8 @@ use super::server::{self, Bind, PRIVATE_SOCKET, Server, ServerOptions};
 use super::topology::Topology;
 use super::{Warn, build};
 use crate::config::Config;
-use crate::error::{Error, Result};
-use crate::limits::{HANDSHAKE_MS, TABLE_BYTES_MAX};
+use crate::error::{Broken, Cause, Error, Result};
+use crate::limits::{HANDSHAKE_MS, SILENCE_MS};
 use crate::types::{Epoch, Rank};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
@@ -50,6 +53,10 @@ pub struct Join {
     pub secret: Option<Secret>,
     /// How long the ranks wait for each other.
     pub start_timeout_ms: u64,
+    /// How long ranks wait for each other where they come and go: in an elastic job, and when they re-form.
+    pub elastic_timeout_ms: u64,
+    /// Silence after which a peer is held to be stopped.
+    pub silence_ms: u64,
     /// Where warnings go.
     pub warn: Warn,
 }
@@ -66,8 +73,10 @@ pub struct Joined {
     pub secret: Secret,
     /// This rank's listeners, open since before it registered.
     pub doors: Doors,
-    /// Rank 0's own service, which still sends the table to others and then ends by itself.
+    /// This rank's own service, which still sends the table to others and then ends by itself.
     pub server: Option<Server>,
+    /// The connection to an elastic job's rendezvous, on which it tells of changes.
+    pub leash: Option<Channel>,
     /// Where warnings go.
     pub warn: Warn,
 }
@@ -76,8 +85,17 @@ impl Join {
     /// A join that takes everything from these variables.
     #[must_use]
     pub fn new(environment: Environment, epoch: Epoch, warn: Warn) -> Join {
-        let start_timeout_ms = START_TIMEOUT_MS;
-        Join { environment, epoch, knobs: Vec::new(), simd: 0, secret: None, start_timeout_ms, warn }
+        Join {
+            environment,
+            epoch,
+            knobs: Vec::new(),
+            simd: 0,
+            secret: None,
+            start_timeout_ms: START_TIMEOUT_MS,
+            elastic_timeout_ms: START_TIMEOUT_MS,
+            silence_ms: SILENCE_MS,
+            warn,
+        }
     }
 
     /// The join of this process as its configuration has settled it. Whatever the configuration knows comes
@@ -92,6 +110,8 @@ impl Join {
         Join {
             knobs: config.agreed().into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
             start_timeout_ms: config.start_timeout_s.saturating_mul(1000),
+            elastic_timeout_ms: config.elastic_timeout_s.saturating_mul(1000),
+            silence_ms: config.timeout_ms,
             ..Join::new(place::environment(own, config), epoch, warn)
         }
     }
@@ -107,6 +127,9 @@ enum Goal {
 
 /// Finds the others and waits until all are there. Bounded by the start timeout.
 pub fn join(config: &Join) -> Result<Joined> {
+    if let Some(worker) = place::worker(&config.environment)? {
+        return join_elastic(config, worker, None);
+    }
     let place = Place::read(&config.environment)?;
     let given = find_secret(config)?;
     let meeting = Meeting::read(&config.environment, &place, given.is_some(), parent())?;
@@ -124,45 +147,117 @@ pub fn join(config: &Join) -> Result<Joined> {
         Meeting::RankZero(address) => place::is_loopback(address),
         Meeting::File(_) | Meeting::Alone => false,
     };
-    let interfaces: Vec<String> = config
-        .environment
-        .get("CAROLE_INTERFACES")
-        .map(|list| {
-            list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
-        })
-        .unwrap_or_default();
-    let doors = Doors::open(one_host, &interfaces)?;
+    let doors = Doors::open(one_host, &interfaces(config))?;
     let (server, secret, goal) = prepare(config, &place, meeting, secret)?;
-    let registration =
-        Registration { card: card(config, &place, &doors), size: place.size, knobs: config.knobs.clone() };
-    let (table, secret) = Seeker { config, place: &place, secret, goal, registration }.seek()?;
-    Ok(joined(config, place.rank, table, secret, doors, server))
+    let registration = Registration {
+        card: card(config, place.rank, place.hints, &doors),
+        size: place.size,
+        knobs: config.knobs.clone(),
+        past: None,
+    };
+    let who = format!("rank {} of {}", place.rank, place.size);
+    let found = Seeker { config, who, secret, goal, registration, patience_ms: config.start_timeout_ms }.seek()?;
+    Ok(Joined { server, ..found.joined(config, doors) })
+}
+
+/// What a worker of an elastic job keeps from one epoch to the next.
+pub struct Veteran {
+    /// Its doors, which stay open: closed ones say that it has ended.
+    pub doors: Doors,
+    /// The job's secret.
+    pub secret: Secret,
+    /// The epoch that it comes from.
+    pub past: Past,
+}
+
+/// Comes to the launcher's rendezvous, for the first time or after an epoch, and waits for the next epoch. Bounded by
+/// the elastic timeout.
+pub fn join_elastic(config: &Join, worker: u32, veteran: Option<Veteran>) -> Result<Joined> {
+    let addresses = match config.environment.get("CAROLE_RENDEZVOUS") {
+        Some(list) => list.trim_start_matches("tcp://").split(',').map(|a| a.trim().to_owned()).collect(),
+        None => Vec::new(),
+    };
+    if addresses.is_empty() || addresses.iter().any(|address: &String| place::check_address(address).is_err()) {
+        return Err(Error::usage(
+            "CAROLE_WORKER is set, as carolerun does in an elastic job, but CAROLE_RENDEZVOUS names no launcher: start \
+             the job by carolerun --min-np, or unset CAROLE_WORKER",
+        ));
+    }
+    let (doors, secret, past) = match veteran {
+        Some(Veteran { doors, secret, past }) => (doors, secret, Some(past)),
+        None => {
+            let one_host = addresses.iter().all(|address| place::is_loopback(address));
+            let secret = find_secret(config)?.ok_or_else(|| {
+                Error::usage("an elastic job's secret comes from carolerun in CAROLE_SECRET_FD, which is not set")
+            })?;
+            (Doors::open(one_host, &interfaces(config))?, secret, None)
+        }
+    };
+    let registration = Registration {
+        card: card(config, worker, Hints::default(), &doors),
+        size: 0,
+        knobs: config.knobs.clone(),
+        past,
+    };
+    let who = format!("worker {worker} of the elastic job");
+    let (secret, goal) = (Some(secret), Goal::Names(addresses));
+    let patience_ms = config.elastic_timeout_ms;
+    Ok(Seeker { config, who, secret, goal, registration, patience_ms }.seek()?.joined(config, doors))
+}
+
+fn interfaces(config: &Join) -> Vec<String> {
+    let list = config.environment.get("CAROLE_INTERFACES").map(String::as_str).unwrap_or_default();
+    list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
 }
 
 fn alone(config: &Join, place: &Place) -> Result<Joined> {
     let secret = Secret::mint()?;
     let doors = Doors::none();
-    let card = card(config, place, &doors);
-    let job = secret.job();
-    let table =
-        Table { epoch: config.epoch, job, cards: vec![card], knobs: config.knobs.clone(), simd: config.simd };
-    Ok(joined(config, 0, table, secret, doors, None))
+    let table = Table {
+        epoch: config.epoch,
+        job: secret.job(),
+        cards: vec![card(config, 0, place.hints, &doors)],
+        knobs: config.knobs.clone(),
+        simd: config.simd,
+        sets: Sets { next: 1, ..Sets::default() },
+    };
+    Ok(Found { table, rank: Rank(0), secret, leash: None }.joined(config, doors))
 }
 
-fn joined(
-    config: &Join,
-    rank: u32,
-    table: Table,
-    secret: Secret,
-    doors: Doors,
-    server: Option<Server>,
-) -> Joined {
-    let topology = Topology::of(&table);
-    if rank == 0 {
-        topology.contradictions.iter().for_each(|text| (config.warn)(text));
+/// An epoch in which this process has a place.
+pub(super) struct Found {
+    /// All ranks.
+    pub(super) table: Table,
+    /// This one.
+    pub(super) rank: Rank,
+    /// The job's secret.
+    pub(super) secret: Secret,
+    /// The connection on which more may come.
+    pub(super) leash: Option<Channel>,
+}
+
+impl Found {
+    /// Finds this process in the table.
+    pub(super) fn of(table: Table, mine: &Card, secret: &Secret) -> std::result::Result<Found, String> {
+        // Between epochs ranks change, and what was said of hosts is forgotten.
+        let same = |card: &Card| {
+            Card { rank: mine.rank, hints: mine.hints, ..card.clone() } == *mine && table.job == secret.job()
+        };
+        match table.cards.iter().position(same) {
+            Some(rank) => Ok(Found { table, rank: Rank(rank as u32), secret: secret.clone(), leash: None }),
+            None => Err("the rendezvous sent the table of another job".into()),
+        }
     }
-    let (table, topology) = (Arc::new(table), Arc::new(topology));
-    Joined { rank: Rank(rank), table, topology, secret, doors, server, warn: config.warn.clone() }
+
+    pub(super) fn joined(self, config: &Join, doors: Doors) -> Joined {
+        let Found { table, rank, secret, leash } = self;
+        let topology = Topology::of(&table);
+        if rank == Rank(0) {
+            topology.contradictions.iter().for_each(|text| (config.warn)(text));
+        }
+        let (table, topology) = (Arc::new(table), Arc::new(topology));
+        Joined { rank, table, topology, secret, doors, server: None, leash, warn: config.warn.clone() }
+    }
 }
 
 fn find_secret(config: &Join) -> Result<Option<Secret>> {
@@ -199,18 +294,32 @@ fn parent() -> u32 {
     rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get() as u32)
 }
 
-fn card(config: &Join, place: &Place, doors: &Doors) -> Card {
+fn card(config: &Join, rank: u32, hints: Hints, doors: &Doors) -> Card {
     let host_id = config.environment.get("CAROLE_HOST_ID").filter(|id| !id.is_empty());
+    let bare = bare_card();
     Card {
-        rank: Rank(place.rank),
-        hints: place.hints,
-        host_id: host_id.cloned().unwrap_or_else(listen::host_id),
-        hostname: listen::hostname(),
-        pid: std::process::id(),
-        build: build().to_owned(),
+        rank: Rank(rank),
+        hints,
+        host_id: host_id.cloned().unwrap_or(bare.host_id),
         simd: config.simd,
         addresses: doors.addresses.clone(),
         socket: doors.socket,
+        ..bare
+    }
+}
+
+/// A card of this process, which is no rank and has no doors.
+pub(super) fn bare_card() -> Card {
+    Card {
+        rank: SERVICE,
+        hints: Hints::default(),
+        host_id: listen::host_id(),
+        hostname: listen::hostname(),
+        pid: std::process::id(),
+        build: build().to_owned(),
+        simd: 0,
+        addresses: Vec::new(),
+        socket: None,
     }
 }
 
@@ -290,10 +399,13 @@ fn private_directory(environment: &Environment, key: &str) -> PathBuf {
 
 struct Seeker<'a> {
     config: &'a Join,
-    place: &'a Place,
+    /// This process, for messages.
+    who: String,
     secret: Option<Secret>,
     goal: Goal,
     registration: Registration,
+    /// How long the service may wait for others.
+    patience_ms: u64,
 }
 
 /// Why an attempt failed.
@@ -302,10 +414,12 @@ enum Failure {
     Again(String),
     /// None will.
     Final(String),
+    /// The others go on without this process.
+    Over(Cause),
 }
 
 impl Seeker<'_> {
-    fn seek(&self) -> Result<(Table, Secret)> {
+    fn seek(&self) -> Result<Found> {
         let deadline = Instant::now() + Duration::from_millis(self.config.start_timeout_ms);
         let watch = self.watch();
         let mut last = "nothing was tried".to_owned();
@@ -313,6 +427,7 @@ impl Seeker<'_> {
             match self.attempt(deadline, &mut last) {
                 Ok(found) => return Ok(found),
                 Err(Failure::Final(why)) => return Err(self.error(&why)),
+                Err(Failure::Over(cause)) => return Err(over(self.registration.past.as_ref(), cause)),
                 Err(Failure::Again(why)) => last = why,
             }
             pause(&watch, deadline);
@@ -324,7 +439,7 @@ impl Seeker<'_> {
     }
 
     fn error(&self, why: &str) -> Error {
-        Error::usage(format!("rank {} of {} could not join the job: {why}", self.place.rank, self.place.size))
+        Error::usage(format!("{} could not join the job: {why}", self.who))
     }
 
     /// Tells when a file appears, so that the pause between attempts need not be short.
@@ -340,7 +455,7 @@ impl Seeker<'_> {
         Some(watch)
     }
 
-    fn attempt(&self, deadline: Instant, last: &mut String) -> std::result::Result<(Table, Secret), Failure> {
+    fn attempt(&self, deadline: Instant, last: &mut String) -> std::result::Result<Found, Failure> {
         let addresses = match &self.goal {
             Goal::Socket(directory) => return self.over_socket(directory),
             Goal::Addresses(addresses) => addresses.clone(),
@@ -372,15 +487,14 @@ impl Seeker<'_> {
                 }
             };
             match self.register(Stream::Tcp(stream), secret) {
-                Ok(table) => return Ok((table, secret.clone())),
                 Err(Failure::Again(why)) => failure = Failure::Again(format!("{address}: {why}")),
-                Err(Failure::Final(why)) => return Err(Failure::Final(why)),
+                settled => return settled,
             }
         }
         Err(failure)
     }
 
-    fn over_socket(&self, directory: &Path) -> std::result::Result<(Table, Secret), Failure> {
+    fn over_socket(&self, directory: &Path) -> std::result::Result<Found, Failure> {
         let where_ = directory.join(PRIVATE_SOCKET);
         let again = |why: String| {
             Failure::Again(format!(
@@ -409,21 +523,20 @@ impl Seeker<'_> {
         // A secret that was given too is the same one, or the handshake fails.
         let secret = self.secret.clone().unwrap_or_else(|| Secret::from_bytes(bytes));
         bytes.fill(0);
-        let table = self.register_on(channel, &secret)?;
-        Ok((table, secret))
+        self.register_on(channel, &secret)
     }
 
-    fn register(&self, stream: Stream, secret: &Secret) -> std::result::Result<Table, Failure> {
+    fn register(&self, stream: Stream, secret: &Secret) -> std::result::Result<Found, Failure> {
         let channel = Channel::new(stream).map_err(|e| Failure::Again(e.to_string()))?;
         self.register_on(channel, secret)
     }
 
-    fn register_on(&self, mut channel: Channel, secret: &Secret) -> std::result::Result<Table, Failure> {
+    fn register_on(&self, mut channel: Channel, secret: &Secret) -> std::result::Result<Found, Failure> {
         let hello = Hello {
             build: build().to_owned(),
             job: secret.job(),
             epoch: self.config.epoch,
-            rank: Rank(self.place.rank),
+            rank: self.registration.card.rank,
             peer: SERVICE,
             purpose: Purpose::Register,
             link: 0,
@@ -439,31 +552,33 @@ impl Seeker<'_> {
         }
         channel.queue(&frame(&self.registration.encode()));
         // From here the service decides; its deadline began when the first rank registered.
-        let deadline = Instant::now() + Duration::from_millis(self.config.start_timeout_ms + VERDICT_MS);
+        let deadline = Instant::now() + Duration::from_millis(self.patience_ms + VERDICT_MS);
         let lost =
-            |why: String| Failure::Again(format!("the rendezvous ended while ranks were arriving: {why}"));
-        let len = read(&mut channel, LENGTH_BYTES, deadline).map_err(lost)?;
-        let len = u32::from_le_bytes(len.try_into().expect("four bytes")) as usize;
-        if len > TABLE_BYTES_MAX {
-            return Err(Failure::Final(format!("the rendezvous sent an answer of {len} bytes")));
-        }
-        channel.taken();
-        match Answer::decode(read(&mut channel, len, deadline).map_err(lost)?) {
-            Ok(Answer::Refused(reason)) => Err(Failure::Final(reason)),
-            Ok(Answer::Table(table)) => self.check(table, secret),
-            Err(e) => Err(Failure::Final(format!("the rendezvous sent a malformed answer: {}", e.0))),
+            |why: &str| Failure::Again(format!("the rendezvous ended while ranks were arriving: {why}"));
+        match read_answer(&mut channel, deadline).map_err(|()| lost("it closed the connection"))? {
+            None => Err(lost("no answer came in time")),
+            Some(Answer::Refused(reason)) => Err(Failure::Final(reason)),
+            Some(Answer::Excluded(epoch)) => Err(Failure::Over(Cause::Excluded { epoch })),
+            Some(Answer::Minority { here, of }) => Err(Failure::Over(Cause::Minority { here, of })),
+            Some(Answer::Table(table)) => self.check(table, secret, channel),
+            Some(_) => Err(Failure::Final("the rendezvous sent an answer that makes no sense here".into())),
         }
     }
 
-    fn check(&self, table: Table, secret: &Secret) -> std::result::Result<Table, Failure> {
-        let fits = table.epoch == self.config.epoch
-            && table.job == secret.job()
-            && table.cards.len() == self.place.size as usize
-            && table.cards[self.place.rank as usize] == self.registration.card;
-        if fits {
-            Ok(table)
-        } else {
-            Err(Failure::Final("the rendezvous sent the table of another job".into()))
+    fn check(
+        &self,
+        table: Table,
+        secret: &Secret,
+        channel: Channel,
+    ) -> std::result::Result<Found, Failure> {
+        let Registration { card, size, .. } = &self.registration;
+        let found = Found::of(table, card, secret).map_err(Failure::Final)?;
+        if *size == 0 {
+            return Ok(Found { leash: Some(channel), ..found });
+        }
+        match found.table.epoch == self.config.epoch && found.rank == card.rank && found.table.cards.len() == *size as usize {
+            true => Ok(found),
+            false => Err(Failure::Final("the rendezvous sent the table of another epoch".into())),
         }
     }
 
@@ -477,6 +592,14 @@ impl Seeker<'_> {
             _ => Failure::Final(text),
         }
     }
+}
+
+/// The end of what this process takes part in.
+pub(super) fn over(past: Option<&Past>, cause: Cause) -> Error {
+    let (epoch, culprit) = past.map_or((Epoch(0), None), |past| (past.epoch, Some(past.rank)));
+    // A minority is nobody's fault.
+    let culprit = culprit.filter(|_| matches!(cause, Cause::Excluded { .. }));
+    Error::Broken(Arc::new(Broken { epoch, culprit, cause }))
 }
 
 fn read(channel: &mut Channel, want: usize, deadline: Instant) -> std::result::Result<&[u8], String> {

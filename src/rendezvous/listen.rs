@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, Result};
+use crate::fork;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
@@ -59,7 +61,35 @@ impl Doors {
             .and_then(|name| UnixListener::bind_addr(&name))
             .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
             .map_err(|e| system("a unix socket", e))?;
-        Ok(Doors { tcp, unix: Some(unix), addresses, socket: Some(socket) })
+        Ok(Doors { tcp, unix: Some(unix), addresses, socket: Some(socket) }.owned())
+    }
+
+    /// The same doors once more: who knocks is heard at one of the two, and the doors are open until both are
+    /// dropped.
+    pub fn try_clone(&self) -> io::Result<Doors> {
+        let doors = Doors {
+            tcp: self.tcp.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?,
+            unix: self.unix.as_ref().map(UnixListener::try_clone).transpose()?,
+            addresses: self.addresses.clone(),
+            socket: self.socket,
+        };
+        Ok(doors.owned())
+    }
+
+    /// Closed doors tell that a rank has ended, so no forked child may hold them open.
+    fn owned(self) -> Doors {
+        self.descriptors().for_each(fork::own);
+        self
+    }
+
+    fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
+        self.tcp.iter().map(AsRawFd::as_raw_fd).chain(self.unix.iter().map(AsRawFd::as_raw_fd))
+    }
+}
+
+impl Drop for Doors {
+    fn drop(&mut self) {
+        self.descriptors().for_each(fork::disown);
     }
 }
 

@@ -4,15 +4,18 @@
 //! the [`card::Table`] of all; [`topology`] reads from it who shares a host; the [`porter`] then makes links to
 //! peers when the engine asks. Every connection opens with the [`proof`] handshake.
 
+pub mod approach;
 pub mod card;
 pub mod channel;
 pub mod client;
 pub mod codec;
 pub mod listen;
+pub mod past;
 pub mod place;
 pub mod porter;
 pub mod proof;
 pub mod reactor;
+pub mod reform;
 pub mod secret;
 pub mod server;
 pub mod topology;

@@ -242,6 +242,11 @@ fn number(environment: &Environment, name: &str) -> Result<Option<u32>> {
     }
 }
 
+/// The number of this process, if it is a worker of an elastic job: ranks are given to it as epochs begin.
+pub fn worker(environment: &Environment) -> Result<Option<u32>> {
+    number(environment, "CAROLE_WORKER")
+}
+
 /// Whether a variable that is on or off is on.
 #[must_use]
 pub fn is_on(environment: &Environment, name: &str) -> bool {
@@ -361,7 +366,7 @@ fn join(host: &str, port: u16) -> String {
     }
 }
 
-fn check_address(address: &str) -> Result<()> {
+pub(super) fn check_address(address: &str) -> Result<()> {
     let parts = address.rsplit_once(':').filter(|(host, _)| !host.is_empty());
     let Some((host, port)) = parts.filter(|(host, _)| !host.contains(':') || host.starts_with('[')) else {
         return Err(Error::usage(format!(

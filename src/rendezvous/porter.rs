@@ -11,7 +11,7 @@
 //! connector's last word (*go*), which is sent when everything else has been proven.
 #![forbid(unsafe_code)]
 
-mod dial;
+pub(super) mod dial;
 mod hall;
 mod share;
 
@@ -29,7 +29,11 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
+
+/// This rank follows nobody.
+const NOBODY: u32 = u32::MAX;
 
 /// Which transports links may use. Agreed between all ranks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -73,6 +77,7 @@ impl Default for PorterOptions {
 
 /// The running thread. It ends with [`Porter::shutdown`] or when dropped; links that it made live on.
 pub struct Porter {
+    follows: Arc<AtomicU32>,
     stop: Sender<()>,
     bell: Waker,
     thread: Option<JoinHandle<()>>,
@@ -100,8 +105,16 @@ impl Porter {
         let (stop, stopped) = bounded(1);
         let bell = Waker::new()?;
         let (fd, board) = own_board(&joined, &options).unzip();
-        let ends =
-            hall::Ends { requests: asked, events: tell, stopped, bell: bell.clone(), waker, board: fd };
+        let follows = Arc::new(AtomicU32::new(NOBODY));
+        let ends = hall::Ends {
+            requests: asked,
+            events: tell,
+            stopped,
+            bell: bell.clone(),
+            waker,
+            board: fd,
+            follows: Arc::clone(&follows),
+        };
         let mut hall = hall::Hall::new(joined, options, ends)?;
         let thread = std::thread::Builder::new().name("carole-porter".into()).spawn(move || hall.run())?;
         let fabric = PorterFabric {
@@ -112,13 +125,18 @@ impl Porter {
             bell: bell.clone(),
             board,
         };
-        Ok((Porter { stop, bell, thread: Some(thread) }, fabric))
+        Ok((Porter { follows, stop, bell, thread: Some(thread) }, fabric))
     }
 
     /// Closes the doors and all unfinished connections and joins the thread. Bounded by `SHUTDOWN_MS`, which
     /// only rank 0 can need, to let its service finish sending.
     pub fn shutdown(mut self) {
         self.end();
+    }
+
+    /// From now on whoever comes to regroup is told that this rank has gone to that one.
+    pub fn follow(&self, rank: Rank) {
+        self.follows.store(rank.0, Ordering::Relaxed);
     }
 
     fn end(&mut self) {

@@ -39,6 +39,9 @@ const PROOF_BYTES: usize = 32;
 pub enum Purpose {
     /// To register with the rendezvous service.
     Register,
+    /// To meet again after an epoch. Whoever asks has the numbers of that epoch, which mean nothing in a later one, so
+    /// the acceptor takes over whom it was looking for.
+    Regroup,
     /// To ask the peer to connect.
     Knock,
     /// The control lane of a TCP link.
@@ -317,11 +320,15 @@ impl Handshake {
     /// An acceptor says who it is only now, in answer to a well-formed hello.
     fn answer_hello(&mut self, theirs: Option<&Hello>) -> Result<(), ProofError> {
         let Side::Acceptor(accept) = &self.side else { return Ok(()) };
+        let of_before = theirs.filter(|t| t.purpose == Purpose::Regroup);
         let ours = Hello {
             build: super::build().to_owned(),
             job: self.secret.job(),
-            epoch: accept.epoch.or(theirs.map(|t| t.epoch)).unwrap_or_default(),
-            rank: accept.me,
+            epoch: match of_before {
+                Some(theirs) => theirs.epoch,
+                None => accept.epoch.or(theirs.map(|t| t.epoch)).unwrap_or_default(),
+            },
+            rank: of_before.map_or(accept.me, |theirs| theirs.peer),
             peer: theirs.map_or(SERVICE, |t| t.rank),
             purpose: theirs.map_or(Purpose::Register, |t| t.purpose),
             link: theirs.map_or(0, |t| t.link),
@@ -345,7 +352,10 @@ impl Handshake {
             Side::Connector if theirs.rank != ours.peer => {
                 return Err(ProofError::WrongRank { expected: Some(ours.peer), claimed: theirs.rank });
             }
-            Side::Acceptor(accept) if theirs.rank.0 >= accept.size || theirs.rank == accept.me => {
+            Side::Acceptor(accept)
+                if theirs.purpose != Purpose::Regroup
+                    && (theirs.rank.0 >= accept.size || theirs.rank == accept.me) =>
+            {
                 return Err(ProofError::WrongRank { expected: None, claimed: theirs.rank });
             }
             Side::Acceptor(accept) if !(accept.serves)(theirs.purpose) => {
@@ -397,6 +407,7 @@ fn encode(hello: &Hello) -> Vec<u8> {
         Purpose::Control => (2, 0),
         Purpose::Lane(lane) => (3, lane),
         Purpose::Shm => (4, 0),
+        Purpose::Regroup => (5, 0),
     };
     body.text(&hello.build, BUILD_BYTES_MAX)
         .raw(&hello.job.0)
@@ -429,6 +440,7 @@ fn decode(bytes: &[u8]) -> Result<Hello, Malformed> {
         (2, 0) => Purpose::Control,
         (3, lane) => Purpose::Lane(lane),
         (4, 0) => Purpose::Shm,
+        (5, 0) => Purpose::Regroup,
         _ => return Err(Malformed("its purpose is unknown")),
     };
     let link = reader.long()?;

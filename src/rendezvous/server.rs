@@ -3,18 +3,26 @@
 #![forbid(unsafe_code)]
 
 use super::Warn;
-use super::card::Knob;
-use super::listen;
+use super::approach::Caller;
+use super::card::{Knob, Table};
+use super::listen::{self, Doors};
 use super::secret::Secret;
 use crate::error::{Error, Result};
+use crate::membership::regroup::Authority;
 use crate::transport::wake::Waker;
 use crate::types::Epoch;
+use assembly::{Assembly, Terms};
+use crossbeam::channel::{Sender, bounded};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+pub mod assembly;
+mod book;
+mod probes;
 mod rounds;
 mod service;
 
@@ -55,6 +63,8 @@ pub struct ServerOptions {
 
 /// A running service; its thread ends with it.
 pub struct Server {
+    words: Option<Sender<Word>>,
+    bell: Waker,
     addresses: Vec<SocketAddr>,
     stop: Waker,
     thread: Option<JoinHandle<()>>,
@@ -67,9 +77,39 @@ pub(super) const GREETING_MS: u64 = 250;
 /// The first line of a rendezvous file.
 pub const FILE_TITLE: &str = "carole rendezvous 1";
 
+/// Words of the launcher, which looks after the workers of an elastic job, to its rendezvous service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Word {
+    /// This worker was started.
+    Started(assembly::Worker),
+    /// This worker's process has ended.
+    Ended(assembly::Worker),
+    /// This worker is to leave at the next change of epochs.
+    Dismissed(assembly::Worker),
+}
+
+/// What an elastic job's service is told and tells.
+#[derive(Clone, Debug)]
+pub struct ElasticOptions {
+    /// The fewest ranks of an epoch.
+    pub min: u32,
+    /// How long those who are there wait for others.
+    pub patience: Duration,
+    /// Silence after which somebody is held to be stopped.
+    pub silence: Duration,
+    /// Where events go, and who is woken for them.
+    pub events: (Sender<assembly::Event>, Waker),
+}
+
+/// Words that wait for the service's thread; the launcher waits when there are more.
+const WORDS_MAX: usize = 1024;
+
 enum Door {
     Tcp(TcpListener),
+    /// Whoever connects is handed the secret.
     Private(UnixListener),
+    /// As by TCP.
+    Host(UnixListener),
 }
 
 impl Server {
@@ -81,14 +121,101 @@ impl Server {
             publish(path, &options, &addresses)?;
             litter.0.push(path.clone());
         }
+        let book = book::Book::fixed(&options);
+        Server::run(options, doors, litter, addresses, |_| Ok(book))
+    }
+
+    /// As [`Server::start`], for a job whose workers come and go.
+    pub fn start_elastic(options: ServerOptions, elastic: ElasticOptions) -> Result<Server> {
+        let mut litter = Litter(Vec::new());
+        let (doors, addresses) = open(&options.bind, &mut litter)?;
+        let terms = Terms {
+            authority: Authority::Launcher,
+            min: elastic.min,
+            patience: elastic.patience,
+            shortage: elastic.patience,
+        };
+        let assembly = Assembly::new(options.secret.job(), terms, None);
+        let caller = Caller {
+            card: super::client::bare_card(),
+            epoch: Epoch(0),
+            secret: options.secret.clone(),
+            silence: elastic.silence,
+        };
+        let (words, heard) = bounded(WORDS_MAX);
+        let mut server = Server::run(options, doors, litter, addresses, |bell| {
+            let probes = probes::Probes::new(caller, bell.clone());
+            Ok(book::Book::open(assembly, probes, Some(heard), Some(elastic.events)))
+        })?;
+        server.words = Some(words);
+        Ok(server)
+    }
+
+    /// Lets the ranks of an epoch meet at the doors of one of them.
+    pub fn start_at(
+        doors: Doors,
+        last: &Table,
+        caller: Caller,
+        patience: Duration,
+        warn: Warn,
+    ) -> Result<Server> {
+        let terms = Terms { authority: Authority::Majority, min: 1, patience, shortage: patience };
+        let options = ServerOptions {
+            // Its doors are open already.
+            bind: Bind::Loopback(0),
+            secret: caller.secret.clone(),
+            size: last.cards.len() as u32,
+            epoch: Epoch(last.epoch.0 + 1),
+            once: true,
+            start_timeout_ms: patience.as_millis() as u64,
+            publish: None,
+            warn,
+        };
+        let assembly = Assembly::new(options.secret.job(), terms, Some(last));
+        let list = Server::listeners(doors)?;
+        Server::run(options, list, Litter(Vec::new()), Vec::new(), |bell| {
+            Ok(book::Book::open(assembly, probes::Probes::new(caller, bell.clone()), None, None))
+        })
+    }
+
+    fn listeners(doors: Doors) -> Result<Vec<Door>> {
+        let copy = |e| Error::usage(format!("this rank's doors cannot be used for the meeting: {e}"));
+        let mut list = Vec::new();
+        for listener in &doors.tcp {
+            list.push(Door::Tcp(listener.try_clone().map_err(copy)?));
+        }
+        if let Some(listener) = &doors.unix {
+            list.push(Door::Host(listener.try_clone().map_err(copy)?));
+        }
+        Ok(list)
+    }
+
+    fn run(
+        options: ServerOptions,
+        doors: Vec<Door>,
+        litter: Litter,
+        addresses: Vec<SocketAddr>,
+        book: impl FnOnce(&Waker) -> Result<book::Book>,
+    ) -> Result<Server> {
         let system = |e| Error::usage(format!("cannot start the rendezvous service: {e}"));
-        let stop = Waker::new().map_err(system)?;
-        let mut service = service::Service::new(options, doors, litter, stop.clone()).map_err(system)?;
+        let (stop, bell) = (Waker::new().map_err(system)?, Waker::new().map_err(system)?);
+        let book = book(&bell)?;
+        let mut service =
+            service::Service::new(options, doors, litter, [stop.clone(), bell.clone()], book).map_err(system)?;
         let thread = std::thread::Builder::new()
             .name("carole-rendezvous".into())
             .spawn(move || service.serve())
             .map_err(system)?;
-        Ok(Server { addresses, stop, thread: Some(thread) })
+        Ok(Server { words: None, bell, addresses, stop, thread: Some(thread) })
+    }
+
+    /// Tells an elastic job's service what the launcher knows.
+    pub fn tell(&self, word: Word) {
+        if let Some(words) = &self.words {
+            // A service that has ended needs to know nothing.
+            let _ = words.send(word);
+            self.bell.wake();
+        }
     }
 
     /// Where it can be reached, best first; empty for a private socket.

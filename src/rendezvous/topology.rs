@@ -131,7 +131,7 @@ mod tests {
                 card
             })
             .collect();
-        Table { epoch: Epoch(0), job: Default::default(), cards, knobs: Vec::new(), simd: 0 }
+        Table { epoch: Epoch(0), job: Default::default(), cards, knobs: Vec::new(), simd: 0, sets: Default::default() }
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! A job that this process takes part in, from init to shutdown.
 
+use super::reform::Leash;
 use super::{Handle, Options, Request, SetInfo, TensorArg, World, request};
+use crate::rendezvous::card::Table;
+use crate::rendezvous::listen::Doors;
+use crate::rendezvous::secret::Secret;
 use crate::config::{self, Config, SimdLevel, TransportChoice};
 use crate::coordinator;
 use crate::cost::{Prices, Wire};
@@ -36,13 +40,20 @@ pub(super) struct Live {
     pub(super) options: Options,
     pub(super) world: World,
     pub(super) driver: Driver,
-    porter: Mutex<Option<Porter>>,
+    pub(super) config: Config,
+    /// This epoch, as the rendezvous described it.
+    pub(super) table: Arc<Table>,
+    pub(super) secret: Secret,
+    /// Open as long as this process takes part in the job.
+    pub(super) doors: Mutex<Option<Doors>>,
+    pub(super) leash: Mutex<Option<Leash>>,
+    pub(super) porter: Mutex<Option<Porter>>,
     sets: RwLock<BTreeMap<SetId, Arc<SetInfo>>>,
     unnamed: Mutex<Unnamed>,
 }
 
 /// How often this process has joined a job: the number of the next epoch.
-static EPOCH: AtomicU32 = AtomicU32::new(0);
+pub(super) static EPOCH: AtomicU32 = AtomicU32::new(0);
 
 const MS: u64 = 1_000_000;
 /// Shapes whose plans are kept.
@@ -50,7 +61,7 @@ const PLANS_MAX: usize = 4096;
 /// Warnings about settings that are remembered as said.
 const WARNINGS_KEPT_MAX: usize = 64;
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -76,7 +87,18 @@ impl Live {
             warn_once(warning.message);
         }
         let epoch = Epoch(EPOCH.load(Ordering::SeqCst));
-        let mut joined = find_the_others(&config, epoch)?;
+        let joined = join(&how_to_join(&config, epoch))?;
+        Live::begin(options, config, joined, handles)
+    }
+
+    /// Starts the engine of the epoch that this process has joined.
+    pub(super) fn begin(
+        options: &Options,
+        config: Config,
+        mut joined: Joined,
+        handles: Arc<Handles>,
+    ) -> Result<Live> {
+        let epoch = joined.table.epoch;
         EPOCH.store(epoch.0 + 1, Ordering::SeqCst);
         let world = world(&joined);
         log::set_rank(world.rank);
@@ -91,6 +113,9 @@ impl Live {
         let system = |e: std::io::Error| Error::usage(format!("cannot start: {e}"));
         let waker = Waker::new().map_err(system)?;
         joined.warn = Arc::new(|words| log::warn(format_args!("{words}")));
+        let doors = joined.doors.try_clone().map_err(system)?;
+        let leash = joined.leash.take().map(Leash::new);
+        let (table, secret) = (Arc::clone(&joined.table), joined.secret.clone());
         let options_of_porter = porter_options(&config);
         let (porter, fabric) = Porter::start(joined, options_of_porter, waker.clone()).map_err(system)?;
         let driver = Driver::start(waker, handles, patience(&config, &world), move || {
@@ -102,21 +127,31 @@ impl Live {
             options: options.clone(),
             world,
             driver,
+            config,
+            table: Arc::clone(&table),
+            secret,
+            doors: Mutex::new(Some(doors)),
+            leash: Mutex::new(leash),
             porter: Mutex::new(Some(porter)),
             sets: RwLock::default(),
             unnamed: Mutex::default(),
         };
         live.know_set(GLOBAL_SET, everyone);
+        for (id, ranks) in &table.sets.list {
+            live.know_set(*id, ranks.clone());
+        }
         Ok(live)
     }
 
     /// Says goodbye, lets it leave, ends the threads. Other threads may still hold this job; their calls end
     /// with errors.
     pub(super) fn stop(&self) {
-        self.driver.stop();
+        self.driver.stop(|_| ());
         if let Some(porter) = lock(&self.porter).take() {
             porter.shutdown();
         }
+        *lock(&self.leash) = None;
+        *lock(&self.doors) = None;
     }
 
     pub(super) fn all_sets(&self) -> Vec<SetInfo> {
@@ -238,7 +273,7 @@ impl Live {
 
     /// Submits a change of the process sets. Changes match by their order on each rank, so that two ranks that
     /// ask for different lists get an error that names both instead of waiting for each other.
-    fn change_sets(&self, what: Collective, ranks: &[Rank], refused: Option<&str>) -> Result<u64> {
+    fn change_sets(&self, what: Collective, set: u32, ranks: &[Rank], refused: Option<&str>) -> Result<u64> {
         let mut counters = lock(&self.unnamed);
         self.driver.submit(None, refused.is_none(), |submitted| {
             submitted.set = GLOBAL_SET;
@@ -251,7 +286,7 @@ impl Live {
             submitted.signature.tensors.clear();
             submitted.signature.ranks.clear();
             submitted.signature.ranks.extend_from_slice(ranks);
-            submitted.signature.root = Rank(0);
+            submitted.signature.root = Rank(set);
             submitted.signature.scale = Default::default();
             submitted.signature.op = crate::types::ReduceOp::Sum;
             submitted.signature.join_average = Default::default();
@@ -275,11 +310,11 @@ impl Live {
         sorted.sort_unstable();
         if let Err(reason) = self.check_new_set(&sorted) {
             // The other ranks are told; nobody here waits for it. What is no rank is not sent.
-            let handle = self.change_sets(Collective::AddSet, &[], Some(&reason))?;
+            let handle = self.change_sets(Collective::AddSet, 0, &[], Some(&reason))?;
             self.driver.abandon(handle);
             return Err(Error::Usage(reason));
         }
-        let handle = self.change_sets(Collective::AddSet, &sorted, None)?;
+        let handle = self.change_sets(Collective::AddSet, 0, &sorted, None)?;
         let id = self.agreed_change(handle)?.expect("an agreed set has a number");
         self.know_set(id, sorted);
         Ok(id)
@@ -321,7 +356,7 @@ impl Live {
             return Ok(false);
         }
         let Ok(info) = self.set(id) else { return Ok(false) };
-        let handle = self.change_sets(Collective::RemoveSet, &info.ranks, None)?;
+        let handle = self.change_sets(Collective::RemoveSet, id.0, &info.ranks, None)?;
         self.agreed_change(handle)?;
         self.sets.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
         Ok(true)
@@ -336,10 +371,11 @@ fn next_number(counters: &mut Unnamed, of: (SetId, Collective)) -> u32 {
     number
 }
 
-fn find_the_others(config: &Config, epoch: Epoch) -> Result<Joined> {
+/// How this process joins an epoch.
+pub(super) fn how_to_join(config: &Config, epoch: Epoch) -> Join {
     let warn = Arc::new(|words: &str| log::warn(format_args!("{words}")));
     let how = Join::from_config(config, config::environment(), epoch, warn);
-    join(&Join { simd: widest(config).code(), ..how })
+    Join { simd: widest(config).code(), ..how }
 }
 
 /// The widest instructions that this processor has and the knob allows.
@@ -391,6 +427,8 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
             silence_ns: config.timeout_ms * MS,
             heartbeat_ns: config.timeout_ms * MS / 6,
         },
+        sets: joined.table.sets.list.clone(),
+        next_set: joined.table.sets.next,
     }
 }
 

@@ -1,6 +1,7 @@
 //! The Rust face: init, process sets, collectives, shutdown. Bindings use [`submit`], [`poll`] and [`wait`].
 
 mod live;
+mod reform;
 mod request;
 pub mod typed;
 
@@ -9,6 +10,7 @@ pub use crate::engine::{Outcome, OutputTensor};
 use crate::error::{Error, Result};
 use crate::fork;
 pub use crate::memory::OwnedBytes;
+pub use crate::rendezvous::card::News;
 use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
 use live::Live;
 use std::any::Any;
@@ -168,8 +170,10 @@ pub fn init(options: &Options) -> Result<()> {
     }
     fork::watch(&FORKED);
     let live = Arc::new(Live::start(options, Arc::clone(handles()))?);
+    // Whoever comes to an elastic job later finds the sets of those who are there.
+    let made = live.table.epoch.0 > 0 && live.config.worker.is_some();
     *LIVE.write().unwrap_or_else(PoisonError::into_inner) = Some(live);
-    for ranks in &options.process_sets {
+    for ranks in options.process_sets.iter().filter(|_| !made) {
         if let Err(error) = add_process_set(ranks) {
             stop();
             return Err(error);
@@ -194,6 +198,44 @@ pub fn shutdown() -> Result<()> {
     let _turn = my_turn();
     stop();
     Ok(())
+}
+
+/// Forms the next epoch with the ranks that are left: after an error that says [`Error::Broken`], or whenever all
+/// ranks call it. No process is restarted; ranks keep their order and are numbered anew from 0, process sets keep
+/// their numbers and lose the members that are gone, and in an elastic job workers that wait to be let in come last.
+/// Operations in flight have ended with an error. Waits for ranks that live, at most `CAROLE_ELASTIC_TIMEOUT_S`.
+///
+/// # Errors
+/// [`Error::Broken`] with [`Cause::Excluded`](crate::error::Cause::Excluded) when the others have gone on without this
+/// rank, with [`Cause::Minority`](crate::error::Cause::Minority) when they may have. After any error this process is in no
+/// job.
+pub fn reform() -> Result<World> {
+    let _turn = my_turn();
+    let old = live()?;
+    let next = reform::next(&old, Arc::clone(handles()));
+    let mut slot = LIVE.write().unwrap_or_else(PoisonError::into_inner);
+    match next {
+        Ok(next) => {
+            let world = next.world;
+            *slot = Some(Arc::new(next));
+            Ok(world)
+        }
+        Err(error) => {
+            *slot = None;
+            Err(error)
+        }
+    }
+}
+
+/// What has changed about the workers of an elastic job since this epoch began: [`reform`] on all ranks takes account
+/// of it. Costs one read of a socket.
+pub fn news() -> Result<News> {
+    Ok(reform::news(&*live()?))
+}
+
+/// The number of the present epoch.
+pub fn epoch() -> Result<u32> {
+    Ok(live()?.table.epoch.0)
 }
 
 /// Whether [`init`] has succeeded and [`shutdown`] has not been called.

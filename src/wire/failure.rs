@@ -45,6 +45,15 @@ pub fn put_broken(out: &mut Vec<u8>, broken: &Broken) {
         Cause::Unreachable(what) => put_reason(out, 5, what),
         Cause::Aborted(what) => put_reason(out, 6, what),
         Cause::Corrupted(what) => put_reason(out, 7, what),
+        Cause::Excluded { epoch } => {
+            out.push(8);
+            out.extend_from_slice(&epoch.0.to_le_bytes());
+        }
+        Cause::Minority { here, of } => {
+            out.push(9);
+            out.extend_from_slice(&here.to_le_bytes());
+            out.extend_from_slice(&of.to_le_bytes());
+        }
     }
 }
 
@@ -74,6 +83,8 @@ pub fn broken(reader: &mut Reader<'_>) -> Result<Broken, Malformed> {
         5 => Cause::Unreachable(reader.text(REASON_BYTES_MAX)?.to_owned()),
         6 => Cause::Aborted(reader.text(REASON_BYTES_MAX)?.to_owned()),
         7 => Cause::Corrupted(reader.text(REASON_BYTES_MAX)?.to_owned()),
+        8 => Cause::Excluded { epoch: Epoch(reader.u32()?) },
+        9 => Cause::Minority { here: reader.u32()?, of: reader.u32()? },
         _ => return Err(Malformed("a cause that does not exist")),
     };
     Ok(Broken { epoch, culprit, cause })

@@ -20,6 +20,8 @@ fn causes() -> impl Strategy<Value = Cause> {
         text.prop_map(Cause::System),
         text.prop_map(Cause::Unreachable),
         text.prop_map(Cause::Aborted),
+        any::<u32>().prop_map(|epoch| Cause::Excluded { epoch: Epoch(epoch) }),
+        any::<(u32, u32)>().prop_map(|(here, of)| Cause::Minority { here, of }),
     ]
 }
 

@@ -193,6 +193,8 @@ impl Cluster {
                         plans_max: 16,
                     },
                     membership: membership::Rules::default(),
+                    sets: Vec::new(),
+                    next_set: 1,
                 };
                 let options = FlowOptions { eager_bytes_max, checksums };
                 let fabric = Fabric::new(network.clone(), Rank(r), options);

@@ -22,7 +22,10 @@ pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: T
     }
     let wrong = planned.wrong.filter(|(rank, _)| *rank == node.rank).map(|(_, w)| w);
     let tensors = buffers(node, program, op);
-    let signature = signature(program, planned, wrong);
+    let mut signature = signature(program, planned, wrong);
+    if let Kind::RemoveSet(set) = planned.kind {
+        signature.root = Rank(node.sets[set].map_or(0, |id| id.0));
+    }
     let member = program.sets[planned.set].iter().position(|&m| m == node.rank.0).expect("members submit");
     let call: Vec<u64> = match planned.collective {
         Collective::Allgather | Collective::Gather => {

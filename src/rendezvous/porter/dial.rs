@@ -1,10 +1,16 @@
-//! The order in which a peer's addresses are tried. No socket here.
+//! The order in which a peer's addresses are tried.
 #![forbid(unsafe_code)]
 
 use super::Choice;
 use crate::rendezvous::card::Card;
+use crate::rendezvous::channel::{Channel, Stream};
+use crate::rendezvous::listen;
 use crate::types::Rank;
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 /// The least that a connection to one of several addresses waits for an answer.
@@ -17,6 +23,35 @@ pub enum Target {
     Unix([u8; 16]),
     /// A TCP address.
     Tcp(SocketAddr),
+}
+
+impl Target {
+    /// Begins to connect, without waiting for it.
+    pub fn connect(&self) -> io::Result<Channel> {
+        match self {
+            Target::Unix(name) => {
+                let name = std::os::unix::net::SocketAddr::from_abstract_name(listen::socket_name(name))?;
+                // A unix socket connects at once, unless the peer's queue is full: then it blocks, which the
+                // porter must not. So it is made nonblocking first.
+                let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+                socket.set_nonblocking(true)?;
+                let bytes = name.as_abstract_name().expect("an abstract name").to_owned();
+                let address = rustix::net::SocketAddrUnix::new_abstract_name(&bytes)?;
+                rustix::net::connect(&socket, &address)?;
+                Channel::new(Stream::Unix(UnixStream::from(OwnedFd::from(socket))))
+            }
+            Target::Tcp(address) => {
+                let domain = socket2::Domain::for_address(*address);
+                let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+                socket.set_nonblocking(true)?;
+                match socket.connect(&(*address).into()) {
+                    Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => return Err(e),
+                    _ => {}
+                }
+                Channel::new(Stream::Tcp(socket.into()))
+            }
+        }
+    }
 }
 
 /// What is tried at a target.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::dial::{Aim, Dial, Target, connects, targets};
-use super::{Choice, PorterOptions, share};
+use super::{Choice, NOBODY, PorterOptions, share};
 use crate::error::Cause;
 use crate::limits::{HANDSHAKE_MS, UNAUTHENTICATED_MAX};
 use crate::rendezvous::channel::{Channel, Stream};
@@ -10,7 +10,7 @@ use crate::rendezvous::client::Joined;
 use crate::rendezvous::proof::{self, Accept, Handshake, Hello, ProofError, Purpose};
 use crate::rendezvous::reactor::Reactor;
 use crate::rendezvous::server::GREETING_MS;
-use crate::rendezvous::{build, listen};
+use crate::rendezvous::build;
 use crate::transport::board::BoardMemory;
 use crate::transport::shm;
 use crate::transport::wake::Waker;
@@ -20,9 +20,8 @@ use crossbeam::channel::{Receiver, Sender};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 mod knocks;
@@ -53,6 +52,8 @@ pub struct Ends {
     pub stopped: Receiver<()>,
     pub bell: Waker,
     pub waker: Waker,
+    /// To whom this rank has gone to regroup.
+    pub follows: Arc<AtomicU32>,
     /// This rank's board, for peers on this host.
     pub board: Option<OwnedFd>,
 }
@@ -238,10 +239,10 @@ impl Hall {
             return;
         }
         let serves: fn(Purpose) -> bool = match (&stream, self.options.choice) {
-            (Stream::Unix(_), Choice::Tcp) => |purpose| purpose == Purpose::Knock,
-            (Stream::Unix(_), _) => |purpose| matches!(purpose, Purpose::Knock | Purpose::Shm),
-            (Stream::Tcp(_), Choice::Shm) => |purpose| purpose == Purpose::Knock,
-            (Stream::Tcp(_), _) => |p| matches!(p, Purpose::Knock | Purpose::Control | Purpose::Lane(_)),
+            (Stream::Unix(_), Choice::Tcp) => |p| matches!(p, Purpose::Knock | Purpose::Regroup),
+            (Stream::Unix(_), _) => |p| matches!(p, Purpose::Knock | Purpose::Regroup | Purpose::Shm),
+            (Stream::Tcp(_), Choice::Shm) => |p| matches!(p, Purpose::Knock | Purpose::Regroup),
+            (Stream::Tcp(_), _) => |p| !matches!(p, Purpose::Register | Purpose::Shm),
         };
         let size = self.joined.table.cards.len() as u32;
         let accept = Accept { me: self.joined.rank, size, epoch: Some(self.joined.table.epoch), serves };

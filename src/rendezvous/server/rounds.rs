@@ -4,6 +4,7 @@
 
 use super::{disagreement, name_ranks};
 use crate::rendezvous::card::{Answer, Registration, Table};
+use crate::rendezvous::past::Sets;
 use crate::rendezvous::secret::JobId;
 use crate::types::Epoch;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -177,11 +178,11 @@ impl Rounds {
         let knobs = registrations[0].knobs.clone();
         let cards: Vec<_> = registrations.into_iter().map(|r| r.card).collect();
         let simd = cards.iter().map(|card| card.simd).min().unwrap_or(0);
-        Verdict { to, answer: Answer::Table(Table { epoch, job: self.job, cards, knobs, simd }) }
+        Verdict { to, answer: Answer::Table(Table { epoch, job: self.job, cards, knobs, simd, sets: Sets { next: 1, ..Sets::default() } }) }
     }
 }
 
-fn contradiction(registrations: &[Registration]) -> Option<String> {
+pub(super) fn contradiction(registrations: &[Registration]) -> Option<String> {
     let first = &registrations[0].card;
     if let Some(other) = registrations.iter().map(|r| &r.card).find(|card| card.build != first.build) {
         return Some(format!(

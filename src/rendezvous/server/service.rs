@@ -1,10 +1,12 @@
 //! The service's thread: doors, connections, and the rounds behind them.
 #![forbid(unsafe_code)]
 
-use super::rounds::{Number, Rounds, Verdict};
+use super::assembly::Worker;
+use super::book::Book;
+use super::rounds::{Number, Verdict};
 use super::{Door, Litter, ServerOptions};
 use crate::limits::{HANDSHAKE_MS, SHUTDOWN_MS, UNAUTHENTICATED_MAX};
-use crate::rendezvous::card::{Answer, LENGTH_BYTES, REGISTRATION_BYTES_MAX, Registration, frame};
+use crate::rendezvous::card::{Answer, LENGTH_BYTES, News, REGISTRATION_BYTES_MAX, Registration, frame};
 use crate::rendezvous::channel::{Channel, Stream};
 use crate::rendezvous::proof::{Accept, Handshake, Purpose, SERVICE};
 use crate::rendezvous::reactor::Reactor;
@@ -16,6 +18,8 @@ use std::time::{Duration, Instant};
 
 /// The number of the stop signal in the reactor; doors follow, then connections.
 const STOP: u64 = 0;
+/// That of the bell: words of the launcher, or something was found out.
+const BELL: u64 = (1 << 16) - 1;
 const FIRST_CONNECTION: u64 = 1 << 16;
 /// A door that could not be opened for want of descriptors is left alone this long.
 const RELIEF_MS: u64 = 100;
@@ -24,6 +28,7 @@ pub struct Service {
     options: ServerOptions,
     reactor: Reactor,
     stop: Waker,
+    bell: Waker,
     doors: Vec<Door>,
     /// Doors are not watched until then.
     relief: Option<Instant>,
@@ -31,7 +36,9 @@ pub struct Service {
     /// Connections that have a deadline: not proven, not registered, or being closed.
     timed: BTreeSet<Number>,
     next_number: Number,
-    rounds: Rounds,
+    book: Book,
+    /// What the members of the epoch were told last.
+    told: News,
     _litter: Litter,
 }
 
@@ -47,26 +54,35 @@ enum Stage {
     Proving(Box<Handshake>),
     Length { rank: Rank, epoch: Epoch },
     Body { rank: Rank, epoch: Epoch, len: usize },
-    Registered,
+    Registered { worker: Worker },
+    /// It has the table, and hears of changes for as long as it lives.
+    Member { worker: Worker },
     Closing,
 }
 
 impl Service {
-    pub fn new(options: ServerOptions, doors: Vec<Door>, litter: Litter, stop: Waker) -> io::Result<Service> {
+    pub fn new(
+        options: ServerOptions,
+        doors: Vec<Door>,
+        litter: Litter,
+        [stop, bell]: [Waker; 2],
+        book: Book,
+    ) -> io::Result<Service> {
         let reactor = Reactor::new()?;
         reactor.add(&stop, STOP, false)?;
-        let timeout = Duration::from_millis(options.start_timeout_ms);
-        let rounds = Rounds::new(options.size, options.secret.job(), options.epoch, timeout);
+        reactor.add(&bell, BELL, false)?;
         let service = Service {
             options,
             reactor,
             stop,
+            bell,
             doors,
             relief: None,
             connections: HashMap::new(),
             timed: BTreeSet::new(),
             next_number: FIRST_CONNECTION,
-            rounds,
+            book,
+            told: News::default(),
             _litter: litter,
         };
         service.watch_doors(true)?;
@@ -84,7 +100,7 @@ impl Service {
                     return;
                 }
             }
-            if self.options.once && self.rounds.has_begun(self.options.epoch) && self.connections.is_empty() {
+            if self.options.once && self.book.has_begun() && self.connections.is_empty() {
                 return;
             }
             let deadline = [stopping, self.next_deadline()].into_iter().flatten().min();
@@ -99,6 +115,11 @@ impl Service {
                         let _ = self.watch_doors(false);
                         stopping.get_or_insert(Instant::now() + Duration::from_millis(SHUTDOWN_MS));
                     }
+                    BELL => {
+                        self.bell.clear();
+                        let verdicts = self.book.hear();
+                        self.tell_all(verdicts);
+                    }
                     door if door < FIRST_CONNECTION => self.accept(door as usize - 1),
                     number => self.advance(number),
                 }
@@ -112,9 +133,11 @@ impl Service {
             let number = 1 + i as u64;
             match (door, on) {
                 (Door::Tcp(listener), true) => self.reactor.add(listener, number, false)?,
-                (Door::Private(listener), true) => self.reactor.add(listener, number, false)?,
+                (Door::Private(listener) | Door::Host(listener), true) => {
+                    self.reactor.add(listener, number, false)?;
+                }
                 (Door::Tcp(listener), false) => self.reactor.remove(listener)?,
-                (Door::Private(listener), false) => self.reactor.remove(listener)?,
+                (Door::Private(listener) | Door::Host(listener), false) => self.reactor.remove(listener)?,
             }
         }
         Ok(())
@@ -126,13 +149,16 @@ impl Service {
             // The doors close with the last table; what had knocked before is not let in.
             let Some(door) = self.doors.get(door) else { return };
             let accepted = match door {
-                Door::Tcp(listener) => listener.accept().map(|(s, from)| (Stream::Tcp(s), from.to_string())),
-                Door::Private(listener) => {
-                    listener.accept().map(|(s, _)| (Stream::Unix(s), "a process of this host".to_owned()))
+                Door::Tcp(listener) => {
+                    listener.accept().map(|(s, from)| (Stream::Tcp(s), from.to_string(), false))
+                }
+                Door::Private(listener) | Door::Host(listener) => {
+                    let private = matches!(door, Door::Private(_));
+                    listener.accept().map(|(s, _)| (Stream::Unix(s), "a process of this host".to_owned(), private))
                 }
             };
             match accepted {
-                Ok((stream, from)) => self.admit(stream, from),
+                Ok((stream, from, private)) => self.admit(stream, from, private),
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock) => return,
                 Err(e)
                     if matches!(
@@ -152,27 +178,28 @@ impl Service {
         }
     }
 
-    fn admit(&mut self, stream: Stream, from: String) {
+    fn admit(&mut self, stream: Stream, from: String, private: bool) {
         let proving = self.timed.iter().filter(|n| matches!(self.connections[n].stage, Stage::Proving(_)));
         if proving.count() >= UNAUTHENTICATED_MAX && !self.make_room() {
             return;
         }
-        let private = match &stream {
-            Stream::Unix(stream) => match rustix::net::sockopt::socket_peercred(stream) {
-                Ok(peer) if peer.uid == rustix::process::geteuid() => true,
+        if let Stream::Unix(stream) = &stream
+            && private
+        {
+            match rustix::net::sockopt::socket_peercred(stream) {
+                Ok(peer) if peer.uid == rustix::process::geteuid() => {}
                 _ => return,
-            },
-            Stream::Tcp(_) => false,
-        };
+            }
+        }
         let Ok(mut channel) = Channel::new(stream) else { return };
         if private {
             channel.queue(self.options.secret.expose());
         }
         let accept = Accept {
             me: SERVICE,
-            size: self.options.size,
+            size: self.book.size(self.options.size),
             epoch: None,
-            serves: |purpose| purpose == Purpose::Register,
+            serves: self.book.serves(),
         };
         let handshake = Handshake::acceptor(&self.options.secret, accept);
         let number = self.next_number;
@@ -206,18 +233,22 @@ impl Service {
                 self.timed.remove(&number);
                 let connections = &self.connections;
                 let alive = |n: Number| connections.get(&n).is_some_and(|c| !c.channel.is_closed());
-                let verdict = self.rounds.register(number, epoch, registration, Instant::now(), alive);
-                if let Some(verdict) = verdict {
-                    self.tell(verdict);
-                }
+                let verdicts = self.book.register(number, epoch, registration, alive);
+                self.tell_all(verdicts);
             }
             Err(why) => {
                 if let Some(why) = why {
                     let what = format!("{}: {why}", connection.from);
-                    self.rounds.note_failure(what);
+                    self.book.note_failure(what);
                 }
                 self.close(number);
             }
+        }
+    }
+
+    fn tell_all(&mut self, verdicts: Vec<Verdict>) {
+        for verdict in verdicts {
+            self.tell(verdict);
         }
     }
 
@@ -226,16 +257,44 @@ impl Service {
         if let Answer::Table(_) = &verdict.answer
             && self.options.once
         {
-            // The only epoch has begun: whoever comes now is late, and nothing is left lying about.
+            // The only epoch has begun: whoever comes now is late, and nothing is left lying about. Other copies of
+            // the doors may live on, so that closing these would not end the watch.
+            let _ = self.watch_doors(false);
+            self.relief = None;
             self.doors.clear();
             self._litter = Litter(Vec::new());
+        }
+        let keeps = matches!(verdict.answer, Answer::Table(_)) && self.book.keeps();
+        if keeps {
+            self.told = News::default();
         }
         for number in verdict.to {
             let Some(connection) = self.connections.get_mut(&number) else { continue };
             connection.channel.queue(&message);
-            connection.stage = Stage::Closing;
-            connection.deadline = Instant::now() + Duration::from_millis(self.options.start_timeout_ms);
-            self.timed.insert(number);
+            match connection.stage {
+                Stage::Registered { worker } if keeps => connection.stage = Stage::Member { worker },
+                _ => {
+                    connection.stage = Stage::Closing;
+                    connection.deadline =
+                        Instant::now() + Duration::from_millis(self.options.start_timeout_ms);
+                    self.timed.insert(number);
+                }
+            }
+            self.advance(number);
+        }
+    }
+
+    /// Tells the members of the epoch when others begin to wait for the next one.
+    fn spread_news(&mut self) {
+        let news = self.book.news();
+        if std::mem::replace(&mut self.told, news) == news || news == News::default() {
+            return;
+        }
+        let message = frame(&Answer::News(news).encode());
+        let members = self.connections.iter().filter(|(_, c)| matches!(c.stage, Stage::Member { .. }));
+        let members: Vec<Number> = members.map(|(number, _)| *number).collect();
+        for number in members {
+            self.connections.get_mut(&number).expect("just found").channel.queue(&message);
             self.advance(number);
         }
     }
@@ -252,14 +311,19 @@ impl Service {
 
     fn close(&mut self, number: Number) {
         self.timed.remove(&number);
-        if self.connections.remove(&number).is_some() {
-            self.rounds.forget(number);
+        let Some(connection) = self.connections.remove(&number) else { return };
+        self.book.forget(number);
+        if let Stage::Member { worker } = connection.stage
+            && !self.connections.values().any(|c| c.is_of(worker))
+        {
+            let verdicts = self.book.left(worker);
+            self.tell_all(verdicts);
         }
     }
 
     fn next_deadline(&self) -> Option<Instant> {
         let connections = self.timed.iter().map(|number| self.connections[number].deadline).min();
-        [connections, self.rounds.deadline(), self.relief].into_iter().flatten().min()
+        [connections, self.book.deadline(), self.relief].into_iter().flatten().min()
     }
 
     fn expire(&mut self) {
@@ -269,9 +333,10 @@ impl Service {
         for number in late {
             self.close(number);
         }
-        for verdict in self.rounds.expire(now) {
-            self.tell(verdict);
-        }
+        let verdicts = self.book.expire(now);
+        self.tell_all(verdicts);
+        self.book.tend();
+        self.spread_news();
         if self.relief.is_some_and(|relief| relief <= now) && self.watch_doors(true).is_ok() {
             self.relief = None;
         }
@@ -279,6 +344,10 @@ impl Service {
 }
 
 impl Connection {
+    fn is_of(&self, worker: Worker) -> bool {
+        matches!(self.stage, Stage::Registered { worker: w } | Stage::Member { worker: w } if w == worker)
+    }
+
     /// Goes as far as the bytes allow. A whole registration is given once; `Err` means that the connection is
     /// to be closed, with what the missing ranks' error should mention.
     fn advance(&mut self) -> Result<Option<(Epoch, Registration)>, Option<String>> {
@@ -294,7 +363,12 @@ impl Connection {
                         return Ok(None);
                     }
                     let peer = handshake.proven().expect("just proven");
+                    let regroups = peer.purpose == Purpose::Regroup;
                     self.stage = Stage::Length { rank: peer.rank, epoch: peer.epoch };
+                    if regroups {
+                        self.channel.queue(&frame(&Answer::Come.encode()));
+                        self.channel.flush().map_err(|_| None)?;
+                    }
                 }
                 Stage::Length { rank, epoch } => {
                     let Some(bytes) = self.channel.fill(LENGTH_BYTES).map_err(|_| None)? else {
@@ -317,11 +391,11 @@ impl Connection {
                     }
                     let epoch = *epoch;
                     self.channel.taken();
-                    self.stage = Stage::Registered;
+                    self.stage = Stage::Registered { worker: registration.card.rank.0 };
                     return Ok(Some((epoch, registration)));
                 }
                 // Nothing more is expected of it: bytes or the end of the stream mean that it goes.
-                Stage::Registered => {
+                Stage::Registered { .. } | Stage::Member { .. } => {
                     return match self.channel.fill(1) {
                         Ok(None) => Ok(None),
                         _ => Err(None),

@@ -67,7 +67,7 @@ impl Hall {
 
     /// Opens one connection. What goes wrong here goes the way of what goes wrong later.
     pub(super) fn open(&mut self, peer: Rank, purpose: Purpose, attempt: u64, target: &Target) {
-        let opened = connect(target).map_err(|e| {
+        let opened = target.connect().map_err(|e| {
             if e.kind() == io::ErrorKind::WouldBlock {
                 // The door's queue is full, and nobody empties it.
                 self.must_answer(peer);
@@ -226,31 +226,5 @@ impl Hall {
         let options = FlowOptions { checksums, ..FlowOptions::default() };
         let link = FlowLink::new(peer, control, lanes, options).with_board(board);
         self.tell(FabricEvent::Up(Box::new(link)));
-    }
-}
-
-fn connect(target: &Target) -> io::Result<Channel> {
-    match target {
-        Target::Unix(name) => {
-            let name = std::os::unix::net::SocketAddr::from_abstract_name(listen::socket_name(name))?;
-            // A unix socket connects at once, unless the peer's queue is full: then it blocks, which the porter
-            // must not. So it is made nonblocking first.
-            let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-            socket.set_nonblocking(true)?;
-            let bytes = name.as_abstract_name().expect("an abstract name").to_owned();
-            let address = rustix::net::SocketAddrUnix::new_abstract_name(&bytes)?;
-            rustix::net::connect(&socket, &address)?;
-            Channel::new(Stream::Unix(UnixStream::from(std::os::fd::OwnedFd::from(socket))))
-        }
-        Target::Tcp(address) => {
-            let socket =
-                socket2::Socket::new(socket2::Domain::for_address(*address), socket2::Type::STREAM, None)?;
-            socket.set_nonblocking(true)?;
-            match socket.connect(&(*address).into()) {
-                Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => return Err(e),
-                _ => {}
-            }
-            Channel::new(Stream::Tcp(socket.into()))
-        }
     }
 }

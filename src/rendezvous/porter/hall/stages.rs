@@ -1,6 +1,7 @@
 //! What each stage of a connection does with the bytes that have come.
 
 use super::*;
+use crate::rendezvous::card::{Answer, frame};
 use std::os::fd::{AsFd, OwnedFd};
 
 impl Hall {
@@ -159,6 +160,9 @@ impl Hall {
     fn proven(&mut self, number: Number, hello: &Hello) -> Step {
         let peer = hello.rank;
         let attempt = hello.link;
+        if hello.purpose == Purpose::Regroup {
+            return self.not_there(number, hello);
+        }
         if hello.purpose == Purpose::Knock {
             return self.knock(number, peer);
         }
@@ -197,8 +201,24 @@ impl Hall {
                     }
                 }
             }
-            Purpose::Knock | Purpose::Register => Step::Gone,
+            Purpose::Knock | Purpose::Register | Purpose::Regroup => Step::Gone,
         }
+    }
+
+    /// Somebody wants to form a new epoch: this rank has not called for it yet, or has gone on already.
+    fn not_there(&mut self, number: Number, hello: &Hello) -> Step {
+        let ours = self.joined.table.epoch;
+        let answer = match self.ends.follows.load(Ordering::Relaxed) {
+            _ if hello.epoch < ours => Answer::Excluded(ours),
+            NOBODY => Answer::NotYet,
+            rank => Answer::Elsewhere(Rank(rank)),
+        };
+        if let Some(connection) = self.connections.get_mut(&number) {
+            connection.channel.queue(&frame(&answer.encode()));
+            // It is short, and nothing else was written before: it fits, or the connection is dead.
+            let _ = connection.channel.flush();
+        }
+        Step::Gone
     }
 
     /// The peer offers a segment.
