@@ -258,8 +258,13 @@ impl Assembly {
     }
 
     fn dissolve(&mut self, answer: Answer) -> Vec<Verdict> {
-        let to = self.here.values().map(|arrival| arrival.number).collect();
-        self.here.clear();
+        let here = std::mem::take(&mut self.here);
+        let to = here.values().map(|arrival| arrival.number).collect();
+        for worker in here.into_keys() {
+            if let Some(rank) = self.rank_of(worker) {
+                self.regroup.lost(rank);
+            }
+        }
         self.opened = None;
         vec![Verdict { to, answer }]
     }
