@@ -42,6 +42,8 @@ pub struct Arguments {
     #[command(flatten)]
     pub hosts: Hosts,
     #[command(flatten)]
+    pub elastic: Elastic,
+    #[command(flatten)]
     pub output: Output,
     #[command(flatten)]
     pub tuning: Tuning,
@@ -80,6 +82,33 @@ pub struct Hosts {
     /// Network interfaces that ranks may use, separated by commas
     #[arg(long, alias = "network-interface", value_name = "NAME,...", value_delimiter = ',')]
     pub network_interfaces: Vec<String>,
+}
+
+/// Jobs whose workers come and go. Any of the first three flags makes a job elastic.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Elastic")]
+pub struct Elastic {
+    /// The fewest processes that train (--min-num-proc also works); fewer wait for more
+    #[arg(long = "min-np", alias = "min-num-proc", value_name = "N")]
+    pub min_num_proc: Option<u32>,
+    /// The most processes (--max-num-proc also works)
+    #[arg(long = "max-np", alias = "max-num-proc", value_name = "N")]
+    pub max_num_proc: Option<u32>,
+    /// A program that prints the hosts that there are now, each as HOST or HOST:SLOTS; it is run every second
+    #[arg(long, value_name = "FILE")]
+    pub host_discovery_script: Option<PathBuf>,
+    /// Slots of a host for which nothing is said
+    #[arg(long, value_name = "N")]
+    pub slots_per_host: Option<u32>,
+    /// Seconds that there may be too few processes, or that one is waited for that lives
+    #[arg(long, value_name = "SECONDS")]
+    pub elastic_timeout: Option<String>,
+    /// How many times the job may form a new epoch before it is given up
+    #[arg(long, value_name = "N")]
+    pub reset_limit: Option<u32>,
+    /// For how many seconds no process is started on a host where one failed: the first time, and at most
+    #[arg(long, num_args = 2, value_names = ["LEAST", "MOST"])]
+    pub blacklist_cooldown_range: Vec<u64>,
 }
 
 /// What ranks write.
@@ -203,13 +232,6 @@ unused! {
     autotune_steps_per_sample: Option<String>,
     autotune_bayes_opt_max_samples: Option<String>,
     autotune_gaussian_process_noise: Option<String>,
-    #[arg(alias = "min-np")] min_num_proc: Option<u32>,
-    #[arg(alias = "max-np")] max_num_proc: Option<u32>,
-    slots_per_host: Option<u32>,
-    elastic_timeout: Option<String>,
-    reset_limit: Option<u32>,
-    #[arg(num_args = 2)] blacklist_cooldown_range: Vec<String>,
-    host_discovery_script: Option<PathBuf>,
     timeline_filename: Option<PathBuf>,
     timeline_mark_cycles: bool,
     no_timeline_mark_cycles: bool,
@@ -253,6 +275,7 @@ impl Arguments {
             (!interfaces.is_empty()).then(|| interfaces.join(",")),
             "--network-interfaces",
         );
+        add("CAROLE_ELASTIC_TIMEOUT_S", self.elastic.elastic_timeout.clone(), "--elastic-timeout");
         add("CAROLE_LOG_LEVEL", output.log_level.clone(), "--log-level");
         add("CAROLE_LOG_TIMESTAMPS", on(output.log_with_timestamp, "1"), "--log-with-timestamp");
         add("CAROLE_LOG_TIMESTAMPS", on(output.log_without_timestamp, "0"), "--log-without-timestamp");

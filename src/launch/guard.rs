@@ -7,6 +7,7 @@
 //! orders come on one pipe (its end is the launcher's death), reports leave on another.
 #![forbid(unsafe_code)]
 
+use super::elastic::parcel;
 use super::processes::{descendants, kill_descendants};
 use super::sys::{self, Signals};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -47,6 +48,8 @@ pub struct JobSpec {
     pub keeps_stdin: bool,
     /// The soft limit of open files that the launcher was started with.
     pub open_files: u64,
+    /// Where orders to start one more come from, in a job whose workers come and go.
+    pub parcels: Option<OwnedFd>,
 }
 
 /// A report of the guard.
@@ -161,14 +164,24 @@ pub fn run(mut job: JobSpec, orders: File, reports: File, signals: &Signals) {
     let _ = rustix::process::setpgid(None, None);
     let mut guard = Guard { pids: vec![None; job.ranks.len()], reports };
     let mut lines = Lines::default();
+    let parcels = job.parcels.take();
     loop {
-        let mut fds = [PollFd::new(&orders, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(&orders, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        fds.extend(parcels.as_ref().map(|parcels| PollFd::new(parcels, PollFlags::IN)));
         if poll(&mut fds, None).is_err() {
             continue;
         }
         let has_orders = !fds[0].revents().is_empty();
+        let has_parcel = fds.get(2).is_some_and(|fd| !fd.revents().is_empty());
         while signals.next().is_some() {}
         guard.reap();
+        if let Some(parcels) = parcels.as_ref().filter(|_| has_parcel) {
+            match parcel::receive(parcels) {
+                Ok(Some((number, spec))) => guard.start_one(&job, number, spec),
+                Ok(None) => break,
+                Err(error) => unreachable!("the launcher sends only orders: {error}"),
+            }
+        }
         if !has_orders {
             continue;
         }
@@ -210,6 +223,25 @@ impl Guard {
                     // What cannot be started once cannot be started again.
                     return;
                 }
+            }
+        }
+    }
+
+    /// Starts a worker. Its variables say where the rendezvous is.
+    fn start_one(&mut self, job: &JobSpec, number: usize, spec: RankSpec) {
+        if self.pids.len() <= number {
+            self.pids.resize(number + 1, None);
+        }
+        let rendezvous = spec.variables.iter().find(|(name, _)| name == "CAROLE_RENDEZVOUS");
+        let rendezvous = rendezvous.map_or(String::new(), |(_, value)| value.clone());
+        match start_rank(job, spec, &rendezvous) {
+            Ok(pid) => {
+                self.pids[number] = Pid::from_raw(pid);
+                self.report(&Report::Started { rank: number, pid });
+            }
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
+                self.report(&Report::Refused { rank: number, errno });
             }
         }
     }

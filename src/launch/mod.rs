@@ -8,6 +8,7 @@
 
 mod args;
 mod build;
+mod elastic;
 mod guard;
 mod hosts;
 mod output;
@@ -79,7 +80,9 @@ fn run(arguments: &Arguments) -> Result<i32> {
         warnings.iter().for_each(|warning| complain(&warning.message));
         return Ok(print(&config.print_config()));
     }
-    let size = check(arguments)?;
+    let is_elastic = elastic::is_elastic(arguments);
+    let size =
+        if is_elastic { check_command(arguments, "--min-np 2").map(|()| 0) } else { check(arguments) }?;
     if arguments.verbose {
         // The ranks give these warnings themselves.
         warnings.iter().for_each(|warning| complain(&warning.message));
@@ -87,6 +90,9 @@ fn run(arguments: &Arguments) -> Result<i32> {
     let unused = arguments.unused.given();
     if !unused.is_empty() {
         complain(&format!("no effect in this version of Carole: {}", unused.join(", ")));
+    }
+    if is_elastic {
+        return elastic::run(arguments, &config);
     }
     launch(arguments, &config, size)
 }
@@ -97,7 +103,9 @@ fn job_environment() -> impl Iterator<Item = (String, String)> {
 }
 
 /// What the launcher decides for each rank.
-const PLACE: [&str; 20] = [
+const PLACE: [&str; 22] = [
+    "CAROLE_WORKER",
+    "HOROVOD_ELASTIC",
     "CAROLE_RANK",
     "CAROLE_SIZE",
     "CAROLE_LOCAL_RANK",
@@ -130,17 +138,7 @@ fn check(arguments: &Arguments) -> Result<u32> {
     if size == 0 || size as usize > limits::RANKS_MAX {
         return Err(Error::usage(format!("-np {size}: a job has from 1 to {} processes", limits::RANKS_MAX)));
     }
-    if arguments.command.is_empty() {
-        return Err(Error::usage(format!(
-            "there is no command to run, as in carolerun -np {size} python train.py"
-        )));
-    }
-    if !(arguments.kill_after >= 0.0 && arguments.kill_after <= 86_400.0) {
-        return Err(Error::usage(format!(
-            "--kill-after {}: a number of seconds up to a day",
-            arguments.kill_after
-        )));
-    }
+    check_command(arguments, &format!("-np {size}"))?;
     let this_host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     if let Some(list) = &arguments.hosts.hosts {
         hosts::check_hosts(list, size, &this_host)?;
@@ -149,6 +147,22 @@ fn check(arguments: &Arguments) -> Result<u32> {
         hosts::check_hostfile(path, size, &this_host)?;
     }
     Ok(size)
+}
+
+/// Checks what jobs of every kind need.
+fn check_command(arguments: &Arguments, flags: &str) -> Result<()> {
+    if arguments.command.is_empty() {
+        return Err(Error::usage(format!(
+            "there is no command to run, as in carolerun {flags} python train.py"
+        )));
+    }
+    if !(arguments.kill_after >= 0.0 && arguments.kill_after <= 86_400.0) {
+        return Err(Error::usage(format!(
+            "--kill-after {}: a number of seconds up to a day",
+            arguments.kill_after
+        )));
+    }
+    Ok(())
 }
 
 /// Forks the guard, starts the rendezvous, and supervises the job to its end.
@@ -164,6 +178,7 @@ fn launch(arguments: &Arguments, config: &Config, size: u32) -> Result<i32> {
         secret: secret.to_hex(),
         keeps_stdin: size == 1,
         open_files,
+        parcels: None,
     };
     let (order_reader, order_writer) = pipe()?;
     let (report_reader, report_writer) = pipe()?;

@@ -153,6 +153,13 @@ impl Stream {
         }
     }
 
+    /// What is read from now on is passed on after this prefix, unless there is none at all.
+    pub fn rename(&mut self, prefix: &str) {
+        if !self.prefix.is_empty() {
+            prefix.clone_into(&mut self.prefix);
+        }
+    }
+
     /// Writes everything to this file too, as it came.
     pub fn copy_to(&mut self, path: &Path) -> std::io::Result<()> {
         self.file = Some((File::create(path)?, path.to_path_buf()));

@@ -202,9 +202,13 @@ mod tests {
 
     #[test]
     fn a_minority_needs_the_launchers_consent() {
-        for (size, here, wins) in
-            [(2, &[0][..], true), (2, &[1], false), (4, &[0, 3], true), (4, &[1, 2], false), (5, &[0, 1], false)]
-        {
+        for (size, here, wins) in [
+            (2, &[0][..], true),
+            (2, &[1], false),
+            (4, &[0, 3], true),
+            (4, &[1, 2], false),
+            (5, &[0, 1], false),
+        ] {
             let meeting = |authority| {
                 let mut meeting = meeting(size, authority, here);
                 (0..size).for_each(|rank| meeting.suspected(Rank(rank)));

@@ -1,13 +1,13 @@
 //! Knocking at the doors of a rank of the last epoch: is the meeting there, does the rank live, has it gone on?
 #![forbid(unsafe_code)]
 
+use super::build;
 use super::card::{Answer, Card, LENGTH_BYTES};
 use super::channel::Channel;
 use super::porter::Choice;
 use super::porter::dial::{Aim, Target, targets};
 use super::proof::{self, Handshake, Hello, ProofError, Purpose};
 use super::secret::Secret;
-use super::build;
 use crate::limits::TABLE_BYTES_MAX;
 use crate::types::{Epoch, Rank};
 use std::time::{Duration, Instant};

@@ -18,7 +18,14 @@ pub(in crate::rendezvous) fn card(rank: u32) -> Card {
 
 fn table() -> Table {
     let knobs = vec![("CAROLE_A".to_owned(), "1".to_owned())];
-    Table { epoch: Epoch(4), job: JobId([9; 16]), cards: vec![card(0), card(1)], knobs, simd: 2, sets: Sets::default() }
+    Table {
+        epoch: Epoch(4),
+        job: JobId([9; 16]),
+        cards: vec![card(0), card(1)],
+        knobs,
+        simd: 2,
+        sets: Sets::default(),
+    }
 }
 
 #[test]

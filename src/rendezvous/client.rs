@@ -156,7 +156,8 @@ pub fn join(config: &Join) -> Result<Joined> {
         past: None,
     };
     let who = format!("rank {} of {}", place.rank, place.size);
-    let found = Seeker { config, who, secret, goal, registration, patience_ms: config.start_timeout_ms }.seek()?;
+    let found =
+        Seeker { config, who, secret, goal, registration, patience_ms: config.start_timeout_ms }.seek()?;
     Ok(Joined { server, ..found.joined(config, doors) })
 }
 
@@ -177,7 +178,8 @@ pub fn join_elastic(config: &Join, worker: u32, veteran: Option<Veteran>) -> Res
         Some(list) => list.trim_start_matches("tcp://").split(',').map(|a| a.trim().to_owned()).collect(),
         None => Vec::new(),
     };
-    if addresses.is_empty() || addresses.iter().any(|address: &String| place::check_address(address).is_err()) {
+    if addresses.is_empty() || addresses.iter().any(|address: &String| place::check_address(address).is_err())
+    {
         return Err(Error::usage(
             "CAROLE_WORKER is set, as carolerun does in an elastic job, but CAROLE_RENDEZVOUS names no launcher: start \
              the job by carolerun --min-np, or unset CAROLE_WORKER",
@@ -188,7 +190,9 @@ pub fn join_elastic(config: &Join, worker: u32, veteran: Option<Veteran>) -> Res
         None => {
             let one_host = addresses.iter().all(|address| place::is_loopback(address));
             let secret = find_secret(config)?.ok_or_else(|| {
-                Error::usage("an elastic job's secret comes from carolerun in CAROLE_SECRET_FD, which is not set")
+                Error::usage(
+                    "an elastic job's secret comes from carolerun in CAROLE_SECRET_FD, which is not set",
+                )
             })?;
             (Doors::open(one_host, &interfaces(config))?, secret, None)
         }
@@ -565,18 +569,16 @@ impl Seeker<'_> {
         }
     }
 
-    fn check(
-        &self,
-        table: Table,
-        secret: &Secret,
-        channel: Channel,
-    ) -> std::result::Result<Found, Failure> {
+    fn check(&self, table: Table, secret: &Secret, channel: Channel) -> std::result::Result<Found, Failure> {
         let Registration { card, size, .. } = &self.registration;
         let found = Found::of(table, card, secret).map_err(Failure::Final)?;
         if *size == 0 {
             return Ok(Found { leash: Some(channel), ..found });
         }
-        match found.table.epoch == self.config.epoch && found.rank == card.rank && found.table.cards.len() == *size as usize {
+        match found.table.epoch == self.config.epoch
+            && found.rank == card.rank
+            && found.table.cards.len() == *size as usize
+        {
             true => Ok(found),
             false => Err(Failure::Final("the rendezvous sent the table of another epoch".into())),
         }

@@ -49,8 +49,9 @@ impl Sets {
     pub fn decode(reader: &mut Reader<'_>) -> Result<Sets, Malformed> {
         let next = reader.word()?;
         let count = reader.count(SETS_MAX, 8)?;
-        let list: Vec<(SetId, Vec<Rank>)> =
-            (0..count).map(|_| Ok((SetId(reader.word()?), decode_ranks(reader)?))).collect::<Result<_, _>>()?;
+        let list: Vec<(SetId, Vec<Rank>)> = (0..count)
+            .map(|_| Ok((SetId(reader.word()?), decode_ranks(reader)?)))
+            .collect::<Result<_, _>>()?;
         let ordered = list.windows(2).all(|pair| pair[0].0 < pair[1].0);
         let given = list.iter().all(|(id, _)| (1..next).contains(&id.0));
         match ordered && given {
@@ -73,7 +74,9 @@ impl Sets {
             all.entry(*id).or_insert(ranks);
         }
         let removed = |id: SetId| {
-            known.clone().any(|sets| id.0 < sets.next && sets.list.binary_search_by_key(&id, |s| s.0).is_err())
+            known
+                .clone()
+                .any(|sets| id.0 < sets.next && sets.list.binary_search_by_key(&id, |s| s.0).is_err())
         };
         let kept = all.into_iter().filter(|(id, _)| !removed(*id)).filter_map(|(id, ranks)| {
             let mut ranks: Vec<Rank> = ranks.iter().filter_map(|&rank| renumber(rank)).collect();

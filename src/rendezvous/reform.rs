@@ -136,7 +136,8 @@ impl Seeker<'_> {
         // Two must not listen at one door.
         self.porter = None;
         let doors = self.veteran.doors.try_clone();
-        let doors = doors.map_err(|e| Error::usage(format!("this rank's doors cannot be used for the meeting: {e}")))?;
+        let doors = doors
+            .map_err(|e| Error::usage(format!("this rank's doors cannot be used for the meeting: {e}")))?;
         let (caller, warn) = (self.caller.clone(), self.join.warn.clone());
         self.server = Some(Server::start_at(doors, self.last, caller, self.patience, warn)?);
         Ok(())

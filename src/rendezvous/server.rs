@@ -200,8 +200,8 @@ impl Server {
         let system = |e| Error::usage(format!("cannot start the rendezvous service: {e}"));
         let (stop, bell) = (Waker::new().map_err(system)?, Waker::new().map_err(system)?);
         let book = book(&bell)?;
-        let mut service =
-            service::Service::new(options, doors, litter, [stop.clone(), bell.clone()], book).map_err(system)?;
+        let mut service = service::Service::new(options, doors, litter, [stop.clone(), bell.clone()], book)
+            .map_err(system)?;
         let thread = std::thread::Builder::new()
             .name("carole-rendezvous".into())
             .spawn(move || service.serve())

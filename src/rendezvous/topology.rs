@@ -131,7 +131,14 @@ mod tests {
                 card
             })
             .collect();
-        Table { epoch: Epoch(0), job: Default::default(), cards, knobs: Vec::new(), simd: 0, sets: Default::default() }
+        Table {
+            epoch: Epoch(0),
+            job: Default::default(),
+            cards,
+            knobs: Vec::new(),
+            simd: 0,
+            sets: Default::default(),
+        }
     }
 
     #[test]

@@ -2,9 +2,6 @@
 
 use super::reform::Leash;
 use super::{Handle, Options, Request, SetInfo, TensorArg, World, request};
-use crate::rendezvous::card::Table;
-use crate::rendezvous::listen::Doors;
-use crate::rendezvous::secret::Secret;
 use crate::config::{self, Config, SimdLevel, TransportChoice};
 use crate::coordinator;
 use crate::cost::{Prices, Wire};
@@ -19,8 +16,11 @@ use crate::limits;
 use crate::log;
 use crate::membership;
 use crate::memory::Region;
+use crate::rendezvous::card::Table;
 use crate::rendezvous::client::{Join, Joined, join};
+use crate::rendezvous::listen::Doors;
 use crate::rendezvous::porter::{self, Porter, PorterOptions};
+use crate::rendezvous::secret::Secret;
 use crate::transport::shm::Budget;
 use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;

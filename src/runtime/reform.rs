@@ -82,13 +82,8 @@ fn last_words(old: &Live) -> Past {
     let (broken, left, (list, next)) = old.driver.stop(|engine| {
         (engine.broken().cloned(), engine.departed().collect::<Vec<Rank>>(), engine.carried_sets())
     });
-    let mut past = Past {
-        epoch: old.table.epoch,
-        rank: me,
-        left,
-        sets: Sets { list, next },
-        ..Past::default()
-    };
+    let mut past =
+        Past { epoch: old.table.epoch, rank: me, left, sets: Sets { list, next }, ..Past::default() };
     if let Some(Error::Broken(broken)) = broken
         && let Some(culprit) = broken.culprit.filter(|&culprit| culprit != me)
     {

@@ -226,7 +226,8 @@ impl Assembly {
 
     /// A connection is gone: its worker is no longer here.
     pub fn forget(&mut self, number: Number) {
-        let Some(worker) = self.here.iter().find(|(_, a)| a.number == number).map(|(worker, _)| *worker) else {
+        let Some(worker) = self.here.iter().find(|(_, a)| a.number == number).map(|(worker, _)| *worker)
+        else {
             return;
         };
         self.here.remove(&worker);

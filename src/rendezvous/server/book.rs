@@ -170,7 +170,9 @@ impl Book {
     pub fn deadline(&self) -> Option<Instant> {
         match self {
             Book::Fixed { rounds, .. } => rounds.deadline(),
-            Book::Open(open) => [open.assembly.deadline(), open.probes.deadline()].into_iter().flatten().min(),
+            Book::Open(open) => {
+                [open.assembly.deadline(), open.probes.deadline()].into_iter().flatten().min()
+            }
         }
     }
 

@@ -178,7 +178,17 @@ impl Rounds {
         let knobs = registrations[0].knobs.clone();
         let cards: Vec<_> = registrations.into_iter().map(|r| r.card).collect();
         let simd = cards.iter().map(|card| card.simd).min().unwrap_or(0);
-        Verdict { to, answer: Answer::Table(Table { epoch, job: self.job, cards, knobs, simd, sets: Sets { next: 1, ..Sets::default() } }) }
+        Verdict {
+            to,
+            answer: Answer::Table(Table {
+                epoch,
+                job: self.job,
+                cards,
+                knobs,
+                simd,
+                sets: Sets { next: 1, ..Sets::default() },
+            }),
+        }
     }
 }
 

@@ -52,11 +52,22 @@ struct Connection {
 
 enum Stage {
     Proving(Box<Handshake>),
-    Length { rank: Rank, epoch: Epoch },
-    Body { rank: Rank, epoch: Epoch, len: usize },
-    Registered { worker: Worker },
+    Length {
+        rank: Rank,
+        epoch: Epoch,
+    },
+    Body {
+        rank: Rank,
+        epoch: Epoch,
+        len: usize,
+    },
+    Registered {
+        worker: Worker,
+    },
     /// It has the table, and hears of changes for as long as it lives.
-    Member { worker: Worker },
+    Member {
+        worker: Worker,
+    },
     Closing,
 }
 
@@ -154,7 +165,9 @@ impl Service {
                 }
                 Door::Private(listener) | Door::Host(listener) => {
                     let private = matches!(door, Door::Private(_));
-                    listener.accept().map(|(s, _)| (Stream::Unix(s), "a process of this host".to_owned(), private))
+                    listener
+                        .accept()
+                        .map(|(s, _)| (Stream::Unix(s), "a process of this host".to_owned(), private))
                 }
             };
             match accepted {
