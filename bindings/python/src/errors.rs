@@ -2,7 +2,7 @@
 //! bases (`UsageError` is a `ValueError`, too) cannot be declared from here.
 #![forbid(unsafe_code)]
 
-use carole::error::Error;
+use carole::error::{Cause, Error};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
@@ -59,6 +59,7 @@ fn build<'py>(py: Python<'py>, error: &Error) -> PyResult<Bound<'py, PyAny>> {
         Error::Broken(broken) => {
             exception.setattr("culprit", broken.culprit.map(|rank| rank.0))?;
             exception.setattr("epoch", broken.epoch.0)?;
+            exception.setattr("excluded", matches!(broken.cause, Cause::Excluded { .. }))?;
         }
         Error::Mismatch(mismatch) => exception.setattr("tensor", &mismatch.tensor)?,
         Error::Shutdown(rank) => exception.setattr("rank", rank.map(|rank| rank.0))?,

@@ -25,8 +25,8 @@ mod _native {
     use crate::handle::Handle;
     #[pymodule_export]
     use crate::life::{
-        add_process_set, init, is_initialized, launch, perf, process_sets, remove_process_set, shutdown,
-        world,
+        add_process_set, init, is_initialized, launch, news, perf, process_sets, reform, remove_process_set,
+        shutdown, world,
     };
     #[pymodule_export]
     use crate::output::Output;

@@ -28,6 +28,19 @@ pub fn shutdown(py: Python<'_>) -> PyResult<()> {
     result.map_err(|error| errors::to_python(py, &error))
 }
 
+/// Forms the next epoch with those that are left.
+#[pyfunction]
+pub fn reform(py: Python<'_>) -> PyResult<()> {
+    interruptible(py, "carole-reform", || runtime::reform().map(drop))
+}
+
+/// What has changed about the workers of an elastic job: (some wait to be let in, some are to leave).
+#[pyfunction]
+pub fn news(py: Python<'_>) -> PyResult<(bool, bool)> {
+    let news = runtime::news().map_err(|error| errors::to_python(py, &error))?;
+    Ok((news.added, news.removed))
+}
+
 /// Whether this process has joined a job.
 #[pyfunction]
 pub fn is_initialized() -> bool {
@@ -46,6 +59,7 @@ pub fn world(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     dict.set_item("cross_rank", world.cross_rank)?;
     dict.set_item("cross_size", world.cross_size)?;
     dict.set_item("is_homogeneous", world.homogeneous)?;
+    dict.set_item("epoch", runtime::epoch().map_err(|error| errors::to_python(py, &error))?)?;
     Ok(dict)
 }
 

@@ -24,7 +24,8 @@ A name can be used again once its operation is over.
 
 Errors, in every function here: `UsageError` (a ValueError) for a call that can never work; where it concerns
 an array or an option, the other ranks get `MismatchError` for this operation, with the reason. `MismatchError`
-on all ranks where they disagree; `BrokenError` when a process is lost; `ShutdownError` after a shutdown.
+on all ranks where they disagree; `BrokenError` when a process is lost (`reform` goes on with the others);
+`ShutdownError` after a shutdown. `carole.elastic` trains on through such losses.
 """
 
 from ._errors import (
@@ -39,12 +40,14 @@ from ._errors import (
 from ._life import (
     cross_rank,
     cross_size,
+    epoch,
     init,
     is_homogeneous,
     is_initialized,
     local_rank,
     local_size,
     rank,
+    reform,
     shutdown,
     size,
 )
@@ -149,6 +152,7 @@ __all__ = [
     "broadcast_async_",
     "cross_rank",
     "cross_size",
+    "epoch",
     "gather",
     "gather_async",
     "global_process_set",
@@ -175,6 +179,7 @@ __all__ = [
     "reduce_async",
     "reducescatter",
     "reducescatter_async",
+    "reform",
     "remove_process_set",
     "run",
     "scatter",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import array
 import copy
 import functools
+import os
 import queue
+import sys
 import threading
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
-from . import _life
+from . import _life, _native
 from ._errors import BrokenError, HorovodInternalError, HostsUpdatedInterrupt
+from ._reductions import allreduce
+from ._submit import Max
 
 
 class HostUpdateResult:
@@ -58,17 +63,16 @@ class State:
 
     def check_host_updates(self) -> None:
         """Raises HostsUpdatedInterrupt, on all ranks alike, where hosts came or went. All ranks must call it."""
-        newest, all_update = self._last_updated_timestamp, HostUpdateResult.no_update
+        update = notification_manager.news()
         while not self._host_messages.empty():
-            timestamp, update = self._host_messages.get()
-            if timestamp > newest:
-                newest, all_update = timestamp, all_update | update
-        # What rank 0 knows counts, so that all ranks stop at the same place.
-        before, self._last_updated_timestamp, all_update = self._bcast_object(
-            (self._last_updated_timestamp, newest, all_update)
-        )
-        if self._last_updated_timestamp > before:
-            raise HostsUpdatedInterrupt(all_update == HostUpdateResult.removed)
+            timestamp, seen = self._host_messages.get()
+            if timestamp > self._last_updated_timestamp:
+                self._last_updated_timestamp, update = timestamp, update | seen
+        # What any rank knows counts for all, so that all of them stop at the same place.
+        bits = HostUpdateResult.added, HostUpdateResult.removed
+        added, removed = _agree("elastic.news", [int(update & bit != 0) for bit in bits])
+        if added or removed:
+            raise HostsUpdatedInterrupt(skip_sync=not added)
 
     def save(self) -> None:
         """Keeps a copy of the state in memory."""
@@ -110,10 +114,15 @@ class ObjectState(State):
             setattr(self, name, copy.deepcopy(value))
 
     def sync(self) -> None:
+        self._fetch()
+        self.save()
+
+    def _fetch(self) -> None:
+        """Takes the attributes of rank 0, and saves nothing yet: a rank may be lost before all of the state is here."""
         if self._saved_state:
             current = {name: getattr(self, name) for name in self._saved_state}
-            self._saved_state = copy.deepcopy(self._bcast_object(current))
-            self.restore()
+            for name, value in copy.deepcopy(self._bcast_object(current)).items():
+                setattr(self, name, value)
 
 
 class NotificationManager:
@@ -136,6 +145,11 @@ class NotificationManager:
         with self._lock:
             self._listeners = [one for one in self._listeners if one is not listener]
 
+    def news(self) -> int:
+        """What the launcher has told this process since the epoch began, as bits of `HostUpdateResult`."""
+        added, removed = _native.news() if _native.is_initialized() else (False, False)
+        return (HostUpdateResult.added if added else 0) | (HostUpdateResult.removed if removed else 0)
+
     def handle_hosts_updated(self, timestamp: float, update_res: int) -> None:
         """Hosts came or went: all listeners hear of it."""
         with self._lock:
@@ -148,30 +162,50 @@ notification_manager = NotificationManager()
 """The one that `run_fn` registers states with."""
 
 
+def _agree(name: str, values: Sequence[int]) -> List[int]:
+    """The largest of all ranks' values, each by itself: a small allreduce, whose values travel with its agreement."""
+    return list(allreduce(array.array("q", values), op=Max, name=name))
+
+
+def _leave_quietly(error: BrokenError) -> bool:
+    """Whether the others have let this process go, as they do when its host is to be used no longer."""
+    return bool(getattr(error, "excluded", False))
+
+
 def run_fn(func: Callable[..., Any], reset: Callable[[], None]) -> Callable[..., Any]:
     """Makes `func(state, ...)` start again, with restored state, after a rank failed or hosts changed.
 
     Args:
         func: the training; its first argument is the `State`.
-        reset: leaves the job and joins it anew.
+        reset: leaves the epoch and joins the next one.
+
+    Before each start the ranks agree whether the state must be synchronized: it is, unless no rank lacks it.
     """
 
     @functools.wraps(func)
     def wrapper(state: State, *args: Any, **kwargs: Any) -> Any:
         notification_manager.register_listener(state)
-        skip_sync = False
+        # A process that has just come lacks the state, whatever the others think.
+        lacks_state = True
         try:
             while True:
+                let_go = False
                 try:
-                    if not skip_sync:
+                    if _agree("elastic.sync", [int(lacks_state)])[0]:
                         state.sync()
                     return func(state, *args, **kwargs)
                 except (HorovodInternalError, BrokenError):
                     state.restore()
-                    skip_sync = False
+                    lacks_state = True
                 except HostsUpdatedInterrupt as interrupt:
-                    skip_sync = interrupt.skip_sync
-                reset()
+                    lacks_state = not interrupt.skip_sync
+                    let_go = True
+                try:
+                    reset()
+                except BrokenError as error:
+                    if let_go and _leave_quietly(error):
+                        sys.exit(0)
+                    raise
                 state.on_reset()
         finally:
             notification_manager.remove_listener(state)
@@ -179,7 +213,11 @@ def run_fn(func: Callable[..., Any], reset: Callable[[], None]) -> Callable[...,
     return wrapper
 
 
+def may_grow() -> bool:
+    """Whether this process belongs to an elastic job, in which there may come to be more ranks."""
+    return "CAROLE_WORKER" in os.environ
+
+
 def rejoin() -> None:
-    """Leaves the job and joins it anew, with the arguments of the environment."""
-    _life.shutdown()
-    _life.init()
+    """Goes on in the next epoch, with the ranks that are left and those that are new. No process is restarted."""
+    _life.reform()

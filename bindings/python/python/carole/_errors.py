@@ -30,10 +30,12 @@ class BrokenError(Error):
     Attributes:
         culprit: the rank at fault, where it is known, else None.
         epoch: the epoch that ended.
+        excluded: whether the others have gone on without this process. Else `reform` goes on with those that are left.
     """
 
     culprit: Optional[int] = None
     epoch: Optional[int] = None
+    excluded: bool = False
 
 
 class ShutdownError(Error):

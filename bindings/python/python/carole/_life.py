@@ -6,13 +6,15 @@ import atexit
 import os
 import sys
 import threading
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Callable, List, Optional, Sequence, Union
 
 from . import _native, _sets
 from ._sets import ProcessSet
 
 _joined_in: Optional[int] = None
 _lock = threading.Lock()
+# What has to begin anew with each epoch.
+after_reform: List[Callable[[], None]] = []
 
 
 def _text(value: Any) -> str:
@@ -50,6 +52,37 @@ def shutdown() -> None:
     """Leaves the job, saying goodbye to the others. `init` may be called again. Takes at most seconds."""
     _native.shutdown()
     _sets.forget()
+
+
+def reform() -> None:
+    """Forms the next epoch with the ranks that are left. No process is restarted.
+
+    Call it after a `BrokenError`; or, on all ranks, at any time, to go on without those that have called `shutdown`. In
+    an elastic job (`carolerun --min-np`) processes that wait to be let in become the last ranks.
+
+    Ranks keep their order and count from 0 again: `rank`, `size` and the others tell the new ones. A `ProcessSet` keeps
+    its identifier and loses the members that are gone; one that has lost all of them is not known any more.
+    Operations in flight have ended with an error. Ranks that live are waited for, up to `CAROLE_ELASTIC_TIMEOUT_S`
+    (600 s); one that does not answer for `CAROLE_TIMEOUT_MS` (3 s) is left behind.
+
+    Raises:
+        BrokenError: where this process cannot go on. Its `excluded` is true when the others have gone on without it
+            (it was stopped for too long, or let go); else too few ranks came together (a minority).
+    After any error this process has left the job.
+    """
+    try:
+        _native.reform()
+    except Exception:
+        _sets.forget()
+        raise
+    _sets.renew()
+    for begin in after_reform:
+        begin()
+
+
+def epoch() -> int:
+    """How many times the ranks have come together anew: 0 until the first `reform`."""
+    return _native.world()["epoch"]
 
 
 def _at_exit() -> None:

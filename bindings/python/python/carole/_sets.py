@@ -125,6 +125,19 @@ def forget() -> None:
     _known.clear()
 
 
+def renew() -> None:
+    """In a new epoch sets have the ranks that are left, under their new numbers."""
+    left = {identifier: ranks for identifier, ranks, _ in _native.process_sets()}
+    for identifier in list(_known):
+        for one in _known[identifier]:
+            if identifier in left:
+                one._ranks = list(left[identifier])
+            else:
+                one.process_set_id = None
+        if identifier not in left:
+            del _known[identifier]
+
+
 def add_process_set(process_set: Union[ProcessSet, Sequence[int]]) -> ProcessSet:
     """Makes a process set known to the job.
 

@@ -9,7 +9,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 
-from .. import _native
+from .. import _elastic, _native
 from .._sets import ProcessSet, global_process_set
 from . import ops
 from .compression import Compression
@@ -272,7 +272,8 @@ def DistributedOptimizer(
         type(optimizer), named, compression, backward_passes_per_step, op, gradient_predivide_factor,
         _split(groups, trained), sparse_as_dense, process_set, gradient_as_bucket_view,
     )  # fmt: skip
-    several = _native.world()["size"] > 1 and process_set.included() is not False
+    # An elastic job may begin with one rank and grow.
+    several = (_native.world()["size"] > 1 or _elastic.may_grow()) and process_set.included() is not False
     methods = _DistributedAdasumOptimizer if op == Adasum and several else _DistributedOptimizer
     kept = {key: value for key, value in vars(methods).items() if key not in ("__dict__", "__weakref__")}
     wrapped_class = type(type(optimizer).__name__, (type(optimizer),), kept)

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 
+from .. import _life
 from .._sets import ProcessSet
 from . import buckets, ops
 from .buckets import Bucket
@@ -15,6 +16,7 @@ from .ops import Average, Max
 
 # How a gradient is laid out; ranks agree on the largest, so a rank without a gradient learns what others have.
 _DENSE, _SPARSE = 1, 2
+_all: "weakref.WeakSet[Reducer]" = weakref.WeakSet()
 
 
 class Group:
@@ -60,6 +62,7 @@ class Reducer:
         self.synchronized = False
         self.should_synchronize = True
         self.keep: List[Any] = []
+        _all.add(self)
 
     def hook(self, parameters: Sequence[torch.Tensor]) -> None:
         """Begins to reduce the gradients of these parameters."""
@@ -267,6 +270,16 @@ class Reducer:
             self.passes_left[parameter] = self.backward_passes_per_step
         for group in self.groups.values():
             group.ready = 0
+
+
+def _begin_epoch() -> None:
+    """A failure may have come in the middle of a backward pass, and ranks that are new know nothing yet."""
+    for reducer in list(_all):
+        reducer.reset()
+        reducer.layouts = None
+
+
+_life.after_reform.append(_begin_epoch)
 
 
 def _expected(reducer: Any, parameter: Optional[torch.Tensor]) -> None:

@@ -32,9 +32,14 @@ class StateHandler:
         """Goes back to the copy."""
         raise NotImplementedError
 
+    def fetch(self) -> None:
+        """Gives all ranks the value of rank 0, without saving it."""
+        raise NotImplementedError
+
     def sync(self) -> None:
         """Gives all ranks the value of rank 0, and saves it."""
-        raise NotImplementedError
+        self.fetch()
+        self.save()
 
 
 class _StateDictHandler(StateHandler):
@@ -55,17 +60,15 @@ class _StateDictHandler(StateHandler):
 class ModelStateHandler(_StateDictHandler):
     """Handles `torch.nn.Module`."""
 
-    def sync(self) -> None:
+    def fetch(self) -> None:
         broadcast_parameters(self.value.state_dict(), root_rank=0)
-        self.save()
 
 
 class OptimizerStateHandler(_StateDictHandler):
     """Handles `torch.optim.Optimizer`."""
 
-    def sync(self) -> None:
+    def fetch(self) -> None:
         broadcast_optimizer_state(self.value, root_rank=0)
-        self.save()
 
 
 class SamplerStateHandler(StateHandler):
@@ -81,9 +84,8 @@ class SamplerStateHandler(StateHandler):
     def restore(self) -> None:
         self.value.load_state_dict(self._saved)
 
-    def sync(self) -> None:
+    def fetch(self) -> None:
         self.value.load_state_dict(broadcast_object(self.value.state_dict(), 0, "elastic.sampler"))
-        self.save()
 
 
 Registry = List[Tuple[Type[Any], Type[StateHandler]]]
@@ -154,9 +156,20 @@ class TorchState(ObjectState):
 
     def sync(self) -> None:
         """Gives all ranks the state of rank 0."""
+        late = []
         for name in sorted(self._handlers):
-            self._handlers[name].sync()
-        super().sync()
+            handler = self._handlers[name]
+            # Nothing is saved before everything is here: a rank may be lost half-way, and what was saved before is
+            # what all go back to. Handlers that only know how to do both at once do so.
+            if type(handler).fetch is StateHandler.fetch:
+                handler.sync()
+            else:
+                handler.fetch()
+                late.append(handler)
+        self._fetch()
+        for handler in late:
+            handler.save()
+        ObjectState.save(self)
 
     def reset(self) -> None:
         """Samplers deal anew: there may be more or fewer ranks."""
