@@ -110,7 +110,7 @@ impl Caller {
             Ok(Some(Answer::Come)) => Reached::Meeting(channel),
             Ok(Some(Answer::Elsewhere(rank))) => Reached::Elsewhere(rank),
             Ok(Some(Answer::Excluded(epoch))) => Reached::GoneOn(epoch),
-            Ok(Some(_)) | Err(()) => Reached::NotYet,
+            Ok(Some(_)) | Err(Ended) => Reached::NotYet,
             Ok(None) => return Knocked::Silence,
         })
     }
@@ -122,29 +122,32 @@ enum Knocked {
     Silence,
 }
 
-/// The next answer of a service on a proven connection; `None` when the deadline has come, `Err` when the connection
-/// has ended or what came is not an answer.
-pub fn read_answer(channel: &mut Channel, deadline: Instant) -> Result<Option<Answer>, ()> {
+/// A connection has ended, or what came on it is not an answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ended;
+
+/// The next answer of a service on a proven connection; `None` when the deadline has come.
+pub fn read_answer(channel: &mut Channel, deadline: Instant) -> Result<Option<Answer>, Ended> {
     loop {
-        channel.flush().map_err(drop)?;
+        channel.flush().map_err(|_| Ended)?;
         if let Some(answer) = poll_answer(channel)? {
             return Ok(Some(answer));
         }
-        if !channel.wait(deadline).map_err(drop)? {
+        if !channel.wait(deadline).map_err(|_| Ended)? {
             return Ok(None);
         }
     }
 }
 
 /// The next answer, if all of it has come.
-pub fn poll_answer(channel: &mut Channel) -> Result<Option<Answer>, ()> {
-    let Some(bytes) = channel.fill(LENGTH_BYTES).map_err(drop)? else { return Ok(None) };
+pub fn poll_answer(channel: &mut Channel) -> Result<Option<Answer>, Ended> {
+    let Some(bytes) = channel.fill(LENGTH_BYTES).map_err(|_| Ended)? else { return Ok(None) };
     let len = u32::from_le_bytes(bytes[..LENGTH_BYTES].try_into().expect("four bytes")) as usize;
     if len > TABLE_BYTES_MAX {
-        return Err(());
+        return Err(Ended);
     }
-    let Some(bytes) = channel.fill(LENGTH_BYTES + len).map_err(drop)? else { return Ok(None) };
-    let answer = Answer::decode(&bytes[LENGTH_BYTES..]).map_err(drop)?;
+    let Some(bytes) = channel.fill(LENGTH_BYTES + len).map_err(|_| Ended)? else { return Ok(None) };
+    let answer = Answer::decode(&bytes[LENGTH_BYTES..]).map_err(|_| Ended)?;
     channel.taken();
     Ok(Some(answer))
 }

@@ -2,11 +2,12 @@
 //! here for each later epoch; how other ranks do that is said in [`super::reform`].
 #![forbid(unsafe_code)]
 
-use super::approach::read_answer;
-use super::card::{Answer, Card, Knob, Registration, Table, frame};
+use super::approach::{Ended, read_answer};
+use super::card::{Answer, Knob, Registration, Table, frame};
 use super::channel::{Channel, Stream};
-use super::listen::{self, Doors};
-use super::past::{Past, Sets};
+use super::found::{Found, Veteran, card, over};
+use super::listen::Doors;
+use super::past::Sets;
 use super::place::{self, Environment, Hints, Meeting, Place};
 use super::proof::{self, Handshake, Hello, ProofError, Purpose, SERVICE};
 use super::reactor::timespec;
@@ -15,7 +16,7 @@ use super::server::{self, Bind, PRIVATE_SOCKET, Server, ServerOptions};
 use super::topology::Topology;
 use super::{Warn, build};
 use crate::config::Config;
-use crate::error::{Broken, Cause, Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::limits::{HANDSHAKE_MS, SILENCE_MS};
 use crate::types::{Epoch, Rank};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -161,16 +162,6 @@ pub fn join(config: &Join) -> Result<Joined> {
     Ok(Joined { server, ..found.joined(config, doors) })
 }
 
-/// What a worker of an elastic job keeps from one epoch to the next.
-pub struct Veteran {
-    /// Its doors, which stay open: closed ones say that it has ended.
-    pub doors: Doors,
-    /// The job's secret.
-    pub secret: Secret,
-    /// The epoch that it comes from.
-    pub past: Past,
-}
-
 /// Comes to the launcher's rendezvous, for the first time or after an epoch, and waits for the next epoch. Bounded by
 /// the elastic timeout.
 pub fn join_elastic(config: &Join, worker: u32, veteran: Option<Veteran>) -> Result<Joined> {
@@ -228,42 +219,6 @@ fn alone(config: &Join, place: &Place) -> Result<Joined> {
     Ok(Found { table, rank: Rank(0), secret, leash: None }.joined(config, doors))
 }
 
-/// An epoch in which this process has a place.
-pub(super) struct Found {
-    /// All ranks.
-    pub(super) table: Table,
-    /// This one.
-    pub(super) rank: Rank,
-    /// The job's secret.
-    pub(super) secret: Secret,
-    /// The connection on which more may come.
-    pub(super) leash: Option<Channel>,
-}
-
-impl Found {
-    /// Finds this process in the table.
-    pub(super) fn of(table: Table, mine: &Card, secret: &Secret) -> std::result::Result<Found, String> {
-        // Between epochs ranks change, and what was said of hosts is forgotten.
-        let same = |card: &Card| {
-            Card { rank: mine.rank, hints: mine.hints, ..card.clone() } == *mine && table.job == secret.job()
-        };
-        match table.cards.iter().position(same) {
-            Some(rank) => Ok(Found { table, rank: Rank(rank as u32), secret: secret.clone(), leash: None }),
-            None => Err("the rendezvous sent the table of another job".into()),
-        }
-    }
-
-    pub(super) fn joined(self, config: &Join, doors: Doors) -> Joined {
-        let Found { table, rank, secret, leash } = self;
-        let topology = Topology::of(&table);
-        if rank == Rank(0) {
-            topology.contradictions.iter().for_each(|text| (config.warn)(text));
-        }
-        let (table, topology) = (Arc::new(table), Arc::new(topology));
-        Joined { rank, table, topology, secret, doors, server: None, leash, warn: config.warn.clone() }
-    }
-}
-
 fn find_secret(config: &Join) -> Result<Option<Secret>> {
     if let Some(secret) = &config.secret {
         return Ok(Some(secret.clone()));
@@ -296,35 +251,6 @@ fn insecure(config: &Join, meeting: &Meeting) -> Secret {
 
 fn parent() -> u32 {
     rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get() as u32)
-}
-
-fn card(config: &Join, rank: u32, hints: Hints, doors: &Doors) -> Card {
-    let host_id = config.environment.get("CAROLE_HOST_ID").filter(|id| !id.is_empty());
-    let bare = bare_card();
-    Card {
-        rank: Rank(rank),
-        hints,
-        host_id: host_id.cloned().unwrap_or(bare.host_id),
-        simd: config.simd,
-        addresses: doors.addresses.clone(),
-        socket: doors.socket,
-        ..bare
-    }
-}
-
-/// A card of this process, which is no rank and has no doors.
-pub(super) fn bare_card() -> Card {
-    Card {
-        rank: SERVICE,
-        hints: Hints::default(),
-        host_id: listen::host_id(),
-        hostname: listen::hostname(),
-        pid: std::process::id(),
-        build: build().to_owned(),
-        simd: 0,
-        addresses: Vec::new(),
-        socket: None,
-    }
 }
 
 /// Rank 0 starts its service where there is no other; everybody learns where to go.
@@ -559,7 +485,7 @@ impl Seeker<'_> {
         let deadline = Instant::now() + Duration::from_millis(self.patience_ms + VERDICT_MS);
         let lost =
             |why: &str| Failure::Again(format!("the rendezvous ended while ranks were arriving: {why}"));
-        match read_answer(&mut channel, deadline).map_err(|()| lost("it closed the connection"))? {
+        match read_answer(&mut channel, deadline).map_err(|Ended| lost("it closed the connection"))? {
             None => Err(lost("no answer came in time")),
             Some(Answer::Refused(reason)) => Err(Failure::Final(reason)),
             Some(Answer::Excluded(epoch)) => Err(Failure::Over(Cause::Excluded { epoch })),
@@ -594,14 +520,6 @@ impl Seeker<'_> {
             _ => Failure::Final(text),
         }
     }
-}
-
-/// The end of what this process takes part in.
-pub(super) fn over(past: Option<&Past>, cause: Cause) -> Error {
-    let (epoch, culprit) = past.map_or((Epoch(0), None), |past| (past.epoch, Some(past.rank)));
-    // A minority is nobody's fault.
-    let culprit = culprit.filter(|_| matches!(cause, Cause::Excluded { .. }));
-    Error::Broken(Arc::new(Broken { epoch, culprit, cause }))
 }
 
 fn read(channel: &mut Channel, want: usize, deadline: Instant) -> std::result::Result<&[u8], String> {

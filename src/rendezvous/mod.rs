@@ -9,6 +9,7 @@ pub mod card;
 pub mod channel;
 pub mod client;
 pub mod codec;
+mod found;
 pub mod listen;
 pub mod past;
 pub mod place;

@@ -11,10 +11,12 @@
 //! stopped and resumes later finds the others, who tell it that they have gone on.
 #![forbid(unsafe_code)]
 
-use super::approach::{Caller, Reached, read_answer};
+use super::approach::{Caller, Ended, Reached, read_answer};
 use super::card::{Answer, Card, Registration, Table, frame};
 use super::channel::Channel;
-use super::client::{Found, Join, Joined, Veteran, join_elastic, over};
+use super::client::{Join, Joined, join_elastic};
+pub use super::found::Veteran;
+use super::found::{Found, over};
 use super::place;
 use super::porter::Porter;
 use super::server::Server;
@@ -166,7 +168,7 @@ impl Seeker<'_> {
             Ok(Some(Answer::Excluded(epoch))) => Err(self.over(Cause::Excluded { epoch })),
             Ok(Some(Answer::Minority { here, of })) => Err(self.over(Cause::Minority { here, of })),
             // It died, or made room for another meeting.
-            Ok(_) | Err(()) => Ok(Look::Wait),
+            Ok(_) | Err(Ended) => Ok(Look::Wait),
         }
     }
 

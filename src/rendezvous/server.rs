@@ -137,7 +137,7 @@ impl Server {
         };
         let assembly = Assembly::new(options.secret.job(), terms, None);
         let caller = Caller {
-            card: super::client::bare_card(),
+            card: super::found::bare_card(),
             epoch: Epoch(0),
             secret: options.secret.clone(),
             silence: elastic.silence,

@@ -1,15 +1,16 @@
 //! From one epoch to the next.
+#![forbid(unsafe_code)]
 
 use super::live::{EPOCH, Live, how_to_join, lock};
 use crate::engine::handles::Handles;
 use crate::error::{Cause, Error, Result};
 use crate::fork;
-use crate::rendezvous::approach::poll_answer;
+use crate::rendezvous::approach::{Ended, poll_answer};
 use crate::rendezvous::card::{Answer, News};
 use crate::rendezvous::channel::Channel;
-use crate::rendezvous::client::{Joined, Veteran};
+use crate::rendezvous::client::Joined;
 use crate::rendezvous::past::{Past, Sets};
-use crate::rendezvous::reform::reform;
+use crate::rendezvous::reform::{Veteran, reform};
 use crate::rendezvous::topology::Topology;
 use crate::types::{Epoch, Rank};
 use std::os::fd::{AsFd, AsRawFd};
@@ -39,7 +40,7 @@ impl Leash {
                     self.news.removed |= news.removed;
                 }
                 // The launcher has ended; it may come back with the next epoch.
-                Ok(Some(_)) | Err(()) => self.ended = true,
+                Ok(Some(_)) | Err(Ended) => self.ended = true,
             }
         }
         self.news

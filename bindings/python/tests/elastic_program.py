@@ -102,7 +102,8 @@ def torch_():
             sampler.set_epoch(state.passes)
 
     note(started=started)
-    note(ended=state.step, loss=train(state))
+    loss = train(state)
+    note(ended=state.step, loss=loss)
 
 
 if "fails" in sys.argv:

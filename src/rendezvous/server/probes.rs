@@ -15,11 +15,14 @@ const AT_ONE_TIME: usize = 16;
 /// Most ranks come by themselves within this time; and so long is the pause between two looks at one.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// What was found out about which rank of which epoch.
+type Result = (Epoch, Rank, Found);
+
 /// Who is looked for.
 pub struct Probes {
     caller: Caller,
     bell: Waker,
-    results: (Sender<(Epoch, Rank, Found)>, Receiver<(Epoch, Rank, Found)>),
+    results: (Sender<Result>, Receiver<Result>),
     /// When each is looked for next; none while a thread does.
     next: BTreeMap<Rank, Option<Instant>>,
     epoch: Epoch,
@@ -67,7 +70,7 @@ impl Probes {
     }
 
     /// What was found out since the last call.
-    pub fn found(&mut self, now: Instant) -> Option<(Epoch, Rank, Found)> {
+    pub fn found(&mut self, now: Instant) -> Option<Result> {
         let found = self.results.1.try_recv().ok()?;
         self.next.insert(found.1, Some(now + PAUSE));
         Some(found)
