@@ -13,7 +13,7 @@ pub const CAROLE_OK: i32 = 0;
 pub const CAROLE_ERROR_USAGE: i32 = 1;
 /// Fix the tensor: ranks disagree about it. The group goes on.
 pub const CAROLE_ERROR_MISMATCH: i32 = 2;
-/// Form a new group (carole_shutdown, carole_init): a rank failed. carole_last_culprit() tells which.
+/// A rank failed; carole_reform() goes on with the others. carole_last_culprit() tells which.
 pub const CAROLE_ERROR_BROKEN: i32 = 3;
 /// The job is over: this rank or another has shut down in an orderly way.
 pub const CAROLE_ERROR_SHUTDOWN: i32 = 4;

@@ -84,6 +84,29 @@ pub extern "C" fn carole_shutdown() -> i32 {
     enter(core::shutdown)
 }
 
+/// Forms the next epoch with the ranks that are left: after a call has failed with CAROLE_ERROR_BROKEN, or whenever
+/// all ranks call it. No process is restarted. Ranks keep their order and count from 0 again, process sets keep
+/// their numbers and lose the members that are gone (a set that has lost all is gone, too), and in an elastic job
+/// processes that wait to be let in come last; carole_get_world tells the new place. Operations in flight have
+/// ended with an error. Waits for ranks that live, up to CAROLE_ELASTIC_TIMEOUT_S. CAROLE_ERROR_BROKEN means that this
+/// process must not go on: the others have gone on without it, or too few came together. After any error it is in
+/// no job. Taken in turn with carole_init and carole_shutdown.
+#[unsafe(no_mangle)]
+pub extern "C" fn carole_reform() -> i32 {
+    enter(|| core::reform().map(drop))
+}
+
+/// The number of the present epoch: 0 until the first carole_reform; -1 when not initialized.
+#[unsafe(no_mangle)]
+pub extern "C" fn carole_epoch() -> i64 {
+    let mut epoch = -1;
+    enter(|| {
+        epoch = i64::from(core::epoch()?);
+        Ok(())
+    });
+    epoch
+}
+
 /// 1 when carole_init has succeeded and carole_shutdown has not been called since, else 0.
 #[unsafe(no_mangle)]
 pub extern "C" fn carole_is_initialized() -> i32 {

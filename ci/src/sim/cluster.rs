@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::program::{Fault, HORIZON_NS, Kind, Planned, Program, Random, fault, program};
+use super::reform::regroup;
 use super::sabotage::{Sabotage, Sabotaged};
 use super::submit::submit;
 use carole::coordinator::{self, OpId};
@@ -12,6 +13,7 @@ use carole::error::Error;
 use carole::fusion;
 use carole::limits::SHUTDOWN_MS;
 use carole::membership;
+use carole::rendezvous::past::Sets;
 use carole::transport::flow::FlowOptions;
 use carole::transport::sim::{Fabric, Network, SimOptions};
 use carole::types::{Epoch, GLOBAL_SET, Rank, SetId, Time};
@@ -23,6 +25,8 @@ pub struct Report {
     pub operations: u64,
     pub faulty: bool,
     pub split: u64,
+    /// Whether an epoch followed.
+    pub reformed: bool,
     /// A hash of what ended when, where and how.
     pub trace: u64,
 }
@@ -89,18 +93,26 @@ pub fn simulate(order: Order) -> Result<Report, String> {
         fragments: random.once_in(2),
         boards: random.once_in(2),
     });
-    let mut cluster = Cluster::new(random, order, network, size, Epoch(1), Time(0));
+    let none = Sets { next: 1, ..Sets::default() };
+    let mut cluster = Cluster::new(random, order, network, size, Epoch(1), Time(0), &none);
     let end = cluster.run(Time(0))?;
     let mut report = cluster.judge()?;
     if matches!(
         cluster.injected(),
-        Some(Fault::Kill(_) | Fault::Stop(_) | Fault::HalfOpen(..) | Fault::Flip(..))
+        Some(Fault::Kill(_) | Fault::Stop(_) | Fault::HalfOpen(..) | Fault::Flip(..) | Fault::Leave(_))
     ) {
-        // The processes start again: new engines, the same network.
-        let Cluster { network, random, nodes, .. } = cluster;
+        // The survivors go on, or the processes start again: new engines, the same network.
+        let mut random = cluster.random.clone();
+        let follows = match random.once_in(4) {
+            true => Some((size, none)),
+            false => regroup(&cluster, &mut random, end)?,
+        };
+        let Some((size, carried)) = follows else { return Ok(report) };
+        report.reformed = true;
+        let Cluster { network, nodes, .. } = cluster;
         drop(nodes);
         network.forget_faults();
-        let mut again = Cluster::new(random, order, network, size, Epoch(2), end);
+        let mut again = Cluster::new(random, order, network, size, Epoch(2), end, &carried);
         again.fault = None;
         again.run(end)?;
         let second = again.judge().map_err(|found| format!("in the second epoch: {found}"))?;
@@ -159,9 +171,10 @@ impl Cluster {
         size: u32,
         epoch: Epoch,
         start: Time,
+        carried: &Sets,
     ) -> Cluster {
         let strict = random.once_in(4);
-        let program = program(&mut random, size, strict);
+        let program = program(&mut random, size, strict, carried);
         let per_host = 1 + random.below(u64::from(size)) as u32;
         let even = random.once_in(2);
         let hosts: Arc<[u32]> = match even {
@@ -193,8 +206,8 @@ impl Cluster {
                         plans_max: 16,
                     },
                     membership: membership::Rules::default(),
-                    sets: Vec::new(),
-                    next_set: 1,
+                    sets: carried_by(r, carried, order.sabotage),
+                    next_set: carried.next,
                 };
                 let options = FlowOptions { eager_bytes_max, checksums };
                 let fabric = Fabric::new(network.clone(), Rank(r), options);
@@ -425,6 +438,15 @@ impl Cluster {
     }
 }
 
+/// The sets that a rank has from the start.
+fn carried_by(rank: u32, carried: &Sets, sabotage: Option<Sabotage>) -> Vec<(SetId, Vec<Rank>)> {
+    let mut list = carried.list.clone();
+    if rank == 1 && sabotage == Some(Sabotage::SetsDiffer) {
+        list.iter_mut().filter(|(_, ranks)| ranks.len() > 1).for_each(|(_, ranks)| drop(ranks.pop()));
+    }
+    list
+}
+
 fn node(rank: Rank, engine: Engine, program: &Program, start: Time) -> Node {
     let n = program.ops.len();
     let mine = |i: &usize| program.ops[*i].present[rank.0 as usize];
@@ -433,6 +455,9 @@ fn node(rank: Rank, engine: Engine, program: &Program, start: Time) -> Node {
     plan.sort_by_key(|&due| std::cmp::Reverse(due));
     let mut sets = vec![None; program.sets.len()];
     sets[0] = Some(GLOBAL_SET);
+    for (place, id) in program.carried.iter().enumerate() {
+        sets[place + 1] = Some(*id);
+    }
     Node {
         rank,
         engine: Some(engine),

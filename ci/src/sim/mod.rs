@@ -5,6 +5,7 @@ mod check;
 mod cluster;
 mod judge;
 mod program;
+mod reform;
 mod sabotage;
 mod submit;
 #[cfg(test)]
@@ -44,6 +45,8 @@ pub struct Tally {
     pub faults: u64,
     /// Operations that some live ranks had finished when the epoch broke, and others not.
     pub split: u64,
+    /// Clusters in which an epoch followed a fault, with the survivors or with all.
+    pub reformed: u64,
     /// Seeds that found something.
     pub failed: u64,
 }
@@ -63,6 +66,7 @@ fn work(args: &SimArgs, next: &AtomicU64, total: &Mutex<Tally>) {
                 tally.operations += report.operations;
                 tally.faults += u64::from(report.faulty);
                 tally.split += report.split;
+                tally.reformed += u64::from(report.reformed);
                 continue;
             }
             Ok(Err(found)) => found,
@@ -117,5 +121,6 @@ pub fn run(args: &SimArgs) -> i32 {
         failed
     );
     println!("operations finished on some live ranks only when an epoch broke: {}", tally.split);
+    println!("epochs that followed a fault: {}", tally.reformed);
     i32::from(failed > 0)
 }

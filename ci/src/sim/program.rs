@@ -2,7 +2,8 @@
 //! order of its own, some of them wrong; and what goes wrong besides.
 #![forbid(unsafe_code)]
 
-use carole::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale};
+use carole::rendezvous::past::Sets;
+use carole::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
 
 /// A small generator of random numbers (splitmix64), so that a seed means the same everywhere.
 #[derive(Clone)]
@@ -117,6 +118,8 @@ pub struct Planned {
 pub struct Program {
     /// The ranks of each process set; the first is the global one.
     pub sets: Vec<Vec<u32>>,
+    /// The numbers of sets that there are from the start; these stand first, behind the global one.
+    pub carried: Vec<SetId>,
     /// The operations.
     pub ops: Vec<Planned>,
 }
@@ -127,14 +130,23 @@ pub const HORIZON_NS: u64 = 20_000_000;
 /// Above this many ranks a cluster only meets in barriers: an alltoall of a thousand ranks is a million messages.
 pub const BUSY_RANKS_MAX: u32 = 256;
 
-/// The operations of a cluster of `size` ranks. In strict mode some have values that are rounded.
-pub fn program(random: &mut Random, size: u32, strict: bool) -> Program {
+/// The operations of a cluster of `size` ranks, which has these process sets from the start. In strict mode some have
+/// values that are rounded.
+pub fn program(random: &mut Random, size: u32, strict: bool, carried: &Sets) -> Program {
     if size > BUSY_RANKS_MAX {
         let barrier = |i| plain(random, size, Collective::Barrier, 0, format!("barrier/{i}"));
-        return Program { sets: vec![(0..size).collect()], ops: (0..4).map(barrier).collect() };
+        let ops = (0..4).map(barrier).collect();
+        return Program { sets: vec![(0..size).collect()], carried: Vec::new(), ops };
     }
-    let mut program = Program { sets: sets(random, size), ops: Vec::new() };
-    for set in 1..program.sets.len() {
+    let mut program = Program { sets: sets(random, size), carried: Vec::new(), ops: Vec::new() };
+    if !carried.list.is_empty() {
+        program.sets.truncate(1);
+        for (id, ranks) in &carried.list {
+            program.carried.push(*id);
+            program.sets.push(ranks.iter().map(|rank| rank.0).collect());
+        }
+    }
+    for set in 1 + program.carried.len()..program.sets.len() {
         let mut op = plain(random, size, Collective::AddSet, 0, format!("add/{set}"));
         op.kind = Kind::AddSet(set);
         op.at = (0..size).map(|_| random.below(HORIZON_NS / 8)).collect();
@@ -177,7 +189,8 @@ impl Program {
     fn push(&mut self, mut op: Planned) {
         if op.set > 0 {
             let made = self.ops.iter().position(|o| o.kind == Kind::AddSet(op.set));
-            op.needs.push(made.expect("sets are made first"));
+            assert!(made.is_some() || op.set <= self.carried.len(), "sets are made first");
+            op.needs.extend(made);
             let members = &self.sets[op.set];
             for (rank, present) in op.present.iter_mut().enumerate() {
                 *present &= members.contains(&(rank as u32));

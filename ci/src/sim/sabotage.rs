@@ -26,6 +26,8 @@ pub enum Sabotage {
     AgreementLost,
     /// A departure is not passed on.
     GoodbyeLost,
+    /// A rank carries a process set into the next epoch without one of its members.
+    SetsDiffer,
 }
 
 impl Sabotage {

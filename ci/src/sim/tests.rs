@@ -21,6 +21,20 @@ fn seeds_pass_without_a_planted_bug() {
 }
 
 #[test]
+fn survivors_go_on_in_new_epochs() {
+    let reports: Vec<_> =
+        (1..=120).map(|seed| simulate(Order { seed, ..Order::default() }).unwrap()).collect();
+    let reformed = reports.iter().filter(|report| report.reformed).count();
+    assert!(reformed >= 10, "{reformed} of 120 clusters have formed a new epoch");
+}
+
+#[test]
+fn a_set_that_is_not_carried_over_alike_is_found() {
+    let found = found(Sabotage::SetsDiffer);
+    assert_eq!(found.len(), 3, "found by {found:?} of 200 seeds");
+}
+
+#[test]
 fn planted_bugs_are_found() {
     for sabotage in [
         Sabotage::BatchOrder,
