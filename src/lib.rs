@@ -57,7 +57,7 @@
 //! * No byte of a connection is believed before it has proven (job, rank, epoch); no length is believed
 //!   before it was held against [`limits`].
 //! * A failure ends the *epoch*: everybody gets the same [`error::Broken`], the gravest cause of those that were
-//!   noticed at once ([`membership`]). Only a rank to which there is a link is missed, so the ranks hang together
+//!   noticed at once ([`membership`]), and those that are left form the next one ([`membership::regroup`]). Only a rank to which there is a link is missed, so the ranks hang together
 //!   from the first traffic on.
 //! * After a shape is first seen nothing is allocated.
 //! * [`memory`] is the one place where a name of memory becomes an address.
@@ -80,8 +80,12 @@
 //! * *Values with the marks.* An allreduce of a few bytes is agreed on together with its values (`engine/inline.rs`):
 //!   what is left to do is to reduce them.
 //! * *A closing order.* A rank that leaves may not make what was agreed before fail; see `engine/departure.rs`.
+//! * *Doors instead of votes by message.* After an epoch the ranks come together at one place, whose machine
+//!   ([`membership::regroup`]) decides: the launcher's rendezvous in an elastic job, else the doors of the lowest rank
+//!   that lives ([`rendezvous::reform`]). Open doors tell that a rank lives, closed ones that it has ended.
 //! * *Not there yet*: uniform completion (held and released marks) and the verdict round that settle what some
-//!   ranks had finished when an epoch broke; step plans (their seam is described in [`coordinator`]).
+//!   ranks had finished when an epoch broke (changes of process sets excepted, which the next epoch settles); step
+//!   plans (their seam is described in [`coordinator`]).
 //!
 //! # Vocabulary
 //! *rank* a process; *process set* ranks that agree among themselves; *member* a rank's place in a set;
@@ -89,7 +93,8 @@
 //! *extent* and *piece* runs of memory; *lane* of a link; *stream* what matches a send with its receive; *cut* a
 //! portion of the agreed log; *epoch* an agreement about who takes part; *handle* an operation in flight;
 //! *board* memory of one rank that all ranks of its host map, with *seats* for process sets; *tick* a window's turn there;
-//! *rendezvous*; *porter* the thread that connects; *slot* a place for a rank on a host.
+//! *rendezvous*; *porter* the thread that connects; *slot* a place for a rank on a host; *worker* a process of an
+//! elastic job, whose rank changes with the epochs; *re-form* to begin the epoch that follows.
 
 pub mod types;
 pub mod hash;

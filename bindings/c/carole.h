@@ -47,7 +47,7 @@
 #define CAROLE_ERROR_MISMATCH 2
 
 /*
- Form a new group (carole_shutdown, carole_init): a rank failed. carole_last_culprit() tells which.
+ A rank failed; carole_reform() goes on with the others. carole_last_culprit() tells which.
  */
 #define CAROLE_ERROR_BROKEN 3
 
@@ -915,6 +915,22 @@ int32_t carole_init(const carole_init_options *options);
  may be called again afterwards, any number of times.
  */
 int32_t carole_shutdown(void);
+
+/*
+ Forms the next epoch with the ranks that are left: after a call has failed with CAROLE_ERROR_BROKEN, or whenever
+ all ranks call it. No process is restarted. Ranks keep their order and count from 0 again, process sets keep
+ their numbers and lose the members that are gone (a set that has lost all is gone, too), and in an elastic job
+ processes that wait to be let in come last; carole_get_world tells the new place. Operations in flight have
+ ended with an error. Waits for ranks that live, up to CAROLE_ELASTIC_TIMEOUT_S. CAROLE_ERROR_BROKEN means that this
+ process must not go on: the others have gone on without it, or too few came together. After any error it is in
+ no job. Taken in turn with carole_init and carole_shutdown.
+ */
+int32_t carole_reform(void);
+
+/*
+ The number of the present epoch: how often the ranks have come together before; -1 when not initialized.
+ */
+int64_t carole_epoch(void);
 
 /*
  1 when carole_init has succeeded and carole_shutdown has not been called since, else 0.

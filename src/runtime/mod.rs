@@ -233,7 +233,7 @@ pub fn news() -> Result<News> {
     Ok(reform::news(&*live()?))
 }
 
-/// The number of the present epoch.
+/// The number of the present epoch: how often the ranks have come together before.
 pub fn epoch() -> Result<u32> {
     Ok(live()?.table.epoch.0)
 }

@@ -96,7 +96,7 @@ pub extern "C" fn carole_reform() -> i32 {
     enter(|| core::reform().map(drop))
 }
 
-/// The number of the present epoch: 0 until the first carole_reform; -1 when not initialized.
+/// The number of the present epoch: how often the ranks have come together before; -1 when not initialized.
 #[unsafe(no_mangle)]
 pub extern "C" fn carole_epoch() -> i64 {
     let mut epoch = -1;

@@ -363,6 +363,15 @@ static void released(void) {
     OK(carole_barrier(NULL));
 }
 
+/* A new epoch of the same ranks, while nothing is wrong. */
+static void reform(void) {
+    int64_t before = carole_epoch();
+    OK(carole_reform());
+    EXPECT(carole_epoch() == before + 1);
+    EXPECT(carole_rank() == me && carole_size() == size);
+    allreduce();
+}
+
 int main(void) {
     int round;
     EXPECT(carole_abi_version() == CAROLE_ABI_VERSION);
@@ -383,6 +392,7 @@ int main(void) {
         mistakes();
         released();
         join();
+        reform();
         OK(carole_shutdown());
         EXPECT(carole_is_initialized() == 0);
     }

@@ -14,8 +14,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 LAUNCH = "from carole._scripts import carolerun; carolerun()"
 
 
-def start(example, *arguments, ranks=2):
-    command = [sys.executable, "-c", LAUNCH, "-np", str(ranks), sys.executable, str(EXAMPLES / example), *arguments]
+def start(example, *arguments, ranks=2, flags=()):
+    program = [sys.executable, str(EXAMPLES / example), *arguments]
+    command = [sys.executable, "-c", LAUNCH, "-np", str(ranks), *flags, *program]
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("CAROLE_", "HOROVOD_"))}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,3 +47,8 @@ def test_accumulation():
 
 def test_uneven():
     assert "same weights on all ranks: yes" in start("uneven_torch.py", ranks=3)
+
+
+def test_elastic():
+    text = start("elastic_torch.py", "--epochs", "1", flags=("--min-np", "1", "--max-np", "2"))
+    assert text.count("begins with epoch 0") == 2 == text.count("rank 0 of 2: done") + text.count("rank 1 of 2: done")

@@ -81,7 +81,7 @@ def reform() -> None:
 
 
 def epoch() -> int:
-    """How many times the ranks have come together anew: 0 until the first `reform`."""
+    """The number of the present epoch: how often the ranks have come together before."""
     return _native.world()["epoch"]
 
 
