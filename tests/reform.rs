@@ -17,6 +17,8 @@ const ROLE: &str = "CAROLE_TEST_ROLE";
 const FOLDER: &str = "CAROLE_TEST_FOLDER";
 /// The rank that does something else.
 const VICTIM: &str = "CAROLE_TEST_VICTIM";
+/// Ranks that stand for one host, where it is not all of them.
+const HOSTS: &str = "CAROLE_TEST_HOSTS";
 /// Only a hang comes here.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -93,7 +95,9 @@ fn go_on(role: &str, started_as: u32, error: &Error) -> bool {
         Ok(world) => {
             let (ms, epoch) = (start.elapsed().as_millis(), runtime::epoch().unwrap());
             say(&format!("is {} of {} in epoch {epoch} after {ms} ms; {error}", world.rank, world.size));
-            assert_eq!((world.local_rank, world.local_size), (world.rank, world.size));
+            if variable(HOSTS).is_empty() {
+                assert_eq!((world.local_rank, world.local_size), (world.rank, world.size));
+            }
             true
         }
         Err(error) => {
@@ -195,6 +199,10 @@ impl Ranks {
             command.env(FOLDER, ranks.folder.path());
             command.env("CAROLE_JOB", ranks.folder.path()).env("CAROLE_TIMEOUT_MS", "20000");
             command.envs(more.iter().copied());
+            if let Some((_, ranks)) = more.iter().find(|(name, _)| *name == HOSTS) {
+                let host = rank / ranks.parse::<u32>().unwrap();
+                command.env("CAROLE_HOST_ID", format!("host {host}"));
+            }
             let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
             let (sender, receiver) = channel();
             let stdout = BufReader::new(child.stdout.take().unwrap());
@@ -261,6 +269,54 @@ fn survivors_of_a_killed_rank_go_on() {
             println!("rank {victim} was killed; rank {rank} {words}");
         }
         ranks.end(&survivors, 1);
+    }
+}
+
+#[test]
+fn survivors_go_on_over_other_transports_and_between_hosts() {
+    for more in [&[("CAROLE_TRANSPORT", "tcp")][..], &[(HOSTS, "2")], &[(HOSTS, "1")]] {
+        for victim in [0, 3] {
+            let ranks = Ranks::start(4, "train", more);
+            ranks.under_way();
+            ranks.signal(victim, Signal::KILL);
+            let survivors: Vec<u32> = (0..4).filter(|&rank| rank != victim).collect();
+            for (place, &rank) in survivors.iter().enumerate() {
+                ranks.hear(rank, &format!("is {place} of 3 in epoch 1 after"));
+            }
+            ranks.end(&survivors, 1);
+        }
+    }
+}
+
+/// `TEST_KILLS` says how often.
+#[test]
+fn killed_at_any_moment() {
+    let trials = variable("TEST_KILLS").parse().unwrap_or(10u64);
+    for trial in 0..trials {
+        let ranks = Ranks::start(4, "train", &[]);
+        ranks.under_way();
+        let (victim, other) = (trial % 4, (trial / 4 + trial % 4 + 1) % 4);
+        let both = trial % 3 == 0 && other != victim;
+        std::thread::sleep(Duration::from_micros(trial * 7919 % 20_000));
+        ranks.signal(victim as u32, Signal::KILL);
+        if both {
+            std::thread::sleep(Duration::from_micros(trial * 104_729 % 15_000));
+            ranks.signal(other as u32, Signal::KILL);
+        }
+        let lost = |rank: &u64| *rank == victim || (both && *rank == other);
+        let survivors: Vec<u32> = (0..4).filter(|rank| !lost(rank)).map(|rank| rank as u32).collect();
+        let left = survivors.len();
+        let mut epochs = Vec::new();
+        for (place, &rank) in survivors.iter().enumerate() {
+            let mut words = ranks.hear(rank, "is ");
+            if !words.starts_with(&format!("is {place} of {left} in")) {
+                // The second was killed when the first epoch had been formed with it.
+                words = ranks.hear(rank, &format!("is {place} of {left} in epoch 2"));
+            }
+            epochs.push(if words.contains("in epoch 1 ") { 1 } else { 2 });
+        }
+        assert!(epochs.iter().all(|epoch| *epoch == epochs[0]), "{epochs:?}");
+        ranks.end(&survivors, epochs[0]);
     }
 }
 

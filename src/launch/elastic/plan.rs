@@ -285,9 +285,12 @@ impl Plan {
         if self.over {
             return;
         }
-        let survivors = self.workers.values().any(|placed| placed.state != State::Leaving);
+        let any = |state| self.workers.values().any(|placed| placed.state == state);
+        // Only who has trained has the state; before the first epoch anybody will do.
+        let survivors = any(State::Member) || (!self.trained && any(State::Starting));
         if self.closing {
-            if self.workers.is_empty() {
+            // Those that have just come have nobody to train with.
+            if !any(State::Member) && !any(State::Leaving) {
                 self.end(self.failed.unwrap_or(0), None);
             }
         } else if !survivors && code != 0 && state != State::Leaving {

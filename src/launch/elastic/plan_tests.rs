@@ -183,6 +183,30 @@ fn success_ends_the_growth_and_the_last_one_the_job() {
 }
 
 #[test]
+fn one_that_has_just_come_has_not_the_state() {
+    // The others end well while it starts.
+    let mut scene = Scene::new(terms(1, 2, 3), &[("a", 2)]);
+    scene.started();
+    scene.plan.formed(&[0, 1]);
+    scene.hosts(&[("a", 3)]);
+    assert_eq!(scene.started(), on("a", &[2]));
+    scene.ends(0, 0);
+    assert_eq!(scene.steps(), []);
+    scene.ends(1, 0);
+    assert_eq!(scene.over(), (0, None));
+    // Or they fail.
+    let mut scene = Scene::new(terms(1, 2, 3), &[("a", 2)]);
+    scene.started();
+    scene.plan.formed(&[0, 1]);
+    scene.hosts(&[("a", 3)]);
+    scene.started();
+    scene.ends(0, 1);
+    scene.ends(1, 5);
+    let (code, why) = scene.over();
+    assert!(code == 5 && why.unwrap().contains("all workers have failed"));
+}
+
+#[test]
 fn resets_are_limited() {
     let mut scene = Scene::new(Terms { reset_limit: Some(1), ..terms(1, 3, 3) }, &[("a", 3)]);
     scene.started();
