@@ -34,6 +34,8 @@ const CONNECT_MS: u64 = 1500;
 const LINK_MS: u64 = 10_000;
 /// Between two rounds over a peer's addresses.
 const RETRY_MS: u64 = 100;
+/// A peer that is on its way from one epoch to the next is tried again after this time.
+const LAG_MS: u64 = 5;
 /// A door that could not be opened for want of descriptors is left alone this long.
 const RELIEF_MS: u64 = 100;
 

@@ -101,6 +101,17 @@ impl Hall {
         }
     }
 
+    /// The peer has not left the epoch before yet: the same target is tried again, very soon.
+    pub(super) fn lags(&mut self, peer: Rank, attempt: u64) -> Step {
+        if let Some(dial) = self.dials.get_mut(&peer).filter(|d| d.attempt == attempt && d.retry.is_none()) {
+            dial.last = "it is still in the epoch before".to_owned();
+            dial.answer_by = None;
+            dial.retry = Some(Instant::now() + Duration::from_millis(LAG_MS));
+        }
+        self.close_attempts(peer);
+        Step::Stay
+    }
+
     /// One connection of an attempt has failed: the rest of it goes too, and the next target is tried.
     pub(super) fn attempt_failed(&mut self, peer: Rank, attempt: u64, why: &str, refused: bool) {
         // A late word about an attempt that is over already.

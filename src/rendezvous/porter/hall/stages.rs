@@ -60,6 +60,8 @@ impl Hall {
                 return Step::Stay;
             }
             Ok(true) => connection.deadline = by,
+            // It is on its way from the epoch before to this one.
+            Err(ProofError::WrongEpoch { ours, theirs }) if theirs < ours => return self.lags(peer, attempt),
             Err(e) => return Step::Close(e.to_string()),
         }
         self.heard(number, Some(by));
