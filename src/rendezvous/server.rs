@@ -9,10 +9,12 @@ use super::secret::Secret;
 use crate::error::{Error, Result};
 use crate::transport::wake::Waker;
 use crate::types::Epoch;
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 mod rounds;
@@ -53,9 +55,53 @@ pub struct ServerOptions {
     pub warn: Warn,
 }
 
+/// Who has arrived in the epoch that is being waited for; shared with whoever wants to know.
+#[derive(Clone, Default)]
+pub struct Arrivals(Arc<Mutex<Arrived>>);
+
+#[derive(Default)]
+struct Arrived {
+    ranks: BTreeSet<u32>,
+    complete: bool,
+}
+
+impl Arrivals {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Arrived> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The ranks, ascending.
+    #[must_use]
+    pub fn list(&self) -> Vec<u32> {
+        self.lock().ranks.iter().copied().collect()
+    }
+
+    /// Whether an epoch has begun: all its ranks had arrived.
+    #[must_use]
+    pub fn complete(&self) -> bool {
+        self.lock().complete
+    }
+
+    /// One more has arrived.
+    pub fn insert(&self, rank: u32) {
+        self.lock().ranks.insert(rank);
+    }
+
+    /// These have arrived, and no others.
+    pub fn set(&self, ranks: Vec<u32>) {
+        self.lock().ranks = ranks.into_iter().collect();
+    }
+
+    /// All have.
+    pub fn finish(&self) {
+        self.lock().complete = true;
+    }
+}
+
 /// A running service; its thread ends with it.
 pub struct Server {
     addresses: Vec<SocketAddr>,
+    arrivals: Arrivals,
     stop: Waker,
     thread: Option<JoinHandle<()>>,
 }
@@ -83,18 +129,27 @@ impl Server {
         }
         let system = |e| Error::usage(format!("cannot start the rendezvous service: {e}"));
         let stop = Waker::new().map_err(system)?;
-        let mut service = service::Service::new(options, doors, litter, stop.clone()).map_err(system)?;
+        let arrivals = Arrivals::default();
+        let watched = arrivals.clone();
+        let mut service =
+            service::Service::new(options, doors, litter, stop.clone(), watched).map_err(system)?;
         let thread = std::thread::Builder::new()
             .name("carole-rendezvous".into())
             .spawn(move || service.serve())
             .map_err(system)?;
-        Ok(Server { addresses, stop, thread: Some(thread) })
+        Ok(Server { addresses, arrivals, stop, thread: Some(thread) })
     }
 
     /// Where it can be reached, best first; empty for a private socket.
     #[must_use]
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
+    }
+
+    /// Who has arrived.
+    #[must_use]
+    pub fn arrivals(&self) -> Arrivals {
+        self.arrivals.clone()
     }
 
     /// Ends it: what is waiting to be sent gets a moment to leave. Bounded by `SHUTDOWN_MS`.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::rounds::{Number, Rounds, Verdict};
-use super::{Door, Litter, ServerOptions};
+use super::{Arrivals, Door, Litter, ServerOptions};
 use crate::limits::{HANDSHAKE_MS, SHUTDOWN_MS, UNAUTHENTICATED_MAX};
 use crate::rendezvous::card::{Answer, LENGTH_BYTES, REGISTRATION_BYTES_MAX, Registration, frame};
 use crate::rendezvous::channel::{Channel, Stream};
@@ -32,6 +32,7 @@ pub struct Service {
     timed: BTreeSet<Number>,
     next_number: Number,
     rounds: Rounds,
+    arrivals: Arrivals,
     _litter: Litter,
 }
 
@@ -52,7 +53,13 @@ enum Stage {
 }
 
 impl Service {
-    pub fn new(options: ServerOptions, doors: Vec<Door>, litter: Litter, stop: Waker) -> io::Result<Service> {
+    pub fn new(
+        options: ServerOptions,
+        doors: Vec<Door>,
+        litter: Litter,
+        stop: Waker,
+        arrivals: Arrivals,
+    ) -> io::Result<Service> {
         let reactor = Reactor::new()?;
         reactor.add(&stop, STOP, false)?;
         let timeout = Duration::from_millis(options.start_timeout_ms);
@@ -67,6 +74,7 @@ impl Service {
             timed: BTreeSet::new(),
             next_number: FIRST_CONNECTION,
             rounds,
+            arrivals,
             _litter: litter,
         };
         service.watch_doors(true)?;
@@ -206,9 +214,11 @@ impl Service {
                 self.timed.remove(&number);
                 let connections = &self.connections;
                 let alive = |n: Number| connections.get(&n).is_some_and(|c| !c.channel.is_closed());
+                let rank = registration.card.rank.0;
                 let verdict = self.rounds.register(number, epoch, registration, Instant::now(), alive);
-                if let Some(verdict) = verdict {
-                    self.tell(verdict);
+                match verdict {
+                    Some(verdict) => self.tell(verdict),
+                    None => self.arrivals.insert(rank),
                 }
             }
             Err(why) => {
@@ -223,6 +233,9 @@ impl Service {
 
     fn tell(&mut self, verdict: Verdict) {
         let message = frame(&verdict.answer.encode());
+        if matches!(verdict.answer, Answer::Table(_)) {
+            self.arrivals.finish();
+        }
         if let Answer::Table(_) = &verdict.answer
             && self.options.once
         {
@@ -254,6 +267,7 @@ impl Service {
         self.timed.remove(&number);
         if self.connections.remove(&number).is_some() {
             self.rounds.forget(number);
+            self.arrivals.set(self.rounds.arrived());
         }
     }
 
