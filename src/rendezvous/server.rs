@@ -4,6 +4,7 @@
 
 use super::Warn;
 use super::card::Knob;
+use super::channel::Traffic;
 use super::listen;
 use super::secret::Secret;
 use crate::error::{Error, Result};
@@ -63,6 +64,7 @@ pub struct Arrivals(Arc<Mutex<Arrived>>);
 struct Arrived {
     ranks: BTreeSet<u32>,
     complete: bool,
+    traffic: Traffic,
 }
 
 impl Arrivals {
@@ -80,6 +82,19 @@ impl Arrivals {
     #[must_use]
     pub fn complete(&self) -> bool {
         self.lock().complete
+    }
+
+    /// What has passed on the connections that are closed again.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        self.lock().traffic
+    }
+
+    /// A connection has closed.
+    pub fn add(&self, traffic: Traffic) {
+        let total = &mut self.lock().traffic;
+        total.parts += traffic.parts;
+        total.bytes += traffic.bytes;
     }
 
     /// One more has arrived.

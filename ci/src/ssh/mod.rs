@@ -9,6 +9,7 @@ mod site;
 use crate::hosts::network::Family;
 use crate::{Count, Verdict, matrix};
 use clap::Args;
+pub use site::program;
 use site::{Ended, Site};
 
 /// What to run.

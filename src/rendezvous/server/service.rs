@@ -265,7 +265,8 @@ impl Service {
 
     fn close(&mut self, number: Number) {
         self.timed.remove(&number);
-        if self.connections.remove(&number).is_some() {
+        if let Some(connection) = self.connections.remove(&number) {
+            self.arrivals.add(connection.channel.traffic());
             self.rounds.forget(number);
             self.arrivals.set(self.rounds.arrived());
         }
