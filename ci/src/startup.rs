@@ -98,7 +98,8 @@ fn first_barrier(ranks: u32, instead: &[&str]) -> Result<Duration, String> {
         return Ok(took);
     }
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let times: Vec<u64> = text.lines().filter_map(|line| line.split_once("passed ")?.1.parse().ok()).collect();
+    let times: Vec<u64> =
+        text.lines().filter_map(|line| line.split_once("passed ")?.1.parse().ok()).collect();
     match (times.len() == ranks as usize, times.iter().max()) {
         (true, Some(&last)) => Ok(Duration::from_millis(last.saturating_sub(start_ms))),
         _ => Err(format!("{} of {ranks} ranks have passed the barrier", times.len())),
@@ -146,7 +147,8 @@ fn simulate(ranks: u32) -> Result<(Duration, Traffic), String> {
                     ]
                     .map(|(name, value)| (name.to_owned(), value))
                     .into();
-                    let mut how = Join::new(environment, Epoch(0), Arc::new(|words: &str| eprintln!("{words}")));
+                    let mut how =
+                        Join::new(environment, Epoch(0), Arc::new(|words: &str| eprintln!("{words}")));
                     how.secret = Some(secret);
                     how.start_timeout_ms = 120_000;
                     join(&how).map(|joined| joined.table.cards.len()).map_err(|e| e.to_string())
@@ -187,7 +189,10 @@ fn cycles(cycles: u32) -> Result<u64, String> {
         let pid = rustix::process::Pid::from_child(&job);
         let victim = match cycle % 2 {
             0 => Some(pid),
-            _ => marked(&mark).into_iter().find(|&p| p != pid.as_raw_nonzero().get()).and_then(rustix::process::Pid::from_raw),
+            _ => marked(&mark)
+                .into_iter()
+                .find(|&p| p != pid.as_raw_nonzero().get())
+                .and_then(rustix::process::Pid::from_raw),
         };
         rustix::process::kill_process(victim.unwrap_or(pid), rustix::process::Signal::KILL)
             .map_err(|e| format!("cycle {cycle}: no signal: {e}"))?;
@@ -205,7 +210,10 @@ fn cycles(cycles: u32) -> Result<u64, String> {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
-    println!("\n{cycles} jobs were started and killed in {:.1} s; 0 processes leaked", start.elapsed().as_secs_f64());
+    println!(
+        "\n{cycles} jobs were started and killed in {:.1} s; 0 processes leaked",
+        start.elapsed().as_secs_f64()
+    );
     Ok(u64::from(cycles))
 }
 

@@ -9,10 +9,13 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 
 /// What stands below every help.
-pub const AFTER: &str = "Exit code: that of the rank that failed first (128 and its signal, if one killed it); 2 for wrong \
-    arguments and a start that is not possible; 126 and 127 for a command that cannot be run; 130, 143, ... when ended by \
-    a signal; 141 when nobody reads the output; 255 when a host is lost.\n\
-    Every CAROLE_ variable is described by: carolerun --manual";
+pub const AFTER: &str = "\
+Exit code: that of the rank that failed first (128 and the signal, if one killed it).
+    2  wrong arguments, or a start that is not possible
+  126  a command that is not executable; 127: one that was not found
+  141  nobody reads the output any more
+  255  a host was lost
+Every CAROLE_ variable is described by: carolerun --manual";
 
 /// Whether help is asked for, and about which topic.
 pub fn asked(argv: &[OsString]) -> Option<Option<String>> {
@@ -89,13 +92,12 @@ fn overview(topics: &[String]) -> String {
             text.push_str(&format!("{flag}{comma} "));
             width += flag.len() + 2;
         }
-        text.truncate(text.trim_end().len());
         text.push('\n');
     }
     text.push_str("  carolerun --help all             everything\n\n");
     text.push_str(AFTER);
     text.push('\n');
-    text
+    text.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
 /// The manual page, in roff.

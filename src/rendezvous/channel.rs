@@ -67,7 +67,14 @@ impl Channel {
             }
             Stream::Unix(stream) => stream.set_nonblocking(true)?,
         }
-        Ok(Channel { stream, output: Vec::new(), sent: 0, input: Vec::new(), got: 0, traffic: Traffic::default() })
+        Ok(Channel {
+            stream,
+            output: Vec::new(),
+            sent: 0,
+            input: Vec::new(),
+            got: 0,
+            traffic: Traffic::default(),
+        })
     }
 
     /// Gives the stream back. Nothing that was read is lost, because only what was wanted has been read.

@@ -101,7 +101,8 @@ fn kills(settings: &Settings) -> Result<(), String> {
         if ended.code == 0 {
             return Err(format!("turn {turn}: the {victim} was killed, and the launcher ended with 0"));
         }
-        site.nothing_left(Duration::from_secs(20)).map_err(|words| format!("turn {turn}, {victim}: {words}"))?;
+        site.nothing_left(Duration::from_secs(20))
+            .map_err(|words| format!("turn {turn}, {victim}: {words}"))?;
     }
     println!("ssh: {} jobs were started and something of each killed; nothing was left", settings.kills);
     Ok(())

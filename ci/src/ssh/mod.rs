@@ -164,12 +164,19 @@ fn containers(settings: &Settings) -> Result<(), String> {
         arguments.extend(contained);
         arguments.push(&script);
         let ended = site.run(&arguments)?.well()?;
-        let done = ended.lines.values().filter(|lines| lines.iter().any(|l| l.starts_with("trained"))).count();
+        let done =
+            ended.lines.values().filter(|lines| lines.iter().any(|l| l.starts_with("trained"))).count();
         if done != ended.lines.len() || done == 0 {
             return Err(format!("{transport}: {done} ranks have trained: {}", ended.errors.trim()));
         }
     }
-    Ok(())
+    // Told that they share memory, though they cannot: they find out, and go by TCP.
+    let script = format!("CAROLE_HOST_ID=one exec {own} rank train");
+    let ended = site.run(&["-np", &size, "-H", &list, "sh", "-c", &script])?.well()?;
+    match ended.lines.values().filter(|lines| lines.iter().any(|l| l.starts_with("trained"))).count() {
+        n if n == size_of(settings, &site) as usize => Ok(()),
+        n => Err(format!("{n} ranks have trained: {}", ended.errors.trim())),
+    }
 }
 
 /// Two networks between the same hosts: both are told, one can be chosen by its interface or its address, and one that
@@ -180,6 +187,20 @@ fn several_networks(settings: &Settings) -> Result<(), String> {
     train(settings, &site, &[])?;
     for choice in ["eth1", "eth0", "eth0,eth1"] {
         train(settings, &site, &["--network-interfaces", choice])?;
+    }
+    // Both carry payload when both are named.
+    let sent = |interface: &str| -> Result<u64, String> {
+        let file = format!("/sys/class/net/{interface}/statistics/tx_bytes");
+        let text =
+            crate::hosts::network::output("ip", &["netns", "exec", &site.network.host(0), "cat", &file])?;
+        text.trim().parse().map_err(|_| text)
+    };
+    let before = [sent("eth0")?, sent("eth1")?];
+    ranks(settings, &site, &["--network-interfaces", "eth0,eth1"], &["shaped", "--bytes", "8388608"])?;
+    let (first, second) = (sent("eth0")? - before[0], sent("eth1")? - before[1]);
+    println!("ssh: lanes over two networks: {} MiB and {} MiB", first >> 20, second >> 20);
+    if first.min(second) * 4 < first.max(second) {
+        return Err(format!("eth0 carried {first} bytes and eth1 {second}"));
     }
     let size = size_of(settings, &site).to_string();
     let list = site.list(settings.per_host);
@@ -244,11 +265,21 @@ fn secrecy(settings: &Settings) -> Result<(), String> {
 
 fn output_files(settings: &Settings) -> Result<(), String> {
     let site = Site::new(2, Family::Both, None)?;
-    let (size, list, folder) = (size_of(settings, &site).to_string(), site.list(settings.per_host), site.path("out"));
+    let (size, list, folder) =
+        (size_of(settings, &site).to_string(), site.list(settings.per_host), site.path("out"));
     let script = "seq 1 20000; echo err >&2; printf end";
     let ended = site
         .run(&[
-            "-np", &size, "-H", &list, "--output-filename", &folder, "-prefix-timestamp", "sh", "-c", script,
+            "-np",
+            &size,
+            "-H",
+            &list,
+            "--output-filename",
+            &folder,
+            "-prefix-timestamp",
+            "sh",
+            "-c",
+            script,
         ])?
         .well()?;
     for rank in 0..size_of(settings, &site) {

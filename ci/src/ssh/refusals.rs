@@ -111,8 +111,11 @@ fn slots(_: &Settings) -> Result<(), String> {
     let list = site.list(2);
     site.run(&flags("5", &["-H", &list]))?.refused(2, &["slots (4", "10.77.1.2:2"], 5)?;
     site.run(&flags("2", &["-H", "node1:1,node1:1"]))?.refused(2, &["'node1' stands twice", "node1:2"], 5)?;
-    site.run(&flags("2", &["-H", "node1:1,alias1:1"]))?
-        .refused(2, &["'node1' and 'alias1' are the same host"], 20)
+    site.run(&flags("2", &["-H", "node1:1,alias1:1"]))?.refused(
+        2,
+        &["'node1' and 'alias1' are the same host"],
+        20,
+    )
 }
 
 fn no_interface(settings: &Settings) -> Result<(), String> {

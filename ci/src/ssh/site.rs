@@ -102,7 +102,8 @@ impl Site {
             self.path("authorized_keys"),
         );
         self.write(&format!("sshd_{n}"), &config)?;
-        let hide = hidden.map_or(String::new(), |path| format!("mount -t tmpfs none '{}' && ", path.display()));
+        let hide =
+            hidden.map_or(String::new(), |path| format!("mount -t tmpfs none '{}' && ", path.display()));
         // sshd keeps a folder of its own empty, which a package's start script would make.
         let script = format!(
             "{hide}mkdir -p /run/sshd && hostname node{n} && exec {SSHD} -D -e -f '{}'",
@@ -217,7 +218,11 @@ impl Site {
                 return Ok(());
             }
             if Instant::now() >= until {
-                return Err(format!("{} processes are left after {} s: {left:?}", left.len(), within.as_secs()));
+                return Err(format!(
+                    "{} processes are left after {} s: {left:?}",
+                    left.len(),
+                    within.as_secs()
+                ));
             }
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -179,7 +179,8 @@ fn processes(long: bool) -> Vec<Step> {
 /// A task of this program that starts `carolerun`, which lies beside it.
 fn with_launcher(name: &'static str, line: &str) -> Step {
     let own = std::env::current_exe().expect("a program knows where it lies");
-    Step::new(name, "cargo build --quiet --release -p carole --bins").then(&format!("{} {line}", own.display()))
+    Step::new(name, "cargo build --quiet --release -p carole --bins")
+        .then(&format!("{} {line}", own.display()))
 }
 
 fn bindings(long: bool) -> Vec<Step> {
