@@ -6,6 +6,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+/// The largest packet on a shaped link before it is cut into segments.
+const GSO_BYTES: u32 = 16 << 10;
+
 /// Which addresses the hosts have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Family {
@@ -166,6 +169,10 @@ impl Network {
         };
         let router = self.router();
         for n in 0..self.hosts {
+            // A packet that exceeds the burst would be cut into segments by software, one MTU each, and the
+            // processors would be the limit instead of the link.
+            ip(&format!("-n {} link set eth0 gso_max_size {GSO_BYTES}", self.host(n)))?;
+            ip(&format!("-n {router} link set to{n} gso_max_size {GSO_BYTES}"))?;
             tc(&self.host(n), "eth0")?;
             tc(&router, &format!("to{n}"))?;
         }
