@@ -339,7 +339,7 @@ fn bad_commands_and_arguments_get_clear_words() {
         (&["-np", "0", "true"], 2, "-np 0"),
         (&["-np", "2"], 2, "no command"),
         (&["-np", "x", "true"], 2, "invalid value 'x'"),
-        (&["-np", "3", "-H", "localhost:2", "true"], 2, "slots (2)"),
+        (&["-np", "3", "-H", "localhost:2", "true"], 2, "slots (2: localhost:2)"),
         (
             &["-np", "1", "-H", "no-such-host.invalid:2", "true"],
             2,

@@ -16,6 +16,7 @@ pub mod reactor;
 pub mod secret;
 pub mod server;
 pub mod topology;
+pub mod train_job;
 
 use std::sync::Arc;
 
