@@ -58,7 +58,7 @@ pub fn run(settings: &Settings) -> Verdict {
         let per_rank = |n: u64| n as f64 / f64::from(ranks);
         let (parts, bytes) = (per_rank(traffic.parts), per_rank(traffic.bytes));
         println!("| {ranks} | {} ms | {parts:.1} | {bytes:.0} |", took.as_millis());
-        if parts > PARTS_MAX || parts < 1.0 {
+        if !(1.0..=PARTS_MAX).contains(&parts) {
             return Err(format!("{ranks} ranks: {parts} messages for one of them"));
         }
         count.passed += 1;

@@ -323,7 +323,8 @@ impl Candidate {
     fn greeted(&mut self, words: &str) -> Result<()> {
         let words: Vec<Option<String>> = words.split(' ').map(unescape_text).collect();
         let [Some(protocol), Some(version), Some(host_id), Some(hostname)] = &words[..] else {
-            return Err(self.other_version("another version"));
+            let version = words.get(1).and_then(Option::as_deref);
+            return Err(self.other_version(version.unwrap_or("another version")));
         };
         if *protocol != PROTOCOL.to_string() || version != build() {
             return Err(self.other_version(version));
