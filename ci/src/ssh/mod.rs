@@ -37,7 +37,7 @@ const SCENES: [(&str, Scene); 8] = [
     ("a preflight", preflight),
     ("containers of one host", containers),
     ("several networks", several_networks),
-    ("torchrun and job systems' hostfiles", hostfile),
+    ("the hostfile of a job system", hostfile),
     ("the secret is nowhere to be read", secrecy),
     ("output in files, with times", output_files),
 ];
