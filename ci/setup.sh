@@ -19,6 +19,14 @@ need_compiler() {
     command -v cargo >/dev/null || { say "cargo is missing; see https://rustup.rs"; return 1; }
 }
 
+# For the launcher's tests over ssh between namespaces, which take root and say so where they cannot run.
+want_sshd() {
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        [ -x /usr/sbin/sshd ] && command -v nft >/dev/null && command -v ip >/dev/null ||
+            install_package openssh-server openssh-client nftables iproute2 || say "no sshd: its tests are skipped"
+    fi
+}
+
 # Sets PYTHON to one that is new enough.
 need_python() {
     local name

@@ -339,8 +339,15 @@ fn bad_commands_and_arguments_get_clear_words() {
         (&["-np", "0", "true"], 2, "-np 0"),
         (&["-np", "2"], 2, "no command"),
         (&["-np", "x", "true"], 2, "invalid value 'x'"),
-        (&["-np", "3", "-H", "localhost:2", "true"], 2, "slots (2)"),
-        (&["-np", "1", "-H", "elsewhere:2", "true"], 2, "ssh"),
+        (&["-np", "3", "-H", "localhost:2", "true"], 2, "slots (2: localhost:2)"),
+        (
+            &["-np", "1", "-H", "no-such-host.invalid:2", "true"],
+            2,
+            "host 'no-such-host.invalid' cannot be used",
+        ),
+        (&["-np", "2", "-H", "localhost:1,localhost:1", "true"], 2, "stands twice"),
+        (&["-np", "1", "--ssh-prot", "22", "true"], 2, "'--ssh-port'"),
+        (&["-np", "1", "--hostfile", "/no/such/file", "true"], 2, "/no/such/file"),
         (&["-np", "1", "--transport", "mpi", "true"], 2, "no MPI"),
         (&["-np", "1", "--config-file", "/no/such/file", "true"], 2, "/no/such/file"),
         (&["-np", "1", "--kill-after=-1", "true"], 2, "kill-after"),
@@ -448,7 +455,14 @@ fn what_only_prints_needs_no_job() {
 
 #[test]
 fn help_is_ordered_by_topic_and_hides_what_has_no_effect() {
-    let help = text(&run(&["--help"]).stdout);
+    let overview = text(&run(&["--help"]).stdout);
+    assert!(overview.lines().count() <= 40 && overview.contains("carolerun --help hosts"), "{overview}");
+    let hosts = text(&run(&["--help", "hosts"]).stdout);
+    assert!(hosts.contains("--ssh-port") && !hosts.contains("--fusion-threshold-mb"), "{hosts}");
+    let wrong = run(&["--help", "nonsense"]);
+    assert!(code(&wrong) == 2 && text(&wrong.stderr).contains("topics are: job"), "{}", text(&wrong.stderr));
+    assert!(!overview.contains('\x1b'), "no colours without a terminal");
+    let help = text(&run(&["--help", "all"]).stdout);
     let topics = ["Job:", "Information:", "Hosts:", "Output:", "Settings:"];
     let places: Vec<usize> =
         topics.iter().map(|topic| help.find(topic).unwrap_or_else(|| panic!("{topic}"))).collect();

@@ -139,7 +139,8 @@ fn write_secret(path: &std::path::Path) -> std::io::Result<()> {
     (0..4).try_for_each(|_| write!(file, "{:016x}", random.next()))
 }
 
-fn is_knob(name: &std::ffi::OsStr) -> bool {
+/// Whether a variable says something to a rank.
+pub fn is_knob(name: &std::ffi::OsStr) -> bool {
     let name = name.to_string_lossy();
     ["CAROLE_", "HOROVOD_", "OMPI_", "PMI_", "PMIX_", "SLURM_"].iter().any(|start| name.starts_with(start))
 }

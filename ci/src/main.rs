@@ -21,8 +21,11 @@ mod ptx;
 mod random;
 mod shaped;
 mod sim;
+mod ssh;
+mod startup;
 mod strict;
 mod suite;
+mod train;
 
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
@@ -54,6 +57,10 @@ enum Task {
     Intrude(intrude::Settings),
     /// Several hosts, as network namespaces around a router; takes root.
     Hosts(hosts::Settings),
+    /// The launcher over ssh between namespaces with an sshd each: results, failures, mistakes; takes root.
+    Ssh(ssh::Settings),
+    /// From the launcher's start to the first barrier; the rendezvous of many ranks; jobs started and killed.
+    Startup(startup::Settings),
     /// Algorithms on links of a set rate between namespaces: regret of the choice, cost of checksums; takes root.
     Shaped(shaped::Settings),
     /// Threads and memory of a process, and of simulated engines.
@@ -84,6 +91,8 @@ enum Rank {
     Figures(figures::RankSettings),
     Huge(huge::RankSettings),
     Shaped(shaped::RankSettings),
+    Train(train::RankSettings),
+    Startup(startup::RankSettings),
 }
 
 /// What a task found: how many checks passed and how many were not made; or why it failed.
@@ -110,6 +119,8 @@ fn main() {
         Task::Chaos(settings) => chaos::run(&settings),
         Task::Intrude(settings) => intrude::run(&settings),
         Task::Hosts(settings) => hosts::run(&settings),
+        Task::Ssh(settings) => ssh::run(&settings),
+        Task::Startup(settings) => startup::run(&settings),
         Task::Shaped(settings) => shaped::run(&settings),
         Task::Figures(settings) => figures::run(&settings),
         Task::Huge(settings) => huge::run(&settings),
@@ -136,6 +147,8 @@ fn run_rank(rank: Rank) -> i32 {
         Rank::Figures(settings) => figures::rank(&settings),
         Rank::Huge(settings) => huge::rank(&settings),
         Rank::Shaped(settings) => shaped::rank(&settings),
+        Rank::Train(settings) => train::rank(&settings),
+        Rank::Startup(settings) => startup::rank(&settings),
     };
     match result {
         Ok(()) => 0,

@@ -85,9 +85,15 @@ pub fn run(settings: &Settings) -> Verdict {
                 );
                 if let (Some(flat), Some(hierarchical)) = (median("ring"), median("hierarchical")) {
                     let gain = flat as f64 / hierarchical as f64;
+                    let crossing = |ranks: u32| 2.0 * f64::from(ranks - 1) / f64::from(ranks) * bytes as f64;
+                    // A ring of all ranks crosses each host's link with so many more bytes, and cannot do better.
+                    let bound = crossing(hosts * per_host) / crossing(hosts);
+                    let limit_ns = crossing(hosts) * 8000.0 / f64::from(settings.mbits);
                     let _ = writeln!(
                         gains,
-                        "hierarchical against a flat ring, {hosts} hosts x {per_host}, {bytes} bytes: {gain:.2} x"
+                        "hierarchical against a flat ring, {hosts} hosts x {per_host}, {bytes} bytes: {gain:.2} x (by bytes \
+                         on the link at most {bound:.2} x); {:.0} % of the link's limit",
+                        limit_ns / hierarchical as f64 * 100.0
                     );
                 }
             }

@@ -62,11 +62,11 @@ pub(super) fn read(path: &Path) -> Result<Vec<Entry>> {
     if text.len() as u64 > FILE_BYTES_MAX {
         return Err(failed(format!("it is longer than {FILE_BYTES_MAX} bytes")));
     }
-    parse(&text).map_err(|(line, why)| failed(format!("line {line}: {why}")))
+    parse(&text).map_err(|(line, column, why)| failed(format!("line {line}, column {column}: {why}")))
 }
 
-/// Parses the text; the error carries the number of the line.
-pub(super) fn parse(text: &str) -> std::result::Result<Vec<Entry>, (usize, String)> {
+/// Parses the text; the error carries the numbers of the line and the column, from 1.
+pub(super) fn parse(text: &str) -> std::result::Result<Vec<Entry>, (usize, usize, String)> {
     let mut entries: Vec<Entry> = Vec::new();
     let mut section: Option<String> = None;
     for (index, raw) in text.lines().enumerate() {
@@ -76,14 +76,37 @@ pub(super) fn parse(text: &str) -> std::result::Result<Vec<Entry>, (usize, Strin
             continue;
         }
         let indented = content.starts_with([' ', '\t']);
+        // Columns count characters, as editors do.
+        let bad = |at: usize, why: &str| (line, 1 + content[..at].chars().count(), why.to_string());
+        let start = content.len() - content.trim_start().len();
+        let end = content.trim_end().len();
         let split = content.find(['=', ':']).ok_or_else(|| {
-            (line, "it is neither 'name = value' nor 'name: value' nor a section 'name:'".to_string())
+            bad(
+                end,
+                "neither 'name = value' nor 'name: value' nor a section 'name:'; a '=' or ':' is missing",
+            )
         })?;
         let name = content[..split].trim();
-        let value = unquoted(content[split + 1..].trim());
-        if name.is_empty() || name.contains(char::is_whitespace) {
-            return Err((line, "it does not begin with a name".to_string()));
+        if name.is_empty() {
+            return Err(bad(start, "it does not begin with a name"));
         }
+        if let Some(space) = name.find(char::is_whitespace) {
+            return Err(bad(start + space, "a name has no spaces in it"));
+        }
+        let text = content[split + 1..].trim();
+        let at = split + 1 + (content[split + 1..].len() - content[split + 1..].trim_start().len());
+        if let Some(open @ ('[' | '{' | '&' | '*' | '|' | '>')) = text.chars().next() {
+            return Err(bad(
+                at,
+                &format!("'{open}' begins something that no setting takes; write a plain value"),
+            ));
+        }
+        if let Some(quote) = text.chars().next().filter(|c| matches!(c, '"' | '\''))
+            && (text.len() < 2 || !text.ends_with(quote))
+        {
+            return Err(bad(at, &format!("the quotation mark {quote} is not closed")));
+        }
+        let value = unquoted(text);
         if !indented {
             section = None;
         }
@@ -96,7 +119,7 @@ pub(super) fn parse(text: &str) -> std::result::Result<Vec<Entry>, (usize, Strin
             None => name.to_string(),
         };
         if entries.iter().any(|entry| entry.key == key) {
-            return Err((line, format!("'{key}' is set twice")));
+            return Err(bad(start, &format!("'{key}' is set twice")));
         }
         entries.push(Entry { key, text: value.to_string(), line });
     }

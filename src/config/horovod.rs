@@ -86,4 +86,8 @@ pub(super) const WITHOUT_EFFECT: &[(&str, Option<&str>)] = &[
     ("HOROVOD_GLOO_RENDEZVOUS_ADDR", None),
     ("HOROVOD_GLOO_RENDEZVOUS_PORT", None),
     ("HOROVOD_HOSTNAME", None),
+    ("HOROVOD_SPARK_START_TIMEOUT", None),
+    ("HOROVOD_SPARK_PYTHONPATH", None),
+    ("HOROVOD_SPARK_WORK_DIR", None),
+    ("HOROVOD_SPARK_USE_LOCAL_RANK_GPU_INDEX", None),
 ];

@@ -146,7 +146,8 @@ knobs! {
     /// How long a small message takes from one host to another, in microseconds, with the wake of the receiver.
     /// Algorithms are chosen by it.
     network_latency_us: Count<0, 1_000_000> = "25", "CAROLE_NETWORK_LATENCY_US", Agreed;
-    /// Network interfaces (names or addresses) that TCP may use. `none` leaves the choice to a probe.
+    /// Network interfaces (names or addresses) that TCP may use. `none` leaves the choice to a probe. Where several are
+    /// named, the lanes of each link (CAROLE_TCP_LANES) are spread over them, so that they are used together.
     interfaces: List<Text> = "none", "CAROLE_INTERFACES", Local,
         "HOROVOD_GLOO_IFACE" => as_is;
     /// How long, in microseconds, a thread that waits spins before it sleeps. 0 sleeps at once, which the

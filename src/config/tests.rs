@@ -188,7 +188,10 @@ fn a_bad_file_is_an_error_that_names_the_line() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("knobs");
     for (text, expected) in [
-        ("\nnonsense\n", "line 2"),
+        ("\nnonsense\n", "line 2, column 9"),
+        ("tcp_lanes = [3]\n", "line 1, column 13"),
+        ("job = \"a\n", "line 1, column 7: the quotation mark"),
+        ("tcp lanes = 3\n", "line 1, column 4"),
         ("tcp_lane = 3\n", "'tcp_lanes'"),
         ("tcp_lanes = many\n", "knobs:1"),
         ("tcp_lanes = 3\ntcp_lanes = 4\n", "twice"),

@@ -1,6 +1,8 @@
 //! The command line: horovodrun's flags and a few of our own, by topic.
 #![forbid(unsafe_code)]
 
+use super::hosts::Source;
+use super::remote::ssh;
 use clap::{Args, CommandFactory, Parser};
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -11,8 +13,8 @@ use std::path::PathBuf;
     name = "carolerun",
     version,
     disable_version_flag = true,
-    override_usage = "carolerun -np N [OPTIONS] COMMAND [ARGUMENTS...]",
-    after_help = "Every CAROLE_ variable is described by: carolerun --manual",
+    override_usage = "carolerun -np N [OPTIONS] COMMAND [ARGUMENTS...]\n       carolerun doctor -H HOST:SLOTS,...",
+    after_help = super::help::AFTER,
     max_term_width = 100
 )]
 pub struct Arguments {
@@ -61,6 +63,12 @@ pub struct About {
     /// Print which frameworks and transports this installation has (-cb also works)
     #[arg(long)]
     pub check_build: bool,
+    /// Print the script that completes these flags in bash, zsh, fish, elvish or powershell
+    #[arg(long, value_name = "SHELL")]
+    pub completion: Option<clap_complete::Shell>,
+    /// Print the manual page (carolerun --man-page | man -l -)
+    #[arg(long)]
+    pub man_page: bool,
     /// Print every setting, its value, and where the value comes from
     #[arg(long)]
     pub print_config: bool,
@@ -73,13 +81,25 @@ pub struct About {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Hosts")]
 pub struct Hosts {
-    /// Hosts and their slots, as in localhost:4 (this version starts ranks on this host only)
+    /// Hosts and their slots, as in a:4,b:4; ranks fill them in this order
     #[arg(short = 'H', long = "hosts", value_name = "HOST:SLOTS,...", conflicts_with = "hostfile")]
     pub hosts: Option<String>,
-    /// A file with lines `HOST slots=N` (-hostfile also works)
+    /// A file with lines `HOST slots=N` or `HOST:N` (-hostfile also works)
     #[arg(long, value_name = "FILE")]
     pub hostfile: Option<PathBuf>,
-    /// Network interfaces that ranks may use, separated by commas
+    /// The port of sshd on the other hosts
+    #[arg(short = 'p', long, value_name = "PORT")]
+    pub ssh_port: Option<u16>,
+    /// The private key for ssh
+    #[arg(short = 'i', long, value_name = "FILE")]
+    pub ssh_identity_file: Option<PathBuf>,
+    /// What to use in place of ssh; {host} and {command} in it stand for what they say
+    #[arg(long, value_name = "COMMAND", allow_hyphen_values = true)]
+    pub ssh_command: Option<String>,
+    /// Where carolerun lies on the other hosts, if neither at the same place as here nor in PATH
+    #[arg(long, value_name = "FILE")]
+    pub agent_program: Option<PathBuf>,
+    /// Network interfaces (or addresses) that ranks may use, on every host
     #[arg(long, alias = "network-interface", value_name = "NAME,...", value_delimiter = ',')]
     pub network_interfaces: Vec<String>,
 }
@@ -217,8 +237,6 @@ impl<T> Given for Vec<T> {
 }
 
 unused! {
-    #[arg(short = 'p')] ssh_port: Option<u16>,
-    #[arg(short = 'i')] ssh_identity_file: Option<PathBuf>,
     hierarchical_allreduce: bool,
     no_hierarchical_allreduce: bool,
     hierarchical_allgather: bool,
@@ -297,6 +315,23 @@ impl Arguments {
     }
 }
 
+impl Hosts {
+    /// Where hosts are named.
+    pub fn source(&self) -> Source {
+        Source { list: self.hosts.clone(), file: self.hostfile.clone() }
+    }
+
+    /// How other hosts are reached.
+    pub fn ssh(&self) -> ssh::Settings {
+        ssh::Settings {
+            command: self.ssh_command.clone(),
+            port: self.ssh_port,
+            identity: self.ssh_identity_file.clone(),
+            program: self.agent_program.clone(),
+        }
+    }
+}
+
 /// horovodrun spells some long flags with one dash. Only what stands before the command is touched, and a
 /// `--` is put between the two, so that a flag of ours that does not exist is not taken for the command.
 fn with_two_dashes(argv: Vec<OsString>) -> Vec<OsString> {
@@ -371,7 +406,7 @@ mod tests {
         assert_eq!(arguments.num_proc, Some(2));
         assert_eq!(arguments.command, ["python", "x.py", "-np", "3", "-cb", "--verbose"]);
         assert!(!arguments.verbose && !arguments.about.check_build);
-        assert_eq!(arguments.unused.given(), ["--ssh-port"]);
+        assert_eq!(arguments.hosts.ssh_port, Some(22));
         for line in ["carolerun -np=3 x", "carolerun --num-proc 3 x", "carolerun --np 3 -- x"] {
             let arguments = read(line).unwrap();
             assert_eq!((arguments.num_proc, &arguments.command[..]), (Some(3), &["x".into()][..]), "{line}");

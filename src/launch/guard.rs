@@ -42,6 +42,8 @@ pub struct JobSpec {
     pub ranks: Vec<RankSpec>,
     /// Variables that ranks must not inherit.
     pub removed: Vec<&'static str>,
+    /// Variables of all ranks, which come from another host.
+    pub shared: Vec<(OsString, OsString)>,
     /// The job's secret, as the text that ranks read from their descriptor.
     pub secret: String,
     /// Whether the one rank there is reads the launcher's standard input.
@@ -78,6 +80,17 @@ impl Report {
         }
     }
 
+    /// The rank that it is about.
+    pub fn rank(&self) -> Option<usize> {
+        match self {
+            Report::Started { rank, .. }
+            | Report::Refused { rank, .. }
+            | Report::Exited { rank, .. }
+            | Report::Killed { rank, .. } => Some(*rank),
+            Report::Left { .. } => None,
+        }
+    }
+
     /// Reads a line again.
     pub fn parse(line: &str) -> Option<Report> {
         let mut words = line.split(' ');
@@ -98,8 +111,9 @@ impl Report {
 /// An order to the guard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Start all ranks; the rendezvous server listens here.
-    Start { rendezvous: String },
+    /// Start all ranks; the rendezvous server listens there, and links may use these interfaces (all where none are
+    /// named).
+    Start { rendezvous: String, interfaces: Option<String> },
     /// Send a signal to a rank, or to its whole process group.
     Signal { rank: usize, signal: i32, group: bool },
     /// Kill everything that is left, and end.
@@ -110,16 +124,22 @@ impl Order {
     /// The order as a line.
     pub fn line(&self) -> String {
         match self {
-            Order::Start { rendezvous } => format!("start {rendezvous}\n"),
+            Order::Start { rendezvous, interfaces } => {
+                format!("start {rendezvous} {}\n", interfaces.as_deref().unwrap_or("-"))
+            }
             Order::Signal { rank, signal, group } => format!("signal {rank} {signal} {}\n", u8::from(*group)),
             Order::Finish => "finish\n".to_string(),
         }
     }
 
-    fn parse(line: &str) -> Option<Order> {
+    /// Reads a line again.
+    pub fn parse(line: &str) -> Option<Order> {
         let mut words = line.split(' ');
         Some(match words.next()? {
-            "start" => Order::Start { rendezvous: words.next()?.to_string() },
+            "start" => Order::Start {
+                rendezvous: words.next()?.to_string(),
+                interfaces: words.next().filter(|word| *word != "-").map(str::to_string),
+            },
             "signal" => Order::Signal {
                 rank: words.next()?.parse().ok()?,
                 signal: words.next()?.parse().ok()?,
@@ -188,7 +208,9 @@ pub fn run(mut job: JobSpec, orders: File, reports: File, signals: &Signals) {
         let Some(received) = lines.read(&orders) else { break };
         for line in received {
             match Order::parse(&line) {
-                Some(Order::Start { rendezvous }) => guard.start(&mut job, &rendezvous),
+                Some(Order::Start { rendezvous, interfaces }) => {
+                    guard.start(&mut job, &rendezvous, interfaces.as_deref());
+                }
                 Some(Order::Signal { rank, signal, group }) => guard.signal(rank, signal, group),
                 Some(Order::Finish) => return guard.sweep(signals),
                 None => unreachable!("the launcher sends only orders"),
@@ -210,9 +232,9 @@ impl Guard {
         let _ = self.reports.write_all(report.line().as_bytes());
     }
 
-    fn start(&mut self, job: &mut JobSpec, rendezvous: &str) {
+    fn start(&mut self, job: &mut JobSpec, rendezvous: &str, interfaces: Option<&str>) {
         for (rank, spec) in std::mem::take(&mut job.ranks).into_iter().enumerate() {
-            match start_rank(job, spec, rendezvous) {
+            match start_rank(job, spec, rendezvous, interfaces) {
                 Ok(pid) => {
                     self.pids[rank] = Pid::from_raw(pid);
                     self.report(&Report::Started { rank, pid });
@@ -234,7 +256,7 @@ impl Guard {
         }
         let rendezvous = spec.variables.iter().find(|(name, _)| name == "CAROLE_RENDEZVOUS");
         let rendezvous = rendezvous.map_or(String::new(), |(_, value)| value.clone());
-        match start_rank(job, spec, &rendezvous) {
+        match start_rank(job, spec, &rendezvous, None) {
             Ok(pid) => {
                 self.pids[number] = Pid::from_raw(pid);
                 self.report(&Report::Started { rank: number, pid });
@@ -291,13 +313,20 @@ impl Guard {
     }
 }
 
-fn start_rank(job: &JobSpec, spec: RankSpec, rendezvous: &str) -> std::io::Result<i32> {
+fn start_rank(
+    job: &JobSpec,
+    spec: RankSpec,
+    rendezvous: &str,
+    interfaces: Option<&str>,
+) -> std::io::Result<i32> {
     let secret = secret_descriptor(&job.secret)?;
     let mut command = Command::new(&job.command[0]);
     command.args(&job.command[1..]);
+    command.envs(job.shared.iter().map(|(name, value)| (name, value)));
     for name in &job.removed {
         command.env_remove(name);
     }
+    command.envs(interfaces.map(|list| ("CAROLE_INTERFACES", list)));
     command.envs(spec.variables);
     command.env("CAROLE_RENDEZVOUS", rendezvous);
     command.env("CAROLE_SECRET_FD", secret.as_raw_fd().to_string());
@@ -326,7 +355,11 @@ mod tests {
     #[test]
     fn orders_and_reports_are_read_as_they_were_written() {
         let orders = [
-            Order::Start { rendezvous: "127.0.0.1:1".to_string() },
+            Order::Start { rendezvous: "127.0.0.1:1".to_string(), interfaces: None },
+            Order::Start {
+                rendezvous: "[fd00::1]:1".to_string(),
+                interfaces: Some("10.0.0.1,eth0".to_string()),
+            },
             Order::Signal { rank: 3, signal: 15, group: true },
             Order::Signal { rank: 0, signal: 10, group: false },
             Order::Finish,

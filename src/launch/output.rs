@@ -129,6 +129,8 @@ impl Sink {
 /// One of the two streams of a rank.
 pub struct Stream {
     pipe: Option<File>,
+    /// Whether more may come.
+    open: bool,
     splitter: Splitter,
     prefix: String,
     timestamps: bool,
@@ -142,8 +144,14 @@ pub struct Stream {
 impl Stream {
     /// Reads from `pipe`, which must not block. Each line is passed on after `prefix`.
     pub fn new(pipe: OwnedFd, prefix: String, timestamps: bool) -> Stream {
+        Stream { pipe: Some(File::from(pipe)), ..Stream::remote(prefix, timestamps) }
+    }
+
+    /// A stream of a rank on another host, which is given its bytes by [`Stream::take`].
+    pub fn remote(prefix: String, timestamps: bool) -> Stream {
         Stream {
-            pipe: Some(File::from(pipe)),
+            pipe: None,
+            open: true,
             splitter: Splitter::default(),
             prefix,
             timestamps,
@@ -169,6 +177,19 @@ impl Stream {
     /// The pipe, unless its end has been reached.
     pub fn pipe(&self) -> Option<&File> {
         self.pipe.as_ref()
+    }
+
+    /// Whether more may come.
+    pub fn is_open(&self) -> bool {
+        self.open
+    }
+
+    /// Passes on what came from another host.
+    pub fn take(&mut self, bytes: &[u8], sink: &mut Sink, complaints: &mut Vec<String>) {
+        if self.open {
+            self.copy(bytes, complaints);
+            self.pass(bytes, sink);
+        }
     }
 
     /// The last line that is not blank.
@@ -202,6 +223,7 @@ impl Stream {
     /// Stops reading and passes on what is left of a line.
     pub fn close(&mut self, sink: &mut Sink) {
         self.pipe = None;
+        self.open = false;
         self.pass(&[], sink);
     }
 
@@ -224,7 +246,7 @@ impl Stream {
                 *culprit = std::str::from_utf8(line).ok().and_then(named_culprit).or(*culprit);
             }
         };
-        if self.pipe.is_some() {
+        if self.open {
             self.splitter.feed(bytes, emit);
         } else {
             self.splitter.finish(emit);
@@ -269,7 +291,8 @@ mod tests {
 
     #[test]
     fn a_sink_without_reader_is_closed_and_takes_nothing() {
-        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        // Not inherited by what other tests start meanwhile.
+        let (reader, writer) = crate::launch::open_pipe().unwrap();
         let mut sink = Sink::new(writer);
         sink.push(&[&vec![b'x'; QUEUE_BYTES_MAX]]);
         assert!(sink.is_full());

@@ -1,18 +1,22 @@
 //! The launcher's loop: output, signals, the guard's reports, and the decision when and how the job ends.
 #![forbid(unsafe_code)]
 
-use super::guard::{Lines, Order, Report};
+mod lost;
+
+use super::ending::{Ending, refusal};
+use super::guard::{Order, Report};
+use super::link::Link;
 use super::output::{Sink, Stream};
-use super::processes::{descendants, kill_descendants};
+use super::owns_terminal;
+use super::processes::descendants;
+use super::progress::Progress;
+use super::remote::words::Piece;
 use super::sys::{Signals, signal_name};
 use super::verdict::{Finding, Verdict};
-use super::{args, owns_terminal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::Pid;
 use std::collections::HashSet;
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::Write;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -22,19 +26,17 @@ const GRACE: Duration = Duration::from_secs(2);
 const TERM_GRACE: Duration = Duration::from_secs(3);
 /// How long output is awaited when all processes have ended: somebody outside the job may hold a pipe.
 const DRAIN: Duration = Duration::from_secs(1);
+/// How long other hosts may take to end what is left there and to say so.
+const FINISH_REMOTE: Duration = Duration::from_secs(15);
 /// How much of a failed rank's output is read before its failure is reported.
 const READS_BEFORE_REPORT: usize = 64;
 
 /// What the supervisor is made of.
-pub struct Setup {
-    /// The guard's process id.
-    pub guard: i32,
-    /// Orders to the guard.
-    pub orders: File,
-    /// The guard's reports.
-    pub reports: File,
+pub struct Setup<'a> {
+    /// The guards, each with its ranks.
+    pub links: Vec<Link>,
     /// The launcher's signals.
-    pub signals: Signals,
+    pub signals: &'a Signals,
     /// Standard output and standard error of each rank.
     pub streams: Vec<[Stream; 2]>,
     /// The command, for messages.
@@ -58,18 +60,11 @@ enum Stage {
     Finishing,
 }
 
-/// How a rank ended.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    Exited(i32),
-    Killed(i32),
-}
-
 /// Looks after one job.
-pub struct Supervisor {
-    setup: Setup,
+pub struct Supervisor<'a> {
+    setup: Setup<'a>,
     sinks: [Sink; 2],
-    lines: Lines,
+    progress: Progress,
     endings: Vec<Option<Ending>>,
     verdict: Verdict,
     stage: Stage,
@@ -78,18 +73,18 @@ pub struct Supervisor {
     deadline: Option<Instant>,
     /// The code of the first rank that failed, or what else decides the launcher's code.
     code: Option<i32>,
-    guard_gone: bool,
     drained_by: Option<Instant>,
     /// Children that the process had before the job.
     strangers: HashSet<i32>,
     terminal_lent: bool,
 }
 
-impl Supervisor {
+impl<'a> Supervisor<'a> {
     /// A supervisor of a guard that waits for its first order.
-    pub fn new(setup: Setup) -> std::io::Result<Supervisor> {
+    pub fn new(setup: Setup<'a>) -> std::io::Result<Supervisor<'a>> {
         let me = rustix::process::getpid().as_raw_nonzero().get();
-        let strangers = descendants(me).iter().map(|p| p.pid).filter(|pid| *pid != setup.guard).collect();
+        let ours = |pid: &i32| setup.links.iter().any(|link| link.pid == *pid);
+        let strangers = descendants(me).iter().map(|p| p.pid).filter(|pid| !ours(pid)).collect();
         let sinks = [
             Sink::new(std::io::stdout().as_fd().try_clone_to_owned()?),
             Sink::new(std::io::stderr().as_fd().try_clone_to_owned()?),
@@ -99,24 +94,43 @@ impl Supervisor {
             verdict: Verdict::new(setup.streams.len()),
             setup,
             sinks,
-            lines: Lines::default(),
+            progress: Progress::default(),
             stage: Stage::Running,
             asked: false,
             deadline: None,
             code: None,
-            guard_gone: false,
             drained_by: None,
             strangers,
             terminal_lent: false,
         })
     }
 
-    /// Orders the start of the ranks.
-    pub fn start(&mut self, rendezvous: &str) {
+    /// Orders the start of the ranks. `progress` tells which of them have arrived at the rendezvous.
+    pub fn start(&mut self, progress: Progress) {
+        self.progress = progress;
         if self.setup.verbose {
-            self.say(&format!("starting {} ranks; rendezvous at {rendezvous}", self.endings.len()));
+            let places: Vec<&str> = self.setup.links.iter().map(|link| link.rendezvous.as_str()).collect();
+            self.say(&format!("starting {} ranks; rendezvous at {}", self.endings.len(), places.join("; ")));
         }
-        self.order(&Order::Start { rendezvous: rendezvous.to_string() });
+        for link in &mut self.setup.links {
+            let (rendezvous, interfaces) = (link.rendezvous.clone(), link.interfaces.clone());
+            link.order(&Order::Start { rendezvous, interfaces });
+        }
+    }
+
+    /// Takes over the agents of other hosts.
+    pub fn add(&mut self, links: impl Iterator<Item = Link>) {
+        self.setup.links.extend(links);
+    }
+
+    /// The way to the ranks of this host.
+    pub fn local(&mut self) -> Option<&mut Link> {
+        self.setup.links.iter_mut().find(|link| !link.is_remote())
+    }
+
+    /// Says something on standard error, at the next opportunity.
+    pub fn tell(&mut self, words: &str) {
+        self.say(words);
     }
 
     /// Ends the guard before any rank was started.
@@ -139,17 +153,36 @@ impl Supervisor {
     }
 
     fn is_over(&self) -> bool {
-        let open = self.setup.streams.iter().flatten().any(|stream| stream.pipe().is_some());
-        self.guard_gone && !open && self.sinks.iter().all(Sink::is_empty)
+        let open = self.setup.streams.iter().flatten().any(Stream::is_open);
+        self.all_gone() && !open && self.sinks.iter().all(Sink::is_empty)
+    }
+
+    fn all_gone(&self) -> bool {
+        self.setup.links.iter().all(|link| link.gone)
+    }
+
+    /// Whether so much waits to be written that nothing more is taken from other hosts.
+    fn is_full(&self) -> bool {
+        self.sinks.iter().any(Sink::is_full)
     }
 
     /// Waits until something can be done, and does it.
     fn wait(&mut self) {
-        let mut fds = vec![PollFd::new(&self.setup.signals, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(self.setup.signals, PollFlags::IN)];
         let mut meaning = vec![Ready::Signals];
-        if !self.guard_gone {
-            fds.push(PollFd::new(&self.setup.reports, PollFlags::IN));
-            meaning.push(Ready::Reports);
+        for (index, link) in self.setup.links.iter().enumerate().filter(|(_, link)| !link.gone) {
+            if !link.is_remote() || !self.is_full() {
+                fds.push(PollFd::new(&link.reports, PollFlags::IN));
+                meaning.push(Ready::Reports(index));
+            }
+            if !link.orders.is_empty() {
+                fds.push(PollFd::from_borrowed_fd(link.orders.descriptor(), PollFlags::OUT));
+                meaning.push(Ready::Orders(index));
+            }
+            if let Some(errors) = &link.errors {
+                fds.push(PollFd::new(errors, PollFlags::IN));
+                meaning.push(Ready::Errors(index));
+            }
         }
         for (index, sink) in self.sinks.iter().enumerate() {
             if !sink.is_empty() {
@@ -182,7 +215,9 @@ impl Supervisor {
     }
 
     fn timeout(&self) -> Option<Timespec> {
-        let next = [self.deadline, self.drained_by].into_iter().flatten().min()?;
+        let links = self.setup.links.iter().filter_map(Link::deadline);
+        let own = [self.deadline, self.drained_by, self.progress.deadline()];
+        let next = own.into_iter().flatten().chain(links).min()?;
         let left = next.saturating_duration_since(Instant::now());
         // Rounded up, or the loop would turn until the deadline is truly over.
         let nanoseconds = i64::from(left.subsec_nanos()) + 1_000_000;
@@ -193,15 +228,21 @@ impl Supervisor {
     fn on_ready(&mut self, ready: Ready) {
         match ready {
             Ready::Signals => {}
-            Ready::Reports => match self.lines.read(&self.setup.reports) {
-                None => self.on_guard_gone(),
-                Some(lines) => {
-                    for line in lines {
-                        let report = Report::parse(&line).expect("the guard writes only reports");
-                        self.on_report(report);
+            Ready::Reports(index) => match self.setup.links[index].read() {
+                None => self.on_link_gone(index),
+                Some(pieces) => {
+                    if !pieces.into_iter().all(|piece| self.on_piece(index, piece)) {
+                        self.on_link_gone(index);
                     }
                 }
             },
+            Ready::Orders(index) => self.setup.links[index].orders.write_some(),
+            Ready::Errors(index) => {
+                for line in self.setup.links[index].read_errors() {
+                    let host = self.setup.links[index].host.clone().unwrap_or_default();
+                    self.say(&format!("host '{host}': {line}"));
+                }
+            }
             Ready::Sink(index) => {
                 self.sinks[index].write_some();
                 if self.sinks[index].is_closed() {
@@ -223,59 +264,66 @@ impl Supervisor {
         more
     }
 
-    fn on_report(&mut self, report: Report) {
+    /// Takes what a guard or an agent sent; `false` when no agent of ours can mean that.
+    fn on_piece(&mut self, index: usize, piece: Piece) -> bool {
+        let ranks = self.setup.links[index].ranks.clone();
+        match piece {
+            Piece::Line(line) if line == "pong" => true,
+            Piece::Line(line) => match Report::parse(&line) {
+                Some(report) if report.rank().is_none_or(|rank| rank < ranks.len()) => {
+                    self.on_report(index, report);
+                    true
+                }
+                _ => false,
+            },
+            Piece::Output { rank, stream, bytes } => {
+                let known = rank < ranks.len() && self.setup.links[index].is_remote();
+                if known {
+                    let mut complaints = Vec::new();
+                    let from = &mut self.setup.streams[ranks.start + rank][stream];
+                    from.take(&bytes, &mut self.sinks[stream], &mut complaints);
+                    complaints.iter().for_each(|words| self.say(words));
+                }
+                known
+            }
+        }
+    }
+
+    fn on_report(&mut self, index: usize, report: Report) {
+        let first = self.setup.links[index].ranks.start;
+        let host = self.setup.links[index].host.clone();
+        let there = host.as_ref().map_or(String::new(), |host| format!(" on host '{host}'"));
         match report {
             Report::Started { rank, pid } => {
                 if self.setup.verbose {
-                    self.say(&format!("rank {rank} is process {pid}"));
+                    self.say(&format!("rank {} is process {pid}{there}", first + rank));
                 }
-                self.lend_terminal(pid);
+                if host.is_none() {
+                    self.lend_terminal(pid);
+                }
             }
-            Report::Refused { rank: _, errno } => self.on_refused(errno),
-            Report::Exited { rank, code } => self.on_end(rank, Ending::Exited(code)),
-            Report::Killed { rank, signal } => self.on_end(rank, Ending::Killed(signal)),
+            Report::Refused { rank: _, errno } => {
+                let (code, words) = refusal(&self.setup.command, errno, host.as_deref());
+                self.say(&words);
+                self.code = self.code.or(Some(code));
+                self.finish();
+            }
+            Report::Exited { rank, code } => self.on_end(first + rank, Ending::Exited(code)),
+            Report::Killed { rank, signal } => self.on_end(first + rank, Ending::Killed(signal)),
             Report::Left { count } => {
-                self.say(&format!("{count} processes of the job do not die of SIGKILL; see ps for state D"));
+                self.say(&format!(
+                    "{count} processes of the job{there} do not die of SIGKILL; see ps for state D"
+                ));
             }
         }
-    }
-
-    fn on_refused(&mut self, errno: i32) {
-        let command = self.setup.command.to_string_lossy().into_owned();
-        let error = std::io::Error::from_raw_os_error(errno);
-        let here = std::path::Path::new(&self.setup.command).is_file();
-        let (code, mut words) = match errno {
-            libc::ENOENT if here && !command.contains('/') => (
-                127,
-                format!("the command '{command}' is not in PATH; the file in this folder is ./{command}"),
-            ),
-            libc::ENOENT if here => (
-                127,
-                format!(
-                    "'{command}' cannot be run: the interpreter that its first line names does not exist"
-                ),
-            ),
-            libc::ENOENT => (127, format!("the command '{command}' was not found")),
-            libc::EACCES | libc::ENOEXEC => {
-                (126, format!("the command '{command}' is not executable: {error}"))
-            }
-            libc::EAGAIN => {
-                (126, format!("'{command}' cannot be started: too many processes ({error}); see ulimit -u"))
-            }
-            _ => (126, format!("'{command}' cannot be started: {error}")),
-        };
-        if args::looks_like_python(&self.setup.command) {
-            words.push_str(&format!("; did you mean: carolerun ... python {command}?"));
-        }
-        self.say(&words);
-        self.code = Some(code);
-        self.finish();
     }
 
     fn on_end(&mut self, rank: usize, ending: Ending) {
-        if self.endings[rank].replace(ending).is_some() {
-            unreachable!("a rank ends once");
+        if self.endings[rank].is_some() {
+            // A rank of this host ends once; what an agent says twice is no news.
+            return;
         }
+        self.endings[rank] = Some(ending);
         let failed = ending.code() != 0;
         let named = if failed { self.culprit(rank) } else { None };
         self.verdict.ended(rank, failed, named);
@@ -339,12 +387,21 @@ impl Supervisor {
         };
         let first = match named {
             Some(culprit) => format!(
-                "rank {culprit} failed first, though it still runs (stopped, or stuck?): rank {rank}, which names it,"
+                "{} failed first, though it still runs (stopped, or stuck?): {}, which names it,",
+                self.place(culprit),
+                self.place(rank)
             ),
-            None if self.endings.len() > 1 && !self.asked => format!("rank {rank} failed first: it"),
-            None => format!("rank {rank}"),
+            None if self.endings.len() > 1 && !self.asked => {
+                format!("{} failed first: it", self.place(rank))
+            }
+            None => self.place(rank),
         };
         self.say(&format!("{first} {}{last}{others}", ending.words()));
+    }
+
+    /// "rank 3", with its host where there are several.
+    fn place(&self, rank: usize) -> String {
+        place(&self.setup.links, rank)
     }
 
     fn on_signal(&mut self, signal: i32) {
@@ -363,6 +420,7 @@ impl Supervisor {
                 // The ranks are being killed already; who asks again does not want to wait for output either.
                 self.drained_by = Some(Instant::now());
                 self.sinks.iter_mut().for_each(Sink::give_up);
+                self.give_up_remote();
             }
             libc::SIGINT if self.stage == Stage::Running => {
                 self.say("interrupted (SIGINT); waiting for the ranks to end; interrupt again to force it");
@@ -387,14 +445,25 @@ impl Supervisor {
                     self.signal_all(libc::SIGTERM, true);
                     self.enter(Stage::Terminated, Some(TERM_GRACE));
                 }
+                Stage::Finishing => self.give_up_remote(),
                 _ => self.finish(),
             }
+        }
+        let listening = !self.is_full();
+        for index in 0..self.setup.links.len() {
+            if self.setup.links[index].keep_alive(now, listening) {
+                self.setup.links[index].last_words = "no sign of life for half a minute".to_string();
+                self.on_link_gone(index);
+            }
+        }
+        if let Some(words) = self.progress.words(now, |rank| place(&self.setup.links, rank)) {
+            self.say(&words);
         }
         if self.drained_by.is_some_and(|deadline| deadline <= now) {
             self.drained_by = None;
             for pair in &mut self.setup.streams {
                 for (stream, sink) in pair.iter_mut().zip(&mut self.sinks) {
-                    if stream.pipe().is_some() {
+                    if stream.is_open() {
                         stream.close(sink);
                     }
                 }
@@ -413,39 +482,6 @@ impl Supervisor {
         }
     }
 
-    /// The guard has ended: as it should, or killed. Then its orphans are ours.
-    fn on_guard_gone(&mut self) {
-        self.guard_gone = true;
-        self.deadline = None;
-        self.settle_now();
-        if self.stage != Stage::Finishing {
-            self.stage = Stage::Finishing;
-            self.say("the guard process was killed; ending the job");
-            self.code = self.code.or(Some(128 + libc::SIGKILL));
-            let me = rustix::process::getpid().as_raw_nonzero().get();
-            let deadline = Instant::now() + TERM_GRACE;
-            while kill_descendants(me, &self.strangers) > 0 && Instant::now() < deadline {
-                let mut fds = [PollFd::new(&self.setup.signals, PollFlags::IN)];
-                let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 10_000_000 }));
-                while self.setup.signals.next().is_some() {}
-                self.reap_adopted();
-            }
-        }
-        let _ = waitpid(Pid::from_raw(self.setup.guard), WaitOptions::empty());
-        self.reap_adopted();
-        self.drained_by = Some(Instant::now() + DRAIN);
-    }
-
-    /// Children of the process that hosts us (Python, say) are left for it to reap.
-    fn reap_adopted(&self) {
-        let me = rustix::process::getpid().as_raw_nonzero().get();
-        for process in descendants(me) {
-            if process.zombie && process.parent == me && !self.strangers.contains(&process.pid) {
-                let _ = waitpid(Pid::from_raw(process.pid), WaitOptions::NOHANG);
-            }
-        }
-    }
-
     fn enter(&mut self, stage: Stage, limit: Option<Duration>) {
         self.stage = stage;
         self.deadline = limit.map(|limit| Instant::now() + limit);
@@ -454,22 +490,22 @@ impl Supervisor {
     /// Has everything killed that is left of the job.
     fn finish(&mut self) {
         if self.stage != Stage::Finishing {
-            self.enter(Stage::Finishing, None);
-            self.order(&Order::Finish);
+            let remote = self.setup.links.iter().any(|link| link.is_remote() && !link.gone);
+            self.enter(Stage::Finishing, remote.then_some(FINISH_REMOTE));
+            for link in self.setup.links.iter_mut().filter(|link| !link.gone) {
+                link.order(&Order::Finish);
+            }
         }
     }
 
     fn signal_all(&mut self, signal: i32, group: bool) {
         for rank in 0..self.endings.len() {
-            if self.endings[rank].is_none() {
-                self.order(&Order::Signal { rank, signal, group });
+            let link = self.setup.links.iter_mut().find(|link| link.ranks.contains(&rank) && !link.gone);
+            if let Some(link) = link.filter(|_| self.endings[rank].is_none()) {
+                let rank = rank - link.ranks.start;
+                link.order(&Order::Signal { rank, signal, group });
             }
         }
-    }
-
-    fn order(&mut self, order: &Order) {
-        // A guard that has gone is noticed by the end of its reports.
-        let _ = self.setup.orders.write_all(order.line().as_bytes());
     }
 
     fn say(&mut self, words: &str) {
@@ -484,7 +520,7 @@ impl Supervisor {
         if let Some(group) = Pid::from_raw(pid) {
             self.terminal_lent = rustix::termios::tcsetpgrp(std::io::stdin(), group).is_ok();
             // It may have tried to read before, and been stopped.
-            self.order(&Order::Signal { rank: 0, signal: libc::SIGCONT, group: true });
+            self.signal_all(libc::SIGCONT, true);
         }
     }
 
@@ -496,27 +532,20 @@ impl Supervisor {
     }
 }
 
+fn place(links: &[Link], rank: usize) -> String {
+    let link = links.iter().find(|link| link.ranks.contains(&rank));
+    match link.and_then(|link| link.host.as_ref()) {
+        Some(host) => format!("rank {rank} (host '{host}')"),
+        None => format!("rank {rank}"),
+    }
+}
+
 /// What a descriptor that is ready belongs to.
 enum Ready {
     Signals,
-    Reports,
+    Reports(usize),
+    Orders(usize),
+    Errors(usize),
     Sink(usize),
     Stream(usize, usize),
-}
-
-impl Ending {
-    /// The exit code that stands for it, as in a shell.
-    fn code(self) -> i32 {
-        match self {
-            Ending::Exited(code) => code,
-            Ending::Killed(signal) => 128 + signal,
-        }
-    }
-
-    fn words(self) -> String {
-        match self {
-            Ending::Exited(code) => format!("exited with code {code}"),
-            Ending::Killed(signal) => format!("was killed by {}", signal_name(signal)),
-        }
-    }
 }

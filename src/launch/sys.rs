@@ -136,6 +136,27 @@ pub fn prepare_rank(command: &mut Command, secret: &OwnedFd, open_files: u64) {
     }
 }
 
+/// Prepares an ssh client: it dies with its parent (this thread), has no signal blocked, and leads a process group of
+/// its own, so that Ctrl-C on a terminal reaches the launcher alone.
+pub fn prepare_client(command: &mut Command) {
+    let parent = rustix::process::getpid().as_raw_nonzero().get();
+    command.process_group(0);
+    // SAFETY: the closure only makes system calls that are safe between fork and exec; it allocates nothing
+    // and takes no lock.
+    unsafe {
+        command.pre_exec(move || {
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+            if libc::getppid() != parent {
+                libc::_exit(137);
+            }
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut none);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+            Ok(())
+        });
+    }
+}
+
 fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -27,6 +27,16 @@ pub struct Channel {
     sent: usize,
     input: Vec<u8>,
     got: usize,
+    traffic: Traffic,
+}
+
+/// What has passed on a connection, in both directions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Traffic {
+    /// Messages and parts of messages that were handed over or taken as a whole.
+    pub parts: u64,
+    /// Bytes.
+    pub bytes: u64,
 }
 
 impl AsFd for Channel {
@@ -57,7 +67,14 @@ impl Channel {
             }
             Stream::Unix(stream) => stream.set_nonblocking(true)?,
         }
-        Ok(Channel { stream, output: Vec::new(), sent: 0, input: Vec::new(), got: 0 })
+        Ok(Channel {
+            stream,
+            output: Vec::new(),
+            sent: 0,
+            input: Vec::new(),
+            got: 0,
+            traffic: Traffic::default(),
+        })
     }
 
     /// Gives the stream back. Nothing that was read is lost, because only what was wanted has been read.
@@ -69,6 +86,20 @@ impl Channel {
     /// Queues bytes.
     pub fn queue(&mut self, bytes: &[u8]) {
         self.output.extend_from_slice(bytes);
+        self.count(bytes.len());
+    }
+
+    fn count(&mut self, bytes: usize) {
+        if bytes > 0 {
+            self.traffic.parts += 1;
+            self.traffic.bytes += bytes as u64;
+        }
+    }
+
+    /// What has passed so far.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        self.traffic
     }
 
     /// Whether bytes wait to be written.
@@ -125,6 +156,7 @@ impl Channel {
 
     /// Forgets what [`Channel::fill`] gave.
     pub fn taken(&mut self) {
+        self.count(self.got);
         self.got = 0;
         self.input.clear();
     }

@@ -34,7 +34,7 @@ impl Doors {
     }
 
     /// Opens listeners on ports that the kernel picks. `loopback`: all ranks are on this host. `interfaces`:
-    /// names of the interfaces to tell the peers; empty for all.
+    /// names or addresses of the interfaces to tell the peers; empty for all.
     pub fn open(loopback: bool, interfaces: &[String]) -> Result<Doors> {
         let system = |what: &str, e: io::Error| Error::usage(format!("cannot open {what} for links: {e}"));
         let tcp = if loopback {
@@ -143,7 +143,9 @@ pub fn reachable(local: SocketAddr, interfaces: &[String]) -> io::Result<Vec<Soc
     };
     let found: Vec<(IpAddr, bool)> = if_addrs::get_if_addrs()?
         .into_iter()
-        .filter(|i| interfaces.is_empty() || interfaces.contains(&i.name))
+        .filter(|i| {
+            interfaces.is_empty() || interfaces.iter().any(|n| *n == i.name || *n == i.ip().to_string())
+        })
         .map(|i| (i.ip(), i.is_oper_up()))
         .filter(|(ip, _)| usable(ip))
         .collect();

@@ -20,6 +20,7 @@ pub mod reform;
 pub mod secret;
 pub mod server;
 pub mod topology;
+pub mod train_job;
 
 use std::sync::Arc;
 

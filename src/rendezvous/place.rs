@@ -1,6 +1,7 @@
 //! Who this process is and how it finds the others, read from variables. A pure function of them.
 #![forbid(unsafe_code)]
 
+use super::train_job;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::limits::RANKS_MAX;
@@ -154,6 +155,9 @@ impl Place {
                 return Ok(place);
             }
         }
+        if let Some(place) = train_job::place(environment)? {
+            return Ok(place);
+        }
         Ok(Place { rank: 0, size: 1, hints: Hints::default(), origin: "no variables" })
     }
 }
@@ -275,6 +279,7 @@ impl Meeting {
             };
             return Ok(Meeting::Private(key));
         }
+        let environment = &train_job::with_master(environment);
         let Some(host) = environment.get("MASTER_ADDR") else {
             return Err(Error::usage(format!(
                 "the {} ranks ({}) are on several hosts, but CAROLE_RENDEZVOUS is not set: set it to HOST:PORT of rank 0 \

@@ -54,6 +54,8 @@ pub struct PorterOptions {
     pub choice: Choice,
     /// TCP connections per link that carry payload, besides the control connection: 1 to [`TCP_LANES_MAX`].
     pub tcp_lanes: usize,
+    /// Whether the lanes of a link are spread over the peer's addresses, so that several networks are used together.
+    pub spread: bool,
     /// Options of each TCP connection.
     pub tcp: TcpOptions,
     /// The shared memory that links may take.
@@ -68,6 +70,7 @@ impl Default for PorterOptions {
         PorterOptions {
             choice: Choice::Auto,
             tcp_lanes: 1,
+            spread: false,
             tcp: TcpOptions::default(),
             memory: Budget::new(u64::MAX),
             silence_ms: SILENCE_MS,

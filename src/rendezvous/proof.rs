@@ -22,7 +22,7 @@ use crate::types::{Epoch, Rank};
 use std::fmt;
 
 /// The protocol that this build speaks. Any change of the bytes between ranks raises it.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// The rank that the rendezvous service goes by.
 pub const SERVICE: Rank = Rank(u32::MAX);
 /// Bytes of a build's name in a hello.

@@ -76,7 +76,7 @@ struct Seeker<'a> {
 
 /// What came of one look.
 enum Look {
-    Found(Found),
+    Found(Box<Found>),
     /// Look again, after a pause.
     Wait,
     /// Look again at once.
@@ -88,7 +88,7 @@ impl Seeker<'_> {
         let mut pause = PAUSE;
         while Instant::now() < self.deadline {
             match self.look()? {
-                Look::Found(found) => return Ok(found),
+                Look::Found(found) => return Ok(*found),
                 Look::Next => pause = PAUSE,
                 Look::Wait => {
                     let _ = poll(&mut [], Some(&super::reactor::timespec(pause)));
@@ -160,7 +160,7 @@ impl Seeker<'_> {
                 let followed = table.epoch > self.last.epoch && table.job == self.last.job;
                 let found = Found::of(table, card, &self.veteran.secret).map_err(Error::Usage)?;
                 match followed {
-                    true => Ok(Look::Found(found)),
+                    true => Ok(Look::Found(Box::new(found))),
                     false => Err(Error::usage(format!("{} sent the table of another epoch", at.rank))),
                 }
             }

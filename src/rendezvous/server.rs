@@ -5,6 +5,7 @@
 use super::Warn;
 use super::approach::Caller;
 use super::card::{Knob, Table};
+use super::channel::Traffic;
 use super::listen::{self, Doors};
 use super::secret::Secret;
 use crate::error::{Error, Result};
@@ -13,10 +14,12 @@ use crate::transport::wake::Waker;
 use crate::types::Epoch;
 use assembly::{Assembly, Terms};
 use crossbeam::channel::{Sender, bounded};
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -61,11 +64,69 @@ pub struct ServerOptions {
     pub warn: Warn,
 }
 
+/// Who has arrived in the epoch that is being waited for; shared with whoever wants to know.
+#[derive(Clone, Default)]
+pub struct Arrivals(Arc<Mutex<Arrived>>);
+
+#[derive(Default)]
+struct Arrived {
+    ranks: BTreeSet<u32>,
+    complete: bool,
+    traffic: Traffic,
+}
+
+impl Arrivals {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Arrived> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The ranks, ascending.
+    #[must_use]
+    pub fn list(&self) -> Vec<u32> {
+        self.lock().ranks.iter().copied().collect()
+    }
+
+    /// Whether an epoch has begun: all its ranks had arrived.
+    #[must_use]
+    pub fn complete(&self) -> bool {
+        self.lock().complete
+    }
+
+    /// What has passed on the connections that are closed again.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        self.lock().traffic
+    }
+
+    /// A connection has closed.
+    pub fn add(&self, traffic: Traffic) {
+        let total = &mut self.lock().traffic;
+        total.parts += traffic.parts;
+        total.bytes += traffic.bytes;
+    }
+
+    /// One more has arrived.
+    pub fn insert(&self, rank: u32) {
+        self.lock().ranks.insert(rank);
+    }
+
+    /// These have arrived, and no others.
+    pub fn set(&self, ranks: Vec<u32>) {
+        self.lock().ranks = ranks.into_iter().collect();
+    }
+
+    /// All have.
+    pub fn finish(&self) {
+        self.lock().complete = true;
+    }
+}
+
 /// A running service; its thread ends with it.
 pub struct Server {
     words: Option<Sender<Word>>,
     bell: Waker,
     addresses: Vec<SocketAddr>,
+    arrivals: Arrivals,
     stop: Waker,
     thread: Option<JoinHandle<()>>,
 }
@@ -200,13 +261,15 @@ impl Server {
         let system = |e| Error::usage(format!("cannot start the rendezvous service: {e}"));
         let (stop, bell) = (Waker::new().map_err(system)?, Waker::new().map_err(system)?);
         let book = book(&bell)?;
-        let mut service = service::Service::new(options, doors, litter, [stop.clone(), bell.clone()], book)
-            .map_err(system)?;
+        let arrivals = Arrivals::default();
+        let wakers = [stop.clone(), bell.clone()];
+        let mut service =
+            service::Service::new(options, doors, litter, wakers, book, arrivals.clone()).map_err(system)?;
         let thread = std::thread::Builder::new()
             .name("carole-rendezvous".into())
             .spawn(move || service.serve())
             .map_err(system)?;
-        Ok(Server { words: None, bell, addresses, stop, thread: Some(thread) })
+        Ok(Server { words: None, bell, addresses, arrivals, stop, thread: Some(thread) })
     }
 
     /// Tells an elastic job's service what the launcher knows.
@@ -222,6 +285,12 @@ impl Server {
     #[must_use]
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
+    }
+
+    /// Who has arrived.
+    #[must_use]
+    pub fn arrivals(&self) -> Arrivals {
+        self.arrivals.clone()
     }
 
     /// Ends it: what is waiting to be sent gets a moment to leave. Bounded by `SHUTDOWN_MS`.

@@ -450,6 +450,8 @@ fn porter_options(config: &Config) -> PorterOptions {
             TransportChoice::Tcp => porter::Choice::Tcp,
         },
         tcp_lanes: config.tcp_lanes as usize,
+        // Who names several means them to be used, and the addresses are good.
+        spread: config.interfaces.len() > 1,
         memory: Budget::new(config.memory),
         silence_ms: config.timeout_ms,
         tcp: TcpOptions {

@@ -6,6 +6,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+/// The largest packet on a shaped link before it is cut into segments.
+const GSO_BYTES: u32 = 16 << 10;
+
 /// Which addresses the hosts have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Family {
@@ -113,11 +116,43 @@ impl Network {
         Ok(())
     }
 
+    /// Gives a host an interface that is up, has this address, and leads nowhere.
+    pub fn add_dead_end(&self, n: u32, address: &str) -> Result<(), String> {
+        let host = self.host(n);
+        ip(&format!("-n {host} link add dead0 type veth peer name dead1"))?;
+        ip(&format!("-n {host} addr add {address}/24 dev dead0"))?;
+        ip(&format!("-n {host} link set dead0 up"))?;
+        ip(&format!("-n {host} link set dead1 up"))
+    }
+
     /// From now on packets from one host to another vanish, without a word to either.
     pub fn drop_packets(&self, from: u32, to: u32) -> Result<(), String> {
         let router = self.router();
         for (family, target) in [("-4", format!("10.77.{to}.0/24")), ("-6", format!("fd77:{to}::/64"))] {
             ip(&format!("{family} -n {router} rule add iif to{from} to {target} blackhole"))?;
+        }
+        Ok(())
+    }
+
+    /// From now on nothing comes from a host or gets there: its cable is out.
+    pub fn unplug(&self, n: u32) -> Result<(), String> {
+        ip(&format!("-n {} link set to{n} down", self.router()))
+    }
+
+    /// Gives every host a second network beside the first, `10.78.N.0/24`, over the same router.
+    pub fn add_second_interfaces(&self) -> Result<(), String> {
+        let router = self.router();
+        for n in 0..self.hosts {
+            let host = self.host(n);
+            ip(&format!("-n {router} link add two{n} type veth peer name eth1 netns {host}"))?;
+            ip(&format!("-n {router} addr add 10.78.{n}.1/24 dev two{n}"))?;
+            ip(&format!("-n {host} addr add 10.78.{n}.2/24 dev eth1"))?;
+            ip(&format!("-n {router} link set two{n} up"))?;
+            ip(&format!("-n {host} link set eth1 up"))?;
+            // What comes from the second address leaves by the second interface, as on hosts with two networks.
+            ip(&format!("-n {host} route add 10.78.0.0/16 via 10.78.{n}.1 dev eth1"))?;
+            ip(&format!("-n {host} route add default via 10.78.{n}.1 dev eth1 table 78"))?;
+            ip(&format!("-n {host} rule add from 10.78.{n}.2 table 78"))?;
         }
         Ok(())
     }
@@ -134,6 +169,10 @@ impl Network {
         };
         let router = self.router();
         for n in 0..self.hosts {
+            // A packet that exceeds the burst would be cut into segments by software, one MTU each, and the
+            // processors would be the limit instead of the link.
+            ip(&format!("-n {} link set eth0 gso_max_size {GSO_BYTES}", self.host(n)))?;
+            ip(&format!("-n {router} link set to{n} gso_max_size {GSO_BYTES}"))?;
             tc(&self.host(n), "eth0")?;
             tc(&router, &format!("to{n}"))?;
         }
@@ -158,12 +197,13 @@ fn ip(line: &str) -> Result<(), String> {
     output("ip", &line.split_whitespace().collect::<Vec<_>>()).map(drop)
 }
 
-fn inside(namespace: &str, command: &[&str]) -> Result<(), String> {
+/// Runs a command in a namespace.
+pub fn inside(namespace: &str, command: &[&str]) -> Result<(), String> {
     output("ip", &[&["netns", "exec", namespace], command].concat()).map(drop)
 }
 
 /// What a command prints.
-fn output(program: &str, args: &[&str]) -> Result<String, String> {
+pub fn output(program: &str, args: &[&str]) -> Result<String, String> {
     let output = Command::new(program).args(args).output().map_err(|e| format!("{program}: {e}"))?;
     match output.status.success() {
         true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),

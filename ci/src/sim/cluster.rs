@@ -442,7 +442,9 @@ impl Cluster {
 fn carried_by(rank: u32, carried: &Sets, sabotage: Option<Sabotage>) -> Vec<(SetId, Vec<Rank>)> {
     let mut list = carried.list.clone();
     if rank == 1 && sabotage == Some(Sabotage::SetsDiffer) {
-        list.iter_mut().filter(|(_, ranks)| ranks.len() > 1).for_each(|(_, ranks)| drop(ranks.pop()));
+        list.iter_mut().filter(|(_, ranks)| ranks.len() > 1).for_each(|(_, ranks)| {
+            ranks.pop();
+        });
     }
     list
 }

@@ -161,6 +161,12 @@ fn processes(long: bool) -> Vec<Step> {
         .within(hours(4)),
         Step::task("intruders", pick("intrude", "intrude --connections 300")),
         Step::task("several hosts", "hosts"),
+        with_launcher("several hosts over ssh", pick("ssh", "ssh --hosts 2,3,4 --kills 60")).within(hours(2)),
+        with_launcher(
+            "start-up",
+            pick("startup --ranks 32 --simulated 64,256 --cycles 10", "startup --ranks 128 --cycles 200"),
+        )
+        .within(hours(2)),
         Step::task("threads and memory", "figures --simulated 64,1024"),
     ];
     if long {
@@ -168,6 +174,13 @@ fn processes(long: bool) -> Vec<Step> {
         steps.push(Step::task("fuzzed decoders", "fuzz --seconds 600").within(hours(2)));
     }
     steps
+}
+
+/// A task of this program that starts `carolerun`, which lies beside it.
+fn with_launcher(name: &'static str, line: &str) -> Step {
+    let own = std::env::current_exe().expect("a program knows where it lies");
+    Step::new(name, "cargo build --quiet --release -p carole --bins")
+        .then(&format!("{} {line}", own.display()))
 }
 
 fn bindings(long: bool) -> Vec<Step> {

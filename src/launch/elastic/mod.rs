@@ -63,6 +63,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         command: arguments.command.clone(),
         ranks: Vec::new(),
         removed: PLACE.to_vec(),
+        shared: Vec::new(),
         secret: secret.to_hex(),
         keeps_stdin: false,
         open_files,
@@ -156,7 +157,6 @@ fn terms(arguments: &Arguments, config: &Config) -> Result<Terms> {
 
 /// Hosts that do not change, where there is no script: those listed, or this one.
 fn fixed_hosts(arguments: &Arguments, terms: &Terms) -> Result<Slots> {
-    let this_host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let listed = arguments.hosts.hosts.is_some() || arguments.hosts.hostfile.is_some();
     if arguments.elastic.host_discovery_script.is_some() {
         return match listed {
@@ -166,20 +166,26 @@ fn fixed_hosts(arguments: &Arguments, terms: &Terms) -> Result<Slots> {
             false => Ok(Slots::new()),
         };
     }
-    if let Some(list) = &arguments.hosts.hosts {
-        hosts::check_hosts(list, terms.first, &this_host)?;
-        let text = list.replace(',', "\n");
-        return discovery::parse(&text, 1).map_err(|why| Error::usage(format!("-H {why}")));
-    }
-    if let Some(path) = &arguments.hosts.hostfile {
-        hosts::check_hostfile(path, terms.first, &this_host)?;
-        let text = std::fs::read_to_string(path).map_err(system)?;
-        let lines = text.lines().map(|line| line.split('#').next().unwrap_or_default().trim());
-        let lines: Vec<String> = lines.map(|line| line.replace(" slots=", ":")).collect();
-        return discovery::parse(&lines.join("\n"), 1)
-            .map_err(|why| Error::usage(format!("--hostfile {why}")));
+    let hosts = arguments.hosts.source().read()?;
+    if !hosts.is_empty() {
+        hosts::assign(&hosts, terms.first, hosts::is_this_host)?;
+        for host in &hosts {
+            check_local(&host.name)?;
+        }
+        return Ok(hosts.into_iter().map(|host| (host.name, host.slots)).collect());
     }
     Ok(vec![("localhost".to_owned(), arguments.elastic.slots_per_host.unwrap_or(terms.max.min(terms.first)))])
+}
+
+/// Workers that come and go are started on this host only, so far.
+fn check_local(host: &str) -> Result<()> {
+    if hosts::is_this_host(host) {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "workers of an elastic job cannot be started on '{host}': this version of carolerun starts them on its own host \
+         only. Name this host (localhost:4), or leave the elastic flags (--min-np, --max-np, --host-discovery-script) out"
+    )))
 }
 
 fn serve(
@@ -213,10 +219,9 @@ fn make_worker(arguments: &Arguments, config: &Config, rendezvous: String) -> Ma
     let settings: Vec<(String, String)> =
         config.set_by(Layer::Flag).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     let (plain, folder) = (arguments.plain_output, arguments.output.output_filename.clone());
-    let this_host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     Box::new(move |worker, host| {
         // Where workers are started on other hosts, they are started from here.
-        hosts::check_hosts(host.split(':').next().unwrap_or(host), 1, &this_host)?;
+        check_local(host.split(':').next().unwrap_or(host))?;
         let (out_reader, stdout) = pipe()?;
         let (err_reader, stderr) = pipe()?;
         let prefix = |name: &str| if plain { String::new() } else { format!("[worker {worker}]<{name}>:") };

@@ -80,6 +80,10 @@ pub struct Dial {
     pub answer_by: Option<Instant>,
     /// The next round of targets begins then.
     pub retry: Option<Instant>,
+    /// Whether lanes may go to other addresses than the control connection.
+    pub spread: bool,
+    /// Whether some of this attempt's do.
+    pub spreading: bool,
     /// Whether every target of this round has refused the connection.
     pub refused: bool,
     /// What was said last.
@@ -92,6 +96,22 @@ impl Dial {
     /// When something is to be done about it.
     pub fn deadline(&self) -> Instant {
         [self.answer_by, self.retry].into_iter().flatten().fold(self.limit, Instant::min)
+    }
+
+    /// Where a lane goes: to the target that is being tried or, where lanes are spread, to the peer's addresses of its
+    /// family in turn.
+    pub fn lane_target(&mut self, lane: usize) -> Target {
+        let here = self.targets[self.at].clone();
+        let Target::Tcp(address) = here else { return here };
+        if !self.spread {
+            return here;
+        }
+        let like = |t: &&Target| matches!(t, Target::Tcp(a) if a.is_ipv4() == address.is_ipv4() && !a.ip().is_loopback());
+        let around = self.targets[self.at..].iter().chain(&self.targets[..self.at]);
+        let alike: Vec<&Target> = around.filter(like).collect();
+        let chosen = alike.get(lane % alike.len().max(1)).map_or_else(|| here.clone(), |t| (*t).clone());
+        self.spreading |= chosen != here;
+        chosen
     }
 
     /// How long one connection waits for an answer. A unix socket of a random name is the peer's; behind one of
@@ -168,6 +188,39 @@ mod tests {
         assert_eq!(of(&me, &peer, Choice::Auto).unwrap(), [near]);
         peer.addresses.clear();
         assert!(of(&me, &peer, Choice::Auto).is_err());
+    }
+
+    #[test]
+    fn lanes_are_spread_over_the_addresses_of_one_family() {
+        let tcp = |text: &str| Target::Tcp(text.parse().unwrap());
+        let targets = ["10.0.0.1:5", "[fd00::1]:5", "10.1.0.1:5", "127.0.0.1:5"].map(tcp);
+        let mut dial = Dial {
+            aim: Aim::Link,
+            targets: targets.to_vec(),
+            at: 2,
+            attempt: 1,
+            limit: Instant::now(),
+            answer_by: None,
+            retry: None,
+            spread: true,
+            spreading: false,
+            refused: true,
+            last: String::new(),
+            shm_failure: None,
+        };
+        assert_eq!(dial.lane_target(0), targets[2]);
+        assert!(!dial.spreading);
+        assert_eq!(
+            [1, 2, 3].map(|lane| dial.lane_target(lane)),
+            [0, 2, 0].map(|i: usize| targets[i].clone())
+        );
+        assert!(dial.spreading);
+        dial.at = 1;
+        assert_eq!(dial.lane_target(1), targets[1]);
+        (dial.at, dial.spread) = (0, false);
+        assert_eq!(dial.lane_target(1), targets[0]);
+        (dial.at, dial.spread) = (3, true);
+        assert_eq!(dial.lane_target(0), targets[0], "loopback carries no spread lanes");
     }
 
     #[test]

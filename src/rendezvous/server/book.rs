@@ -113,6 +113,14 @@ impl Book {
         }
     }
 
+    /// The ranks of the newest epoch that is being waited for; of an open book, whose workers have no ranks yet, none.
+    pub fn arrived(&self) -> Vec<u32> {
+        match self {
+            Book::Fixed { rounds, .. } => rounds.arrived(),
+            Book::Open(_) => Vec::new(),
+        }
+    }
+
     /// The connection that a worker had kept since it got the table has ended, and with it most likely the worker.
     pub fn left(&mut self, worker: Worker) -> Vec<Verdict> {
         match self {

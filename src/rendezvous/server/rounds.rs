@@ -128,6 +128,11 @@ impl Rounds {
         Some(self.complete(epoch, round))
     }
 
+    /// The ranks of the newest epoch that is being waited for.
+    pub fn arrived(&self) -> Vec<u32> {
+        self.open.last_key_value().map_or_else(Vec::new, |(_, round)| round.ranks.keys().copied().collect())
+    }
+
     /// A connection is gone: its rank is no longer registered.
     pub fn forget(&mut self, number: Number) {
         for round in self.open.values_mut() {

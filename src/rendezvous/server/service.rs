@@ -4,7 +4,7 @@
 use super::assembly::Worker;
 use super::book::Book;
 use super::rounds::{Number, Verdict};
-use super::{Door, Litter, ServerOptions};
+use super::{Arrivals, Door, Litter, ServerOptions};
 use crate::limits::{HANDSHAKE_MS, SHUTDOWN_MS, UNAUTHENTICATED_MAX};
 use crate::rendezvous::card::{Answer, LENGTH_BYTES, News, REGISTRATION_BYTES_MAX, Registration, frame};
 use crate::rendezvous::channel::{Channel, Stream};
@@ -37,6 +37,8 @@ pub struct Service {
     timed: BTreeSet<Number>,
     next_number: Number,
     book: Book,
+    /// Who has come, for whoever watches.
+    arrivals: Arrivals,
     /// What the members of the epoch were told last.
     told: News,
     _litter: Litter,
@@ -78,6 +80,7 @@ impl Service {
         litter: Litter,
         [stop, bell]: [Waker; 2],
         book: Book,
+        arrivals: Arrivals,
     ) -> io::Result<Service> {
         let reactor = Reactor::new()?;
         reactor.add(&stop, STOP, false)?;
@@ -93,6 +96,7 @@ impl Service {
             timed: BTreeSet::new(),
             next_number: FIRST_CONNECTION,
             book,
+            arrivals,
             told: News::default(),
             _litter: litter,
         };
@@ -246,7 +250,11 @@ impl Service {
                 self.timed.remove(&number);
                 let connections = &self.connections;
                 let alive = |n: Number| connections.get(&n).is_some_and(|c| !c.channel.is_closed());
+                let rank = registration.card.rank.0;
                 let verdicts = self.book.register(number, epoch, registration, alive);
+                if verdicts.is_empty() {
+                    self.arrivals.insert(rank);
+                }
                 self.tell_all(verdicts);
             }
             Err(why) => {
@@ -267,6 +275,9 @@ impl Service {
 
     fn tell(&mut self, verdict: Verdict) {
         let message = frame(&verdict.answer.encode());
+        if matches!(verdict.answer, Answer::Table(_)) {
+            self.arrivals.finish();
+        }
         if let Answer::Table(_) = &verdict.answer
             && self.options.once
         {
@@ -325,7 +336,9 @@ impl Service {
     fn close(&mut self, number: Number) {
         self.timed.remove(&number);
         let Some(connection) = self.connections.remove(&number) else { return };
+        self.arrivals.add(connection.channel.traffic());
         self.book.forget(number);
+        self.arrivals.set(self.book.arrived());
         if let Stage::Member { worker } = connection.stage
             && !self.connections.values().any(|c| c.is_of(worker))
         {

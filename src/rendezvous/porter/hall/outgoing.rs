@@ -39,6 +39,8 @@ impl Hall {
                     limit,
                     answer_by: None,
                     retry: None,
+                    spread: self.options.spread,
+                    spreading: false,
                     refused: true,
                     last,
                     shm_failure: None,
@@ -127,8 +129,13 @@ impl Hall {
         if matches!(target, Target::Unix(_)) && dial.aim == Aim::Link {
             dial.shm_failure = Some(why.to_owned());
         }
-        dial.refused &= refused;
-        dial.at += 1;
+        if std::mem::take(&mut dial.spreading) {
+            // An address that leads nowhere must not keep the others from being used.
+            dial.spread = false;
+        } else {
+            dial.refused &= refused;
+            dial.at += 1;
+        }
         let (rounds_end, all_refused) = (dial.at == dial.targets.len(), dial.refused);
         let last = dial.last.clone();
         if rounds_end {

@@ -78,8 +78,9 @@ impl Hall {
                 connection.stage = Stage::Waiting { peer, purpose, attempt };
                 for lane in 0..self.options.tcp_lanes {
                     // A lane that fails at once ends the attempt, and with it the need for the others.
-                    let dial = self.dials.get(&peer).filter(|d| d.attempt == attempt && d.retry.is_none());
-                    match dial.map(|d| d.targets[d.at].clone()) {
+                    let dial =
+                        self.dials.get_mut(&peer).filter(|d| d.attempt == attempt && d.retry.is_none());
+                    match dial.map(|d| d.lane_target(lane)) {
                         Some(target) if purpose == Purpose::Control => {
                             self.open(peer, Purpose::Lane(lane as u8), attempt, &target);
                         }
