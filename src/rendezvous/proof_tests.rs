@@ -119,7 +119,9 @@ fn a_mismatch_of_versions_names_both_on_both_sides() {
     assert_eq!(acceptor, Err(ProofError::Version { theirs: 9, build: "test".into() }));
     let words = connector.unwrap_err().to_string();
     assert!(
-        words.contains("version 1") && words.contains("version 9") && words.contains("carole"),
+        words.contains(&format!("version {PROTOCOL}"))
+            && words.contains("version 9")
+            && words.contains("carole"),
         "{words}"
     );
 }
