@@ -26,6 +26,10 @@
 //! * No context is made but on the device that the user's memory lies on, and there it is the primary one.
 //! * An allocation is known by the driver's number for it, checked at each use, never by its address alone.
 
+use super::accelerator::{Accelerator, Arrival};
+use crate::error::Cause;
+use std::sync::Arc;
+
 pub mod launch;
 pub mod lower;
 pub mod source;
@@ -36,11 +40,46 @@ pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
 #[cfg(feature = "cuda")]
+pub mod home;
+#[cfg(feature = "cuda")]
 pub mod memory;
+#[cfg(feature = "cuda")]
+pub mod peers;
 #[cfg(feature = "cuda")]
 pub mod ptx;
 #[cfg(feature = "cuda")]
 pub mod registered;
+
+/// Opens the device of a number for the engine, which `wake` makes look again.
+pub fn open(number: i32, wake: Arc<dyn Fn() + Send + Sync>) -> Result<Box<dyn Accelerator>, Cause> {
+    #[cfg(feature = "cuda")]
+    return Ok(Box::new(device::CudaDevice::new(home::Home::of_device(number)?, wake)?));
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (number, wake);
+        Err(Cause::System(NOT_BUILT.to_owned()))
+    }
+}
+
+/// The device that memory at `address` lies on, and the point up to which `stream` has been given work; none where it
+/// is no device memory. An error without a driver.
+///
+/// # Safety
+/// `stream` must be a live stream of that device, or 0, 1 or 2: its default streams.
+pub unsafe fn arrival(address: u64, stream: u64) -> Result<Option<Arrival>, Cause> {
+    #[cfg(feature = "cuda")]
+    // SAFETY: the caller's promise.
+    return unsafe { home::arrival(address, stream) };
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (address, stream);
+        Err(Cause::System(NOT_BUILT.to_owned()))
+    }
+}
+
+/// What a build without this feature says.
+#[cfg(not(feature = "cuda"))]
+const NOT_BUILT: &str = "CUDA is not built in (the cargo feature cuda)";
 
 /// A sentence on what of this is here, for `--check-build`.
 #[must_use]
