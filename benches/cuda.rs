@@ -49,7 +49,7 @@ const BLOCKS: usize = 9;
 
 impl Bench {
     fn new(home: &Arc<Home>) -> Bench {
-        let device = CudaDevice::new(Arc::clone(home), Arc::new(|| ())).expect("a device");
+        let device = CudaDevice::new(Arc::clone(&home.context)).expect("a device");
         let blocks: Vec<DeviceBytes> =
             (0..BLOCKS).map(|_| DeviceBytes::new(&home.context, 256 << 20).expect("device memory")).collect();
         let mut memory = Memory::default();
@@ -84,7 +84,8 @@ impl Bench {
             for count in [2u32, 4, 8] {
                 let srcs = (1..=count).map(|region| range(region, full)).collect();
                 let finish = Finish { divisor: count, ..finish };
-                let order = DeviceOrder::ReduceMany { dst: range(0, full), srcs, reduction, pre: 1.0, finish };
+                let order =
+                    DeviceOrder::ReduceMany { dst: range(0, full), srcs, reduction, pre: 1.0, finish };
                 add(self, format!("average of {count} {dtype}"), full, u64::from(count + 1) * full, order);
             }
             let scale = DeviceOrder::Scale { dst: range(0, full), src: range(1, full), dtype, factor: 0.5 };
@@ -112,7 +113,7 @@ impl Bench {
         let mut many: Vec<f64> = (0..20).map(|_| self.time(200, &order) / 200.0).collect();
         let mut loads = Vec::new();
         for dtype in [DType::F32, DType::BF16, DType::I64] {
-            let mut fresh = CudaDevice::new(Arc::clone(home), Arc::new(|| ())).expect("a device");
+            let mut fresh = CudaDevice::new(Arc::clone(&home.context)).expect("a device");
             let reduction = Reduction { dtype, op: ReduceOp::Max };
             let (dst, a, b) = (range(0, 4096), range(1, 4096), range(2, 4096));
             let order = DeviceOrder::Reduce { dst, a, b, reduction };
@@ -187,7 +188,6 @@ fn range(region: u32, len: u64) -> PieceRange {
 }
 
 fn pieces(region: u32, runs: impl IntoIterator<Item = (u64, u64)>) -> PieceRange {
-    let list: Arc<[Piece]> =
-        runs.into_iter().map(|(offset, len)| Piece { region, offset, len }).collect();
+    let list: Arc<[Piece]> = runs.into_iter().map(|(offset, len)| Piece { region, offset, len }).collect();
     PieceRange { start: 0, end: list.len() as u32, list }
 }

@@ -669,17 +669,15 @@ fn embedded_ptx_is_made_from_these_sources() {
 #[test]
 fn on_a_device() {
     use carole::device::cuda::device::CudaDevice;
-    use carole::device::cuda::driver::version;
-    use carole::device::cuda::home::Home;
+    use carole::device::cuda::driver::{Context, version};
     use carole::device::cuda::memory::PinnedBytes;
 
     if let Err(why) = version() {
         eprintln!("skipped, no device: {why}");
         return;
     }
-    let home = Home::of_device(0).expect("the first device has a context");
-    let context = Arc::clone(&home.context);
-    let mut device = CudaDevice::new(home, Arc::new(|| ())).expect("a device");
+    let context = Arc::new(Context::of_device(0).expect("the first device has a context"));
+    let mut device = CudaDevice::new(context.clone()).expect("a device");
     let mut random = Random(9);
     let mut cases = 0;
     for reduction in reductions() {

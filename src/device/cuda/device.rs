@@ -1,11 +1,9 @@
 //! The device: orders become launches on a stream of its own, and an event behind each tells of its end.
 
-use super::driver::{Event, Fault, Function, LoadedModule, Stream};
-use super::home::Home;
+use super::driver::{Context, Event, Fault, Function, LoadedModule, Stream, is_capturing};
 use super::launch::{Kernel, Module};
 use super::lower::{Plan, scratch_bytes};
 use super::memory::{DeviceBytes, Table};
-use super::peers::{Peers, Wake};
 use super::ptx;
 use crate::device::{Device, DeviceOrder, Token};
 use crate::error::Cause;
@@ -30,10 +28,9 @@ struct Pending {
 /// One device, with what is loaded on it. Fields are dropped in order: first what uses, then what is used.
 pub struct CudaDevice {
     pending: VecDeque<Pending>,
-    pub(super) peers: Peers,
     /// Orders that were finished while the next one waited for room.
     finished: Vec<Token>,
-    pub(super) stream: Stream,
+    stream: Stream,
     functions: HashMap<Kernel, Function>,
     modules: HashMap<Module, LoadedModule>,
     /// Adasum's sums; orders follow one another on the stream, so that one place serves all.
@@ -42,18 +39,16 @@ pub struct CudaDevice {
     tables: Vec<Table>,
     plan: Plan,
     blocks: u32,
-    pub(super) home: Arc<Home>,
+    context: Arc<Context>,
 }
 
 impl CudaDevice {
-    /// A device that calls `wake` when the engine is to look at it.
-    pub fn new(home: Arc<Home>, wake: Wake) -> Result<CudaDevice, Cause> {
-        let context = &home.context;
+    /// The device of a context.
+    pub fn new(context: Arc<Context>) -> Result<CudaDevice, Cause> {
         Ok(CudaDevice {
             pending: VecDeque::new(),
-            peers: Peers::new(wake),
             finished: Vec::new(),
-            stream: Stream::new(context)?,
+            stream: Stream::new(&context)?,
             functions: HashMap::new(),
             modules: HashMap::new(),
             scratch: None,
@@ -61,12 +56,53 @@ impl CudaDevice {
             tables: Vec::new(),
             plan: Plan::default(),
             blocks: BLOCKS_EACH * context.multiprocessors()?,
-            home,
+            context,
         })
     }
 
+    /// Orders that follow wait for what the caller's stream has been given so far. The host does not wait.
+    ///
+    /// # Safety
+    /// `stream` must be a live stream of this device's context; 0 is its default stream.
+    pub unsafe fn after_stream(&mut self, stream: u64) -> Result<(), Cause> {
+        let raw = stream as usize as cudarc::driver::sys::CUstream;
+        let current = self.context.enter()?;
+        // SAFETY: the caller's promise.
+        if unsafe { is_capturing(raw)? } {
+            return Err(Cause::System(
+                "this stream is being captured into a CUDA graph, which collectives do not support; call them \
+                 outside of the capture"
+                    .to_owned(),
+            ));
+        }
+        drop(current);
+        let event = self.event()?;
+        // SAFETY: the caller's promise.
+        unsafe { event.record(raw)? };
+        self.stream.wait(&event)?;
+        self.events.push(event);
+        Ok(())
+    }
+
+    /// The caller's stream waits for all orders so far. The host does not wait.
+    ///
+    /// # Safety
+    /// As for [`CudaDevice::after_stream`].
+    pub unsafe fn before_stream(&mut self, stream: u64) -> Result<(), Cause> {
+        let raw = stream as usize as cudarc::driver::sys::CUstream;
+        let event = self.event()?;
+        let _current = self.context.enter()?;
+        // SAFETY: our own stream, and the caller's promise.
+        unsafe {
+            event.record(self.stream.raw)?;
+            super::driver::call!(cuStreamWaitEvent(raw, event.raw, 0))?;
+        }
+        self.events.push(event);
+        Ok(())
+    }
+
     fn event(&mut self) -> Result<Event, Fault> {
-        self.events.pop().map_or_else(|| Event::new(&self.home.context, false), Ok)
+        self.events.pop().map_or_else(|| Event::new(&self.context, false), Ok)
     }
 
     fn function(&mut self, kernel: Kernel) -> Result<Function, Fault> {
@@ -75,7 +111,7 @@ impl CudaDevice {
         }
         let module = kernel.module();
         if !self.modules.contains_key(&module) {
-            self.modules.insert(module, LoadedModule::load(&self.home.context, ptx::of(module))?);
+            self.modules.insert(module, LoadedModule::load(&self.context, ptx::of(module))?);
         }
         let function = self.modules[&module].function(&kernel.name())?;
         self.functions.insert(kernel, function);
@@ -85,7 +121,7 @@ impl CudaDevice {
     fn table(&mut self, words: usize) -> Result<Table, Fault> {
         match self.tables.iter().position(|table| table.words() >= words) {
             Some(at) => Ok(self.tables.swap_remove(at)),
-            None => Table::new(&self.home.context, words.next_power_of_two().max(TABLE_WORDS)),
+            None => Table::new(&self.context, words.next_power_of_two().max(TABLE_WORDS)),
         }
     }
 
@@ -134,7 +170,7 @@ impl CudaDevice {
             // Freeing waits for the kernels that still use the old one.
             self.scratch = None;
             let bytes = bytes.next_power_of_two() as usize;
-            self.scratch = Some(DeviceBytes::new(&self.home.context, bytes)?);
+            self.scratch = Some(DeviceBytes::new(&self.context, bytes)?);
         }
         Ok(self.scratch.as_ref().map_or(0, DeviceBytes::address))
     }
@@ -153,7 +189,7 @@ impl Device for CudaDevice {
             self.plan = plan;
             return Ok(true);
         }
-        let context = Arc::clone(&self.home.context);
+        let context = self.context.clone();
         let current = context.enter()?;
         let tables = self.launch(&plan)?;
         drop(current);

@@ -1,7 +1,7 @@
 //! What of a device belongs to the whole process: its context, and events and memory that are used again.
 
 use super::driver::{Context, Event, Fault, Stream, call, is_capturing};
-use super::memory::{DeviceBytes, PinnedBytes};
+use super::memory::PinnedBytes;
 use crate::device::accelerator::{Arrival, Mark, Point};
 use crate::error::Cause;
 use cudarc::driver::sys;
@@ -14,8 +14,10 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_micros(200);
 /// Events kept for later marks.
 const EVENTS_KEPT: usize = 256;
-/// Blocks of staging memory and of slabs that are kept, each.
-const BLOCKS_KEPT: usize = 32;
+/// Blocks of staging memory that are kept: a training step has hundreds of tensors in flight.
+const BLOCKS_KEPT: usize = 512;
+/// And the bytes of all of them.
+const KEPT_BYTES_MAX: usize = 4 << 30;
 
 /// A device as this process uses it.
 #[derive(Debug)]
@@ -27,8 +29,8 @@ pub struct Home {
     events: Mutex<Vec<Event>>,
     /// Streams on which waiters are called.
     bells: Mutex<Vec<Stream>>,
-    pub(super) pinned: Mutex<Vec<PinnedBytes>>,
-    pub(super) slabs: Mutex<Vec<DeviceBytes>>,
+    /// Staging memory that nobody uses.
+    pinned: Mutex<Vec<PinnedBytes>>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -50,7 +52,6 @@ impl Home {
             events: Mutex::default(),
             bells: Mutex::default(),
             pinned: Mutex::default(),
-            slabs: Mutex::default(),
         });
         homes.insert(number, Arc::clone(&home));
         Ok(home)
@@ -68,17 +69,19 @@ impl Home {
         Ok(Mark(Arc::new(StreamMark { event: Some(event), home: Arc::clone(self) })))
     }
 
-    /// A block of at least `bytes` out of a list of those that nobody uses; never one that is much too large.
-    pub(super) fn reuse<B>(blocks: &Mutex<Vec<B>>, bytes: usize, len: impl Fn(&B) -> usize) -> Option<B> {
-        let mut blocks = lock(blocks);
-        let fits = |block: &B| (bytes..=(4 * bytes).max(1 << 16)).contains(&len(block));
-        let best = (0..blocks.len()).filter(|&i| fits(&blocks[i])).min_by_key(|&i| len(&blocks[i]))?;
+    /// Staging memory of at least `bytes` that nobody uses; never a block that is much too large.
+    pub(super) fn reuse(&self, bytes: usize) -> Option<PinnedBytes> {
+        let mut blocks = lock(&self.pinned);
+        let fits = |block: &PinnedBytes| (bytes..=4 * bytes).contains(&block.len());
+        let best = (0..blocks.len()).filter(|&i| fits(&blocks[i])).min_by_key(|&i| blocks[i].len())?;
         Some(blocks.swap_remove(best))
     }
 
-    pub(super) fn give_back<B>(blocks: &Mutex<Vec<B>>, block: B) {
-        let mut blocks = lock(blocks);
-        let oldest = (blocks.len() >= BLOCKS_KEPT).then(|| blocks.remove(0));
+    pub(super) fn give_back(&self, block: PinnedBytes) {
+        let mut blocks = lock(&self.pinned);
+        let kept: usize = blocks.iter().map(PinnedBytes::len).sum();
+        let crowded = blocks.len() >= BLOCKS_KEPT || kept + block.len() > KEPT_BYTES_MAX;
+        let oldest = (crowded && !blocks.is_empty()).then(|| blocks.remove(0));
         blocks.push(block);
         drop(blocks);
         // Freeing waits for the device.
@@ -172,7 +175,8 @@ impl Point for StreamMark {
         let stream = stream as usize as sys::CUstream;
         let _current = self.home.context.enter()?;
         // SAFETY: the event is alive; the stream is the caller's promise.
-        unsafe { call!(cuStreamWaitEvent(stream, self.event().raw, 0)) }
+        unsafe { call!(cuStreamWaitEvent(stream, self.event().raw, 0))? };
+        Ok(())
     }
 }
 

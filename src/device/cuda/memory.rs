@@ -2,7 +2,6 @@
 
 use super::driver::{Context, Event, Fault, Stream, call};
 use super::registered::Registered;
-use crate::device::accelerator::{Exported, HANDLE_BYTES};
 use cudarc::driver::sys;
 use std::ffi::c_void;
 use std::ptr::null_mut;
@@ -175,6 +174,20 @@ impl Drop for HostRegistration {
         // SAFETY: registered once.
         let _ = unsafe { call!(cuMemHostUnregister(self.host.cast())) };
     }
+}
+
+/// What another process opens an allocation or an event with.
+pub const HANDLE_BYTES: usize = 64;
+
+/// Memory of ours as a peer finds it: a handle of the whole allocation, and where in it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Exported {
+    /// The allocation's.
+    pub handle: [u8; HANDLE_BYTES],
+    /// The driver's number of the allocation, which names it for ever.
+    pub allocation: u64,
+    /// From the allocation's start.
+    pub offset: u64,
 }
 
 /// Handles of our allocations, made once each.
