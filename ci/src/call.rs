@@ -80,7 +80,7 @@ impl Operation {
             shape: &tensor.shape,
         };
         // SAFETY: as in `submit`.
-        let handle = unsafe { runtime::send(set, to, tag, arg, None) }?;
+        let handle = unsafe { runtime::send(set, to, tag, arg, None, None) }?;
         Ok(Operation { handle: Some(handle), tensors: vec![tensor], outputs: vec![Vec::new()] })
     }
 
@@ -94,7 +94,7 @@ impl Operation {
             shape: &tensor.shape,
         };
         // SAFETY: as in `submit`.
-        let handle = unsafe { runtime::recv(set, from, tag, arg, None) }?;
+        let handle = unsafe { runtime::recv(set, from, tag, arg, None, None) }?;
         Ok(Operation { handle: Some(handle), tensors: vec![tensor], outputs: vec![Vec::new()] })
     }
 

@@ -1,6 +1,7 @@
 //! Devices copy and reduce bytes in one place. One per kind of memory: host and CUDA.
 
 pub mod host;
+pub mod accelerator;
 pub mod cuda;
 
 use crate::error::Cause;

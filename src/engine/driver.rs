@@ -10,17 +10,18 @@
 //! producer publishes, then looks at *asleep*. The full fence between the two on each side makes one of them
 //! see the other; `loom` checks it.
 
+mod intake;
+
 use super::Engine;
 use super::handles::{Handles, Submitted, Waited};
-use super::message::MessageSubmission;
 use super::spin::Spin;
-use super::{Submission, TensorMemory};
 use crate::coordinator::OpId;
 use crate::error::{Broken, Cause, Error, Result};
 use crate::limits;
 use crate::log;
 use crate::transport::wake::Waker;
 use crate::types::Time;
+use intake::Arriving;
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicBool as SleepFlag, fence};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -81,6 +82,9 @@ struct Shared {
     handles: Arc<Handles>,
     mail: Mutex<Vec<Mail>>,
     has_mail: AtomicBool,
+    /// In the order of submission. Whoever drives looks after them.
+    arriving: Mutex<Vec<Arriving>>,
+    has_arriving: AtomicBool,
     /// A caller drives, or is about to.
     caller: AtomicBool,
     /// The driving caller sleeps on `waker`.
@@ -136,6 +140,8 @@ impl Driver {
             handles,
             mail: Mutex::default(),
             has_mail: AtomicBool::new(false),
+            arriving: Mutex::default(),
+            has_arriving: AtomicBool::new(false),
             caller: AtomicBool::new(false),
             caller_sleep: Drowsy::default(),
             background_sleep: Drowsy::default(),
@@ -214,6 +220,13 @@ impl Driver {
             let nap = Instant::now() + NAP;
             shared.handles.sleep(handle, until.map_or(nap, |at| at.min(nap)))?;
         }
+    }
+
+    /// What makes whoever drives look again, from any thread.
+    #[must_use]
+    pub fn wake(&self) -> Arc<dyn Fn() + Send + Sync> {
+        let waker = self.shared.waker.clone();
+        Arc::new(move || waker.wake())
     }
 
     /// Gives up a handle.
@@ -324,8 +337,9 @@ impl Shared {
     fn turn(&self, engine: &mut Engine, waits_for: Option<OpId>, now: Time) -> bool {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             let mut moved = self.read_mail(engine, now);
+            moved |= self.take_in(engine, now);
             if let Some(op) = waits_for {
-                engine.wait_for(op, now);
+                self.wait_for(engine, op, now);
             }
             moved |= engine.turn(now);
             self.report(engine);
@@ -338,8 +352,16 @@ impl Shared {
     }
 
     fn report(&self, engine: &mut Engine) {
+        let (epoch, me) = (engine.epoch, engine.me);
+        let mut failure = None;
         for ended in engine.ended() {
-            self.handles.complete(ended.op.0, ended.result);
+            self.handles.deliver(ended.op.0, ended.result, |cause| {
+                failure = Some(cause.clone());
+                Error::Broken(Arc::new(Broken { epoch, culprit: Some(me), cause }))
+            });
+        }
+        if let Some(cause) = failure {
+            engine.break_epoch_with(Some(me), cause);
         }
         for warning in engine.warnings() {
             log::warn(format_args!("{warning}"));
@@ -363,85 +385,6 @@ impl Shared {
         let _ = catch_unwind(AssertUnwindSafe(|| self.report(engine)));
         for op in engine.ops_in_flight() {
             let _ = catch_unwind(AssertUnwindSafe(|| self.handles.complete(op.0, Err(error.clone()))));
-        }
-    }
-
-    /// After the goodbye: whatever was submitted too late ends with `Shutdown`.
-    fn refuse_mail(&self) {
-        if lock(&self.failure).is_none() {
-            return;
-        }
-        for letter in lock(&self.mail).drain(..) {
-            if let Mail::Submitted(index) = letter {
-                self.handles.recycle(self.handles.take_submitted(index));
-                self.handles.complete(index, Err(Error::Shutdown(None)));
-            }
-        }
-    }
-
-    fn read_mail(&self, engine: &mut Engine, now: Time) -> bool {
-        // Looked at before it is taken: a waiter comes by often, and mail seldom.
-        if !self.has_mail.load(Ordering::SeqCst) || !self.has_mail.swap(false, Ordering::SeqCst) {
-            return false;
-        }
-        let mut mail = std::mem::take(&mut *lock(&self.mail));
-        for letter in mail.drain(..) {
-            match letter {
-                Mail::Submitted(index) => self.accept(engine, index, now),
-                Mail::Waiting(index) => engine.wait_for(OpId(index), now),
-            }
-        }
-        // The vector goes back for its capacity, unless somebody has written meanwhile.
-        let mut slot = lock(&self.mail);
-        if slot.is_empty() && slot.capacity() < mail.capacity() {
-            *slot = mail;
-        }
-        true
-    }
-
-    fn accept(&self, engine: &mut Engine, index: u32, now: Time) {
-        let submitted = self.handles.take_submitted(index);
-        let op = OpId(index);
-        let accepted = match submitted.message {
-            Some(message) => {
-                let (input, output) = submitted.tensors[0];
-                let memory = if message.sends { input } else { output.unwrap_or(input) };
-                let tensor = &submitted.signature.tensors[0];
-                let submission = MessageSubmission {
-                    op,
-                    set: submitted.set,
-                    peer: message.peer,
-                    tag: message.tag,
-                    sends: message.sends,
-                    memory,
-                    dtype: tensor.dtype,
-                };
-                engine.submit_message(&submission, &tensor.shape)
-            }
-            None => {
-                let mut tensors = engine.spare_tensors();
-                tensors
-                    .extend(submitted.tensors.iter().map(|&(input, output)| TensorMemory { input, output }));
-                let outcome = engine.submit(
-                    &Submission {
-                        op,
-                        set: submitted.set,
-                        name: &submitted.name,
-                        hold: submitted.hold,
-                        signature: &submitted.signature,
-                        call: &submitted.call,
-                        tensors: &tensors,
-                        refused: submitted.refused.as_deref(),
-                    },
-                    now,
-                );
-                engine.return_tensors(tensors);
-                outcome
-            }
-        };
-        self.handles.recycle(submitted);
-        if let Err(error) = accepted {
-            self.handles.complete(index, Err(error));
         }
     }
 
@@ -487,11 +430,11 @@ impl Shared {
             self.sleep_as_caller(&mut engine, until);
             idle_since = None;
         }
-        if engine.is_busy() {
+        if self.is_busy(&engine) {
             // What the last turn had to say leaves now: to wake the background thread for it costs far more.
             self.turn(&mut engine, None, self.now());
         }
-        let busy = engine.is_busy();
+        let busy = self.is_busy(&engine);
         drop(spin);
         drop(engine);
         self.caller.store(false, Ordering::SeqCst);
@@ -517,6 +460,11 @@ impl Shared {
         self.caller_sleep.rise();
         self.waker.clear();
         engine.disarm();
+    }
+
+    /// Whether somebody must go on driving, or look after what is on its way here.
+    fn is_busy(&self, engine: &Engine) -> bool {
+        engine.is_busy() || self.has_arriving.load(Ordering::Relaxed)
     }
 
     fn until_timeout(&self, engine: &Engine) -> Duration {
@@ -572,7 +520,7 @@ impl Shared {
                 moved = true;
                 continue;
             }
-            if engine.is_busy() {
+            if self.is_busy(&engine) {
                 if engine.arm() || self.has_mail.load(Ordering::SeqCst) {
                     continue;
                 }

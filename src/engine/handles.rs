@@ -7,7 +7,9 @@
 #![forbid(unsafe_code)]
 
 use super::operation::Outcome;
-use crate::error::{Error, Result};
+use super::passage::Passage;
+use crate::device::accelerator::Mark;
+use crate::error::{Cause, Error, Result};
 use crate::limits::IN_FLIGHT_MAX;
 use crate::memory::Region;
 use crate::types::{SetId, Signature};
@@ -43,6 +45,8 @@ pub struct Submitted {
     pub refused: Option<String>,
     /// A point-to-point message instead of a collective.
     pub message: Option<Message>,
+    /// How its tensors come to the host and its results back, where they lie elsewhere.
+    pub passage: Option<Box<dyn Passage>>,
 }
 
 /// A point-to-point message.
@@ -61,6 +65,8 @@ struct Inner {
     submitted: Option<Box<Submitted>>,
     result: Option<Result<Outcome>>,
     keep: Option<Box<dyn Any + Send>>,
+    /// Brings the results back.
+    passage: Option<Box<dyn Passage>>,
     /// Somebody sleeps on `done`: without sleepers there is nobody to wake, which would cost a system call.
     sleepers: u32,
     name: Option<u128>,
@@ -80,8 +86,11 @@ pub struct Handles {
     free: Mutex<Free>,
     names: Names,
     /// What abandoned operations had kept alive and need no more.
-    released: Mutex<Vec<Box<dyn Any + Send>>>,
+    released: Mutex<Vec<Released>>,
 }
+
+/// What an operation had kept alive, and until when a device may still write there.
+type Released = (Option<Mark>, Box<dyn Any + Send>);
 
 /// The names in flight, so that the second submit of one is refused at once and not only when the engine
 /// comes to it. Kept as 128 bits of two keyed hashes: no allocation for a name that comes back, and no chance
@@ -213,6 +222,11 @@ impl Handles {
         lock(&self.slot(index).inner).submitted.take().expect("a slot is taken once")
     }
 
+    /// Keeps the passage of an operation until it has ended.
+    pub fn keep_passage(&self, index: u32, passage: Box<dyn Passage>) {
+        lock(&self.slot(index).inner).passage = Some(passage);
+    }
+
     /// Gives the memory of a submission back for a later one.
     pub fn recycle(&self, submitted: Box<Submitted>) {
         lock(&self.free).spare.push(submitted);
@@ -220,24 +234,43 @@ impl Handles {
 
     /// The outcome of the operation in a slot; wakes who waits.
     pub fn complete(&self, index: u32, result: Result<Outcome>) {
+        self.deliver(index, result, |cause| Error::usage(cause.to_string()));
+    }
+
+    /// The outcome of the operation in a slot, whose results are sent on their way back first; where that fails, `lost`
+    /// makes the error of it. Wakes who waits.
+    pub fn deliver(&self, index: u32, mut result: Result<Outcome>, lost: impl FnOnce(Cause) -> Error) {
         let slot = self.slot(index);
         let mut inner = lock(&slot.inner);
+        let state = slot.state.load(Ordering::Relaxed);
+        assert!(matches!(state & 3, PENDING | ABANDONED), "an operation ends once");
+        if let Some(mut passage) = inner.passage.take()
+            && state & 3 == PENDING
+            && let Ok(outcome) = &mut result
+            && let Err(cause) = passage.go_back(outcome)
+        {
+            result = Err(lost(cause));
+        }
         inner.result = Some(result);
         // Before anyone can see the end, so that whoever has seen it may submit the name again.
         if let Some(name) = inner.name.take() {
             lock(&self.names.taken).remove(&name);
         }
-        let state = slot.state.load(Ordering::Relaxed);
-        assert!(matches!(state & 3, PENDING | ABANDONED), "an operation ends once");
         if state & 3 == ABANDONED {
-            let keep = self.close(index, slot, &mut inner).1;
-            lock(&self.released).extend(keep);
+            self.close_and_release(index, slot, &mut inner);
         } else {
             slot.state.store((state & !3) | DONE, Ordering::Release);
             if inner.sleepers > 0 {
                 slot.done.notify_all();
             }
         }
+    }
+
+    /// Closes what nobody waits for, and keeps what it had kept alive until a device has come past its results.
+    fn close_and_release(&self, index: u32, slot: &Slot, inner: &mut Inner) {
+        let (result, keep) = self.close(index, slot, inner);
+        let arrives = result.ok().and_then(|outcome| outcome.arrives);
+        lock(&self.released).extend(keep.map(|keep| (arrives, keep)));
     }
 
     fn close(
@@ -298,8 +331,7 @@ impl Handles {
         let mut inner = lock(&slot.inner);
         let Ok((_, state)) = self.find(handle) else { return };
         if state & 3 == DONE {
-            let keep = self.close((handle & 0xFF_FFFF) as u32, slot, &mut inner).1;
-            lock(&self.released).extend(keep);
+            self.close_and_release((handle & 0xFF_FFFF) as u32, slot, &mut inner);
         } else {
             slot.state.store((state & !3) | ABANDONED, Ordering::Release);
             // Another thread may sleep for this handle; it finds it given up.
@@ -311,7 +343,10 @@ impl Handles {
 
     /// What abandoned operations had kept alive and need no more.
     pub fn released(&self) -> Vec<Box<dyn Any + Send>> {
-        std::mem::take(&mut lock(&self.released))
+        let mut released = lock(&self.released);
+        // A device that fails does not write any more.
+        let over = |(mark, _): &mut Released| mark.as_ref().is_none_or(|m| m.0.is_over().unwrap_or(true));
+        released.extract_if(.., over).map(|(_, keep)| keep).collect()
     }
 }
 
@@ -336,6 +371,7 @@ impl Default for Submitted {
             tensors: Vec::new(),
             refused: None,
             message: None,
+            passage: None,
         }
     }
 }

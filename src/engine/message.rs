@@ -64,6 +64,7 @@ impl Engine {
                 dtype: m.dtype,
                 shape: shape.to_vec(),
                 memory: None,
+                on_device: None,
             });
         }
         self.ops.insert(m.op, operation);

@@ -17,6 +17,7 @@ mod links;
 mod loom;
 mod message;
 mod operation;
+pub mod passage;
 pub mod plan;
 mod sets;
 mod spin;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::coordinator::{Agreed, CallTable};
+use crate::device::accelerator::{DeviceBuffer, Mark};
 use crate::error::Result;
 use crate::layout::dealt_rows;
 use crate::memory::{OwnedBytes, Region};
@@ -16,6 +17,8 @@ pub struct OutputTensor {
     pub shape: Vec<u64>,
     /// The bytes, where the engine allocated them; `None` where the caller's `output` was used.
     pub memory: Option<OwnedBytes>,
+    /// The bytes on the inputs' device, where they were allocated there.
+    pub on_device: Option<DeviceBuffer>,
 }
 
 /// What an operation produced.
@@ -29,6 +32,8 @@ pub struct Outcome {
     pub last_joined: Option<Rank>,
     /// AddSet: the new set. Join: the set that was joined.
     pub set: Option<SetId>,
+    /// When the outputs will be where they belong, if they are still on their way to a device.
+    pub arrives: Option<Mark>,
 }
 
 /// Where one tensor of an operation lies.
@@ -81,14 +86,15 @@ pub enum OutputShape {
 
 impl Default for OutputTensor {
     fn default() -> OutputTensor {
-        OutputTensor { dtype: DType::U8, shape: Vec::new(), memory: None }
+        OutputTensor { dtype: DType::U8, shape: Vec::new(), memory: None, on_device: None }
     }
 }
 
 impl Outcome {
     /// Forgets everything but the memory of its lists.
     pub(super) fn reset(&mut self) {
-        self.tensors.iter_mut().for_each(|tensor| tensor.memory = None);
+        self.tensors.iter_mut().for_each(|tensor| (tensor.memory, tensor.on_device) = (None, None));
+        self.arrives = None;
         self.received_splits.clear();
         (self.last_joined, self.set) = (None, None);
     }

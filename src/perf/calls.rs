@@ -65,9 +65,9 @@ pub(super) fn sendrecv(
     let incoming = TensorArg { input: std::ptr::null(), output: output.as_mut_ptr(), dtype, shape: &shape };
     let outgoing = TensorArg { input: input.as_ptr(), output: std::ptr::null_mut(), dtype, shape: &shape };
     // SAFETY: both buffers are borrowed until both outcomes, which are waited for below on every path.
-    let received: Handle = unsafe { runtime::recv(GLOBAL_SET, from, 0, incoming, None) }?;
+    let received: Handle = unsafe { runtime::recv(GLOBAL_SET, from, 0, incoming, None, None) }?;
     // SAFETY: as above.
-    let sent = unsafe { runtime::send(GLOBAL_SET, to, 0, outgoing, None) };
+    let sent = unsafe { runtime::send(GLOBAL_SET, to, 0, outgoing, None, None) };
     let sent = sent.and_then(|handle| runtime::wait(handle, None).result);
     if sent.is_err() {
         // The peer that gets nothing may never send: the group is broken, and so is this receive.

@@ -1,6 +1,7 @@
 //! A job that this process takes part in, from init to shutdown.
 
 use super::reform::Leash;
+use super::staged::Stages;
 use super::{Handle, Options, Request, SetInfo, TensorArg, World, request};
 use crate::config::{self, Config, SimdLevel, TransportChoice};
 use crate::coordinator;
@@ -50,6 +51,7 @@ pub(super) struct Live {
     pub(super) porter: Mutex<Option<Porter>>,
     sets: RwLock<BTreeMap<SetId, Arc<SetInfo>>>,
     unnamed: Mutex<Unnamed>,
+    stages: Stages,
 }
 
 /// How often this process has joined a job: the number of the next epoch.
@@ -122,6 +124,7 @@ impl Live {
             Engine::new(setup, Box::new(fabric))
         })
         .map_err(system)?;
+        let stages = Stages::new(driver.wake());
         let everyone: Vec<Rank> = (0..world.size).map(Rank).collect();
         let live = Live {
             options: options.clone(),
@@ -135,6 +138,7 @@ impl Live {
             porter: Mutex::new(Some(porter)),
             sets: RwLock::default(),
             unnamed: Mutex::default(),
+            stages,
         };
         live.know_set(GLOBAL_SET, everyone);
         for (id, ranks) in &table.sets.list {
@@ -192,12 +196,24 @@ impl Live {
         if request.name.is_some_and(|name| name.starts_with(coordinator::ENGINE_NAMES)) {
             return Err(Error::usage("a name does not begin with a zero byte"));
         }
+        // Before any lock is taken: the first copies of a size allocate.
+        let staged = request.stream.map(|stream| self.stage(request, &set, stream));
         // The numbers of unnamed operations are their order of submission, so the two happen together.
         let mut unnamed = request.name.is_none().then(|| lock(&self.unnamed));
         let mut refusal = None;
         let fill = |submitted: &mut Submitted| {
+            let filled = match staged {
+                None => request::fill(request, &set, submitted),
+                Some(Ok(staged)) => {
+                    *submitted = staged;
+                    Ok(())
+                }
+                Some(Err(reason)) => {
+                    request::fill(&Request { refused: Some(&reason), ..*request }, &set, submitted)
+                }
+            };
             self.name(request, unnamed.as_deref_mut(), &mut submitted.name);
-            if let Err(reason) = request::fill(request, &set, submitted) {
+            if let Err(reason) = filled {
                 submitted.refused = Some(reason.clone());
                 refusal = Some(reason);
             }
@@ -212,6 +228,20 @@ impl Live {
                 Err(Error::Usage(reason))
             }
         }
+    }
+
+    /// What is submitted for tensors of a device, which begin to come to the host.
+    fn stage(
+        &self,
+        request: &Request<'_>,
+        set: &SetInfo,
+        stream: u64,
+    ) -> std::result::Result<Submitted, String> {
+        let mut submitted = Submitted::default();
+        request::fill(request, set, &mut submitted)?;
+        // SAFETY: what the caller of `submit` promised.
+        unsafe { self.stages.stage(&mut submitted, stream) }?;
+        Ok(submitted)
     }
 
     fn name(&self, request: &Request<'_>, counters: Option<&mut Unnamed>, into: &mut String) {
@@ -232,6 +262,7 @@ impl Live {
         set: SetId,
         message: Message,
         tensor: TensorArg<'_>,
+        stream: Option<u64>,
         keep: Option<Box<dyn Any + Send>>,
     ) -> Result<Handle> {
         let info = self.set(set)?;
@@ -255,7 +286,7 @@ impl Live {
         }
         // SAFETY: the caller promised that the bytes stay valid until the operation has an outcome.
         let region = unsafe { Region::new(address, bytes) };
-        let handle = self.driver.submit(keep, false, |submitted| {
+        let fill = |submitted: &mut Submitted| {
             submitted.set = set;
             submitted.name.clear();
             submitted.refused = None;
@@ -267,7 +298,17 @@ impl Live {
                 .push(TensorSignature { dtype: tensor.dtype, shape: tensor.shape.to_vec() });
             submitted.tensors.clear();
             submitted.tensors.push((region, Some(region)));
-        })?;
+        };
+        let handle = match stream {
+            None => self.driver.submit(keep, false, fill)?,
+            Some(stream) => {
+                let mut staged = Submitted::default();
+                fill(&mut staged);
+                // SAFETY: as above.
+                unsafe { self.stages.stage(&mut staged, stream) }.map_err(Error::usage)?;
+                self.driver.submit(keep, false, |submitted| *submitted = staged)?
+            }
+        };
         Ok(Handle(handle))
     }
 

@@ -3,8 +3,10 @@
 mod live;
 mod reform;
 mod request;
+mod staged;
 pub mod typed;
 
+pub use crate::device::accelerator::{DeviceBuffer, Mark};
 use crate::engine::handles::{Handles, Message, Waited};
 pub use crate::engine::{Outcome, OutputTensor};
 use crate::error::{Error, Result};
@@ -81,6 +83,9 @@ pub struct Request<'a> {
     pub tensors: &'a [TensorArg<'a>],
     /// Alltoall: rows for each member, for each tensor one after another; empty for equal splits.
     pub splits: &'a [u64],
+    /// The tensors lie on a CUDA device, and this is the stream (a `CUstream`) that has been given what makes the
+    /// inputs. Outputs that the runtime allocates lie there, too.
+    pub stream: Option<u64>,
     /// The binding could not accept the call (a bad buffer, say): the other ranks are told this reason and
     /// no payload is sent. `submit` then returns a handle whose wait fails with it.
     pub refused: Option<&'a str>,
@@ -98,6 +103,7 @@ impl Default for Request<'_> {
             join_average: JoinAverage::Size,
             tensors: &[],
             splits: &[],
+            stream: None,
             refused: None,
         }
     }
@@ -274,7 +280,9 @@ pub fn last_algorithm() -> Result<Option<&'static str>> {
 ///
 /// # Safety
 /// Inputs and outputs must stay valid, inputs unwritten and outputs untouched, until the operation has an
-/// outcome (poll says true, or wait returns other than Timeout). `keep` is held until then and handed back.
+/// outcome (poll says true, or wait returns other than Timeout). `keep` is held until then and handed back. With a
+/// stream, they must be memory of one CUDA device, valid until what [`Outcome::arrives`] marks is over, and the
+/// stream a live one of that device.
 pub unsafe fn submit(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -> Result<Handle> {
     live()?.submit(request, keep, false)
 }
@@ -346,7 +354,7 @@ pub fn released() -> Vec<Box<dyn Any + Send>> {
 }
 
 /// Sends `tensor.input` to `to`, to be met by [`recv`] with the same set and tag. Complete when the bytes may
-/// be overwritten.
+/// be overwritten. `stream` as in [`Request::stream`].
 ///
 /// # Safety
 /// As [`submit`].
@@ -355,9 +363,10 @@ pub unsafe fn send(
     to: Rank,
     tag: u32,
     tensor: TensorArg<'_>,
+    stream: Option<u64>,
     keep: Option<Box<dyn Any + Send>>,
 ) -> Result<Handle> {
-    live()?.message(set, Message { peer: to, tag, sends: true }, tensor, keep)
+    live()?.message(set, Message { peer: to, tag, sends: true }, tensor, stream, keep)
 }
 
 /// Receives into `tensor.output` what `from` sends with this set and tag, in the order in which it was sent.
@@ -369,9 +378,10 @@ pub unsafe fn recv(
     from: Rank,
     tag: u32,
     tensor: TensorArg<'_>,
+    stream: Option<u64>,
     keep: Option<Box<dyn Any + Send>>,
 ) -> Result<Handle> {
-    live()?.message(set, Message { peer: from, tag, sends: false }, tensor, keep)
+    live()?.message(set, Message { peer: from, tag, sends: false }, tensor, stream, keep)
 }
 
 /// Makes a process set of these ranks. Collective over the global set: changes of the process sets match by

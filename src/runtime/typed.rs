@@ -217,7 +217,7 @@ pub fn join() -> Result<Rank> {
 pub fn send<T: Element>(values: &[T], to: Rank, tag: u32) -> Result<()> {
     let shape = [values.len() as u64];
     // SAFETY: as in `call`.
-    let handle = unsafe { send_raw(EVERYBODY, to, tag, tensor(values, &shape), None) }?;
+    let handle = unsafe { send_raw(EVERYBODY, to, tag, tensor(values, &shape), None, None) }?;
     wait(handle, None).result.map(drop)
 }
 
@@ -226,7 +226,7 @@ pub fn recv<T: Element>(values: &mut [T], from: Rank, tag: u32) -> Result<()> {
     let shape = [values.len() as u64];
     let argument = in_place(values, &shape);
     // SAFETY: as in `call`.
-    let handle = unsafe { recv_raw(EVERYBODY, from, tag, argument, None) }?;
+    let handle = unsafe { recv_raw(EVERYBODY, from, tag, argument, None, None) }?;
     wait(handle, None).result.map(drop)
 }
 

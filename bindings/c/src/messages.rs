@@ -21,14 +21,14 @@ impl Message {
         // SAFETY: the caller's promise.
         unsafe {
             let tensor = self.tensor()?;
-            core::send(SetId(self.process_set), Rank(self.peer), self.tag, tensor, None)
+            core::send(SetId(self.process_set), Rank(self.peer), self.tag, tensor, None, None)
         }
     }
     unsafe fn recv(&self) -> Result<Handle> {
         // SAFETY: the caller's promise.
         unsafe {
             let tensor = self.tensor()?;
-            core::recv(SetId(self.process_set), Rank(self.peer), self.tag, tensor, None)
+            core::recv(SetId(self.process_set), Rank(self.peer), self.tag, tensor, None, None)
         }
     }
     unsafe fn tensor<'a>(&self) -> Result<TensorArg<'a>> {

@@ -1,6 +1,7 @@
 //! Operations in flight, as Python sees them.
 #![forbid(unsafe_code)]
 
+use crate::device::{DeviceOutput, OnDevice};
 use crate::errors;
 use crate::output::Output;
 use carole::error::Error;
@@ -50,11 +51,18 @@ pub struct Handle {
     name: Option<String>,
     /// `None` when the outcome has been taken.
     finish: Mutex<Option<Finish>>,
+    device: Option<OnDevice>,
 }
 
 impl Handle {
     pub fn new(handle: runtime::Handle, name: Option<String>, finish: Finish) -> Handle {
-        Handle { handle, name, finish: Mutex::new(Some(finish)) }
+        Handle { handle, name, finish: Mutex::new(Some(finish)), device: None }
+    }
+
+    /// Of tensors on a device.
+    pub fn on(mut self, device: Option<OnDevice>) -> Handle {
+        self.device = device;
+        self
     }
 
     fn finished(&self) -> bool {
@@ -127,6 +135,10 @@ impl Handle {
         raise: fn(Python<'_>, &Error) -> PyErr,
     ) -> PyResult<Bound<'py, PyAny>> {
         let finish = self.take_finish();
+        if let (Some(device), Ok(Outcome { arrives: Some(arrives), .. })) = (&self.device, &completion.result)
+        {
+            device.hold(py, arrives)?;
+        }
         drop(completion.keep);
         if let Some(Finish::Made { ended: Some(ended), .. }) = &finish {
             ended.bind(py).call1((completion.result.is_err(),))?;
@@ -221,10 +233,17 @@ fn arrays<'py>(
 }
 
 fn raw(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
-    let mut outputs: Vec<Option<Py<Output>>> = Vec::with_capacity(outcome.tensors.len());
+    let mut outputs: Vec<Option<Py<PyAny>>> = Vec::with_capacity(outcome.tensors.len());
     for tensor in outcome.tensors {
-        let output = tensor.memory.map(|memory| Py::new(py, Output::new(memory, tensor.dtype, tensor.shape)));
-        outputs.push(output.transpose()?);
+        outputs.push(match (tensor.memory, tensor.on_device) {
+            (Some(memory), _) => {
+                Some(Py::new(py, Output::new(memory, tensor.dtype, tensor.shape))?.into_any())
+            }
+            (None, Some(memory)) => {
+                Some(Py::new(py, DeviceOutput::new(memory, tensor.dtype, tensor.shape))?.into_any())
+            }
+            (None, None) => None,
+        });
     }
     let last = outcome.last_joined.map(|rank| rank.0);
     Ok((outputs, outcome.received_splits, last).into_pyobject(py)?.into_any())

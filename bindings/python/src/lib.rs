@@ -6,6 +6,7 @@
 //! - Every call that can block detaches, and looks at Python's signals every 100 ms.
 
 mod array;
+mod device;
 mod dlpack;
 mod errors;
 mod exchange;
@@ -22,6 +23,8 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]
+    use crate::device::DeviceOutput;
+    #[pymodule_export]
     use crate::handle::Handle;
     #[pymodule_export]
     use crate::life::{
@@ -31,7 +34,7 @@ mod _native {
     #[pymodule_export]
     use crate::output::Output;
     #[pymodule_export]
-    use crate::submit::{submit, submit_raw, transfer};
+    use crate::submit::{submit, submit_raw, transfer, transfer_raw};
     #[pymodule_export]
     use crate::torch::learn_torch;
     use pyo3::prelude::*;

@@ -95,7 +95,7 @@ impl Output {
     }
 }
 
-fn typestr(dtype: DType) -> &'static str {
+pub fn typestr(dtype: DType) -> &'static str {
     const LITTLE: bool = cfg!(target_endian = "little");
     match dtype {
         DType::Bool => "|b1",

@@ -2,6 +2,7 @@
 //! ranks learn the reason and do not wait.
 
 use crate::array::{self, Array, Keep};
+use crate::device::OnDevice;
 use crate::errors;
 use crate::handle::{Finish, Handle, release_finished};
 use carole::runtime::{self, Request, TensorArg};
@@ -22,6 +23,8 @@ struct Call<'a, 'py> {
     splits: Option<&'a Bound<'py, PyAny>>,
     /// Whether the caller waits at once, so that no other thread need be woken to drive.
     waits: bool,
+    /// The stream that makes the tensors, where they lie on a CUDA device.
+    stream: Option<u64>,
 }
 
 /// The same arguments, understood.
@@ -55,7 +58,7 @@ pub fn submit<'py>(
     refused: Option<&str>,
     waits: bool,
 ) -> PyResult<Handle> {
-    let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits };
+    let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits, stream: None };
     release_finished();
     if let Some(reason) = refused {
         return Err(refuse(py, &call, reason));
@@ -89,9 +92,11 @@ pub fn submit<'py>(
 
 /// Submits an operation on memory that the caller vouches for: each tensor is (input address, output address or
 /// 0, type code, shape), and `keep` keeps all of them alive. The handle gives what `finish` makes of the raw outcome
-/// (without it: the raw outcome); `ended` is called before, with whether the operation failed.
+/// (without it: the raw outcome); `ended` is called before, with whether the operation failed. Tensors on a CUDA device
+/// come with `streams`: the stream that makes them (as a number), and what gives the stream that is to wait for the
+/// results when they are taken.
 #[pyfunction]
-#[pyo3(signature = (collective, tensors, keep, name, set, op, pre, post, root, splits, refused=None, waits=false, finish=None, ended=None))]
+#[pyo3(signature = (collective, tensors, keep, name, set, op, pre, post, root, splits, refused=None, waits=false, finish=None, ended=None, streams=None))]
 #[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
 pub fn submit_raw<'py>(
     py: Python<'py>,
@@ -109,10 +114,16 @@ pub fn submit_raw<'py>(
     waits: bool,
     finish: Option<Py<PyAny>>,
     ended: Option<Py<PyAny>>,
+    streams: Option<(u64, Py<PyAny>)>,
 ) -> PyResult<Handle> {
     let finish = finish.map_or(Finish::Raw, |finish| Finish::Made { finish, ended });
     let size = pyo3::types::PyString::new(py, "size").into_any();
-    let call = Call { collective, name, set, op, pre, post, root, join_average: &size, splits, waits };
+    let (stream, device) = match streams {
+        Some((stream, now)) => (Some(stream), Some(OnDevice::new(stream, now))),
+        None => (None, None),
+    };
+    let call =
+        Call { collective, name, set, op, pre, post, root, join_average: &size, splits, waits, stream };
     release_finished();
     if let Some(reason) = refused {
         return Err(refuse(py, &call, reason));
@@ -130,7 +141,7 @@ pub fn submit_raw<'py>(
         });
     }
     let handle = call.post(py, &understood, &arguments, Box::new(keep))?;
-    Ok(Handle::new(handle, name.map(str::to_owned), finish))
+    Ok(Handle::new(handle, name.map(str::to_owned), finish).on(device))
 }
 
 /// Sends to, or receives from, one rank.
@@ -170,15 +181,46 @@ pub fn transfer<'py>(
     // not write it meanwhile is its documented duty.
     let handle = unsafe {
         if sending {
-            runtime::send(set, peer, tag, argument, keep)
+            runtime::send(set, peer, tag, argument, None, keep)
         } else {
-            runtime::recv(set, peer, tag, argument, keep)
+            runtime::recv(set, peer, tag, argument, None, keep)
         }
     };
     let handle = handle.map_err(|error| errors::to_python(py, &error))?;
     let outs = if sending { Vec::new() } else { vec![Some(tensor.unbind())] };
     let finish = Finish::Arrays { outs, like: None, single: true, with_splits: false };
     Ok(Handle::new(handle, None, finish))
+}
+
+/// Sends or receives bytes that lie on a CUDA device and that the caller vouches for.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
+pub fn transfer_raw(
+    py: Python<'_>,
+    sending: bool,
+    address: usize,
+    nbytes: u64,
+    keep: Py<PyAny>,
+    peer: u32,
+    tag: u32,
+    set: u32,
+    streams: (u64, Py<PyAny>),
+) -> PyResult<Handle> {
+    release_finished();
+    let (stream, now) = streams;
+    let shape = [nbytes];
+    let memory: *mut u8 = std::ptr::with_exposed_provenance_mut(address);
+    let argument = TensorArg { input: memory, output: memory, dtype: DType::U8, shape: &shape };
+    let keep: Option<Box<dyn Any + Send>> = Some(Box::new(keep));
+    // SAFETY: as in `transfer`; the streams that may use the memory next wait for the results.
+    let handle = unsafe {
+        match sending {
+            true => runtime::send(SetId(set), Rank(peer), tag, argument, Some(stream), keep),
+            false => runtime::recv(SetId(set), Rank(peer), tag, argument, Some(stream), keep),
+        }
+    };
+    let handle = handle.map_err(|error| errors::to_python(py, &error))?;
+    Ok(Handle::new(handle, None, Finish::Raw).on(Some(OnDevice::new(stream, now))))
 }
 
 impl Call<'_, '_> {
@@ -226,10 +268,12 @@ impl Call<'_, '_> {
             join_average: understood.join_average,
             tensors,
             splits: &understood.splits,
+            stream: self.stream,
             refused: None,
         };
-        // SAFETY: `keep` holds all memory where it is until the operation has an outcome; that Python code
-        // does not write inputs or touch outputs meanwhile is its documented duty.
+        // SAFETY: `keep` holds all memory where it is until the operation has an outcome (and the streams that may use
+        // it next wait for the results); that Python code does not write inputs or touch outputs meanwhile is its
+        // documented duty.
         let handle = unsafe {
             if self.waits {
                 runtime::submit_to_wait(&request, Some(keep))

@@ -116,8 +116,8 @@ impl Drop for Entered<'_> {
 }
 
 impl Context {
-    /// The context of the device that `address` lies on; none when it is no device memory.
-    pub fn of_memory(address: u64) -> Result<Option<Arc<Context>>, Cause> {
+    /// The number of the device that `address` lies on; none when it is no device memory.
+    pub fn number_of(address: u64) -> Result<Option<i32>, Cause> {
         version().map_err(|why| Cause::System(why.to_string()))?;
         let (mut kind, mut ordinal) = (0u32, 0i32);
         // SAFETY: each attribute is written to a variable of its type; any address may be asked about.
@@ -136,7 +136,7 @@ impl Context {
             return Ok(None);
         }
         found?;
-        Ok(Some(Arc::new(Context::of_device(ordinal)?)))
+        Ok(Some(ordinal))
     }
 
     /// The context of a device that the user has named; makes it where nobody has yet.
@@ -237,6 +237,8 @@ pub struct Event {
 
 // SAFETY: as for `Context`.
 unsafe impl Send for Event {}
+// SAFETY: as for `Context`; recording, asking and waiting leave the handle as it is.
+unsafe impl Sync for Event {}
 
 impl Event {
     /// An event; with `shared`, one that another process can open.
@@ -361,7 +363,7 @@ mod tests {
         }
         let why = version().expect_err("no driver is here");
         assert!(why.to_string().contains("driver"), "{why}");
-        let cause = Context::of_memory(0x1000).expect_err("no driver is here");
+        let cause = Context::number_of(0x1000).expect_err("no driver is here");
         assert!(cause.to_string().contains("driver"), "{cause}");
     }
 

@@ -6,6 +6,8 @@
 //!   told, which of them an order takes, and what their PTX is made from (`cargo run -p ci -- ptx`).
 //! * `driver`, `memory`, `registered`, `device` and `ptx` come with the feature `cuda`: the driver's objects,
 //!   device, pinned and peers' memory, and the implementation of [`crate::device::Device`].
+//! * `home` and `carrier` bring users' tensors to pinned memory of the host and results back: an
+//!   [`Accelerator`]. Collectives of CUDA tensors go this way, over whatever links the ranks have.
 //!
 //! # What has been proven, and what has not
 //! `tests/kernels.rs` compiles the kernels as host C++ and holds them, with the launches that [`lower`] makes,
@@ -14,10 +16,10 @@
 //! instructions are not seen so: the conversions of f16, which a device does by itself. The PTX is assembled
 //! without a device.
 //!
-//! **Nothing here has run on a GPU yet.** Not the driver's calls, not the speed of a kernel, not the order between
-//! streams or processes. No engine posts to this device yet: links between processes that share device memory,
-//! staging through pinned memory and the bindings' tensors are still to come, so that ranks with CUDA tensors are
-//! refused as before.
+//! On a GPU (one NVIDIA H200, driver 580.159.04, CUDA 13.0, 2026-11-26; `benches/README.md`): every reduction kernel
+//! gives the host's bits (`tests/kernels.rs`, `on_a_device`), and `ci/gpu` runs collectives of CUDA tensors between
+//! ranks that share it. IPC of memory and events between processes was tried by a probe and no link uses it yet: ranks
+//! on one host meet in the host's memory, and the host reduces.
 //!
 //! # Rules
 //! * No kernel waits for another process: the host launches when all inputs are marked ready. An allreduce in one
@@ -26,15 +28,23 @@
 //! * No context is made but on the device that the user's memory lies on, and there it is the primary one.
 //! * An allocation is known by the driver's number for it, checked at each use, never by its address alone.
 
+use super::accelerator::{Accelerator, Arrival};
+use crate::error::Cause;
+use std::sync::Arc;
+
 pub mod launch;
 pub mod lower;
 pub mod source;
 pub mod table;
 
 #[cfg(feature = "cuda")]
+pub mod carrier;
+#[cfg(feature = "cuda")]
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
+#[cfg(feature = "cuda")]
+pub mod home;
 #[cfg(feature = "cuda")]
 pub mod memory;
 #[cfg(feature = "cuda")]
@@ -42,13 +52,44 @@ pub mod ptx;
 #[cfg(feature = "cuda")]
 pub mod registered;
 
+/// Opens the device of a number for the runtime, which `wake` makes look again.
+pub fn open(number: i32, wake: Arc<dyn Fn() + Send + Sync>) -> Result<Box<dyn Accelerator>, Cause> {
+    #[cfg(feature = "cuda")]
+    return Ok(Box::new(carrier::Carrier::new(home::Home::of_device(number)?, wake)?));
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (number, wake);
+        Err(Cause::System(NOT_BUILT.to_owned()))
+    }
+}
+
+/// The device that memory at `address` lies on, and the point up to which `stream` has been given work; none where it
+/// is no device memory. An error without a driver.
+///
+/// # Safety
+/// `stream` must be a live stream of that device, or 0, 1 or 2: its default streams.
+pub unsafe fn arrival(address: u64, stream: u64) -> Result<Option<Arrival>, Cause> {
+    #[cfg(feature = "cuda")]
+    // SAFETY: the caller's promise.
+    return unsafe { home::arrival(address, stream) };
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (address, stream);
+        Err(Cause::System(NOT_BUILT.to_owned()))
+    }
+}
+
+/// What a build without this feature says.
+#[cfg(not(feature = "cuda"))]
+const NOT_BUILT: &str = "CUDA is not built in (the cargo feature cuda)";
+
 /// A sentence on what of this is here, for `--check-build`.
 #[must_use]
 pub fn describe() -> String {
     #[cfg(feature = "cuda")]
     match driver::version() {
         Ok(version) => format!(
-            "CUDA: driver {}.{}; the kernels are built in, but collectives of CUDA tensors are not there yet.",
+            "CUDA: driver {}.{}; collectives of CUDA tensors go through the host's memory.",
             version / 1000,
             version % 1000 / 10
         ),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Optional
+from typing import Any, Callable, Optional, Tuple, Union
 
-from ._native import Output
+from ._native import DeviceOutput, Output
 
 # What memoryview can be cast to; bfloat16 has no format and shows as its 16 bits, complex as pairs.
 _FORMATS = {
@@ -34,11 +34,16 @@ def wrap(output: Output, like: Optional[type] = None) -> Any:
     return array
 
 
-def to_torch(output: Output) -> Any:
+def to_torch(output: Union[Output, DeviceOutput]) -> Any:
     """A torch tensor over the memory of `output`. It goes by bytes, which every torch's DLPack can read."""
     import torch
 
     dtype = getattr(torch, output.dtype)
+    if isinstance(output, DeviceOutput):
+        device = torch.device("cuda", output.device)
+        if output.nbytes == 0:
+            return torch.empty(output.shape, dtype=dtype, device=device)
+        return torch.as_tensor(output.as_uint8(), device=device).view(dtype).reshape(output.shape)
     if output.nbytes == 0:
         return torch.empty(output.shape, dtype=dtype)
     return torch.from_dlpack(output.as_uint8()).view(dtype).reshape(output.shape)
@@ -58,3 +63,19 @@ def to_memoryview(output: Output) -> memoryview:
         # memoryview cannot cast to a shape with a zero in it.
         return view.cast(code)
     return view.cast(code, shape)
+
+
+def cuda_streams(held: Any) -> Optional[Tuple[int, Callable[[], int]]]:
+    """Of a torch tensor on a CUDA device, or the first of several: the stream that makes it, and what gives the stream
+    that is to wait for the results. None on the host."""
+    while isinstance(held, (list, tuple)):
+        held = next((part for part in held if part is not None), None)
+    device = getattr(held, "device", None)
+    if device is None or device.type != "cuda":
+        return None
+    import torch
+
+    def now() -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    return now(), now

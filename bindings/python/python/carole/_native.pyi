@@ -2,6 +2,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, final
 
 __all__ = [
     "Handle",
+    "DeviceOutput",
     "Output",
     "__version__",
     "add_process_set",
@@ -19,6 +20,7 @@ __all__ = [
     "submit",
     "submit_raw",
     "transfer",
+    "transfer_raw",
     "world",
 ]
 __version__: str
@@ -56,6 +58,21 @@ class Output:
         copy: Optional[bool] = None,
     ) -> Any: ...
     def __dlpack_device__(self) -> Tuple[int, int]: ...
+
+class DeviceOutput:
+    """A result in memory of a CUDA device that the engine allocated."""
+
+    @property
+    def shape(self) -> Tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def __cuda_array_interface__(self) -> Dict[str, Any]: ...
+    def as_uint8(self) -> DeviceOutput: ...
 
 def init(knobs: Sequence[Tuple[str, str]], process_sets: Sequence[Sequence[int]]) -> None: ...
 def shutdown() -> None: ...
@@ -97,6 +114,7 @@ def submit_raw(
     waits: bool = False,
     finish: Optional[Callable[[Any], Any]] = None,
     ended: Optional[Callable[[bool], None]] = None,
+    streams: Optional[Tuple[int, Callable[[], int]]] = None,
 ) -> Handle: ...
 def learn_torch(
     class_: type, dtypes: Sequence[Tuple[Any, int]], strided: Any, empty_like: Callable[[Any], Any], everyone: Any, /
@@ -116,5 +134,9 @@ def start(
     /,
 ) -> Optional[Handle]: ...
 def transfer(sending: bool, tensor: Any, peer: Any, tag: Any, set: int) -> Handle: ...
+def transfer_raw(
+    sending: bool, address: int, nbytes: int, keep: Any, peer: int, tag: int, set: int,
+    streams: Tuple[int, Callable[[], int]],
+) -> Handle: ...
 def launch(arguments: Sequence[str]) -> int: ...
 def perf(arguments: Sequence[str]) -> int: ...

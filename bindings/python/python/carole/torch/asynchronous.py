@@ -116,8 +116,10 @@ def _refusal(tensors: Sequence[Any]) -> Optional[str]:
             return f"{type(tensor).__name__} is not a torch.Tensor"
         if tensor.layout is not torch.strided:
             return "the tensor is sparse; use sparse_allreduce_async, or to_dense() first"
-        if tensor.device.type != "cpu":
-            return f"the tensor is on {tensor.device}; this build moves host memory: call .cpu() first"
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"the tensor is on {tensor.device}; host memory and CUDA devices are taken: call .cpu() first"
+        if tensor.device != tensors[0].device:
+            return f"one tensor is on {tensors[0].device}, another on {tensor.device}; a group is on one device"
         if tensor.dtype not in _CODES:
             return f"tensors of type {tensor.dtype} cannot be sent"
         if not tensor.is_contiguous():
@@ -160,7 +162,8 @@ def submit(
         watched = [(tensor, tensor._version) for tensor in inputs] if _watches else []
         ended = _end_of(_note_begin(collective, name, inputs), watched)
     return _native.submit_raw(
-        collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits, finish, ended
+        collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits, finish, ended,
+        _arrays.cuda_streams(inputs),
     )
 
 

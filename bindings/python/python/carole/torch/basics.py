@@ -47,8 +47,8 @@ def ccl_built() -> bool:
 
 
 def cuda_built() -> bool:
-    """Whether tensors on NVIDIA's GPUs are taken: not by this build."""
-    return False
+    """Whether tensors on NVIDIA's GPUs are taken: yes. The driver is looked for when the first one comes."""
+    return True
 
 
 def rocm_built() -> bool:

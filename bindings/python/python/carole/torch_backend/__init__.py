@@ -92,7 +92,7 @@ def _register() -> None:
         return
     _keep_from_compiler()
     try:
-        dist.Backend.register_backend("carole", _create, extended_api=True, devices=["cpu"])
+        dist.Backend.register_backend("carole", _create, extended_api=True, devices=["cpu", "cuda"])
     except TypeError:
         # Before torch 2.0 a backend serves all devices.
         dist.Backend.register_backend("carole", _create, extended_api=True)

@@ -65,6 +65,10 @@ def _asynchronous(options: Any) -> bool:
     return bool(getattr(options, "asyncOp", True))
 
 
+# Where tensors may lie.
+_DEVICES = ("cpu", "cuda")
+
+
 class CaroleProcessGroup(dist.ProcessGroup):
     """A process group whose operations the engine carries out."""
 
@@ -84,7 +88,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
 
     def ready(self) -> None:
         """Torch has set the group up."""
-        self._devices = [torch.device("cpu")]
+        self._devices = [torch.device(kind) for kind in _DEVICES]
 
     # What torch asks about the group itself.
 
@@ -166,7 +170,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         ring, number = place or self._rings.next(collective, _DTYPES[tensors[0][2]] if tensors else None, size)
         handle = _native.submit_raw(
             collective, tensors, keep, ring.names[number], self._set, op, pre, 1.0, self._ranks[root], splits, None,
-            not _asynchronous(options),
+            not _asynchronous(options), streams=_arrays.cuda_streams(keep),
         )  # fmt: skip
         return self._work(ring, number, handle, outputs, finish, keep)
 
@@ -190,10 +194,10 @@ class CaroleProcessGroup(dist.ProcessGroup):
 
     def _code(self, tensor: torch.Tensor) -> int:
         code = _CODES.get(tensor.dtype)
-        if code is None or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        if code is None or tensor.layout is not torch.strided or tensor.device.type not in _DEVICES:
             raise UsageError(
                 f"a tensor of type {tensor.dtype}, layout {tensor.layout} on {tensor.device} cannot be sent; this "
-                "build moves dense tensors in host memory"
+                "build moves dense tensors in host memory and on CUDA devices"
             )
         return code
 
@@ -355,7 +359,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         rows = [self._by_rank(_plain(tensor.detach()).reshape(self._size, -1)) for tensor in inputs]
         # DeepSpeed's ZeRO 3 reduces into a part of the input.
         made = [
-            one if _is_plain(one) and not _overlap(one, row) else torch.empty(one.shape, dtype=one.dtype)
+            one if _is_plain(one) and not _overlap(one, row) else torch.empty_like(one, memory_format=torch.contiguous_format)
             for one, row in zip(outputs, rows)
         ]
         arguments = [
@@ -409,7 +413,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         rows = None
         if self._rank == opts.rootRank:
             rows = self._by_rank(torch.stack([one.detach().reshape(-1) for one in inputs[0]]))
-        made = output if _is_plain(output) else torch.empty(output.shape, dtype=output.dtype)
+        made = output if _is_plain(output) else torch.empty_like(output, memory_format=torch.contiguous_format)
         finish = None if made is output else (lambda _: output.copy_(made))
         pointer = rows.data_ptr() if rows is not None else 0
         arguments = [(pointer, made.data_ptr() or 64, self._code(made), (self._size, made.numel()))]
@@ -474,7 +478,12 @@ class CaroleProcessGroup(dist.ProcessGroup):
         self._code(copy)
         # As bytes: the two sides need not agree on a shape, and every type travels so.
         memory = copy.reshape(-1).view(torch.uint8) if copy.numel() else torch.empty(0, dtype=torch.uint8)
-        handle = _native.transfer(sending, memory, self._ranks[peer], self._channel() | tag, self._set)
+        where = (self._ranks[peer], self._channel() | tag, self._set)
+        streams = _arrays.cuda_streams(memory)
+        if streams is None:
+            handle = _native.transfer(sending, memory, *where)
+        else:
+            handle = _native.transfer_raw(sending, memory.data_ptr(), memory.numel(), memory, *where, streams)
         return CaroleWork(handle, tensors, finish, self._timeout_s, (memory, copy), -1 if sending else peer)
 
     def _channel(self) -> int:

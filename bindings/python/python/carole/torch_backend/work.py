@@ -51,6 +51,12 @@ class DoneWork(c10d.Work):
         return future
 
 
+def _devices(held: Any) -> List[torch.device]:
+    while isinstance(held, (list, tuple)) and held:
+        held = held[0]
+    return [held.device] if isinstance(held, torch.Tensor) and held.is_cuda else []
+
+
 class CaroleWork(c10d.Work):
     """An operation of the engine. Whoever waits for it drives it; a future is completed by a thread of ours."""
 
@@ -161,7 +167,9 @@ class CaroleWork(c10d.Work):
 
     def get_future(self) -> torch.futures.Future:
         if self._future is None:
-            self._future = torch.futures.Future()
+            # On a device whoever waits for the future waits for the stream on which it was completed.
+            devices = _devices(self._outputs)
+            self._future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
             _completer().take(self)
         return self._future
 

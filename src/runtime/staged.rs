@@ -1,0 +1,241 @@
+//! Tensors on a CUDA device: copied to pinned memory of the host when they are submitted, and back when the operation
+//! has ended. In between they are tensors of the host, over whatever links the ranks have.
+//!
+//! The copies are on a stream of their own. It waits for what the caller's stream had been given before the call, so
+//! that nobody waits for a producer; and whoever takes the outcome lets its stream wait for the copies back
+//! ([`Outcome::arrives`]), or waits for them itself.
+
+use super::live::lock;
+use crate::device::accelerator::{Accelerator, Arrival, Direction, Mark, Staging, Transfer};
+use crate::device::cuda;
+use crate::engine::Outcome;
+use crate::engine::handles::Submitted;
+use crate::engine::passage::Passage;
+use crate::error::Cause;
+use crate::memory::Region;
+use crate::types::{Collective, Place};
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+/// Tensors stand in staging memory at multiples of this.
+const ALIGNMENT: u64 = 256;
+
+/// The devices that tensors came from so far.
+pub(super) struct Stages {
+    wake: Arc<dyn Fn() + Send + Sync>,
+    known: Mutex<BTreeMap<i32, Arc<Stage>>>,
+}
+
+/// One device.
+struct Stage(Mutex<Inner>);
+
+struct Inner {
+    accelerator: Box<dyn Accelerator>,
+    /// Memory that the device still reads or writes, until it has come past the mark.
+    parked: VecDeque<(Mark, Staging)>,
+}
+
+impl fmt::Debug for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a device")
+    }
+}
+
+impl Inner {
+    fn park(&mut self, mark: Mark, staging: Staging) {
+        while self.parked.front().is_some_and(|(mark, _)| mark.0.is_over().unwrap_or(false)) {
+            self.parked.pop_front();
+        }
+        self.parked.push_back((mark, staging));
+    }
+
+    /// Hands the staging memory back when the device has come past all that it was told so far.
+    fn park_behind_all(&mut self, staging: Staging) {
+        match self.accelerator.mark() {
+            Ok(mark) => self.park(mark, staging),
+            // A device that takes no marks may still copy: then the memory is given up.
+            Err(_) => std::mem::forget(staging),
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some((last, _)) = self.parked.back() {
+            // An error says that nothing is copied any more.
+            let _ = last.0.block(None);
+        }
+    }
+}
+
+impl Stages {
+    /// No device is known yet; `wake` makes whoever drives look again.
+    pub(super) fn new(wake: Arc<dyn Fn() + Send + Sync>) -> Stages {
+        Stages { wake, known: Mutex::default() }
+    }
+
+    /// Lets the tensors of a submission come to the host: from then on it names their places there. The error is the
+    /// reason why that cannot be.
+    ///
+    /// # Safety
+    /// The submission's memory must be device memory that stays valid until the operation has an outcome and its copies
+    /// are over, and `stream` a live stream of that device or one of its default streams.
+    pub(super) unsafe fn stage(&self, submitted: &mut Submitted, stream: u64) -> Result<(), String> {
+        submitted.signature.place = Place::Cuda;
+        let regions = submitted.tensors.iter().flat_map(|(input, output)| [Some(*input), *output]);
+        let Some(first) = regions.flatten().find(|region| !region.is_empty()) else { return Ok(()) };
+        // SAFETY: the caller's promise.
+        let arrival = unsafe { cuda::arrival(first.as_ptr() as u64, stream) };
+        let arrival = arrival.map_err(|cause| cause.to_string())?.ok_or_else(|| {
+            format!("the memory at {:p} lies on no CUDA device; call without a stream", first.as_ptr())
+        })?;
+        let stage = self.of_device(arrival.device).map_err(|cause| cause.to_string())?;
+        // SAFETY: the caller's promise.
+        let passage = unsafe { Staged::begin(&stage, &arrival, submitted) };
+        submitted.passage = Some(passage.map_err(|cause| cause.to_string())?);
+        Ok(())
+    }
+
+    fn of_device(&self, number: i32) -> Result<Arc<Stage>, Cause> {
+        let mut known = lock(&self.known);
+        if let Some(stage) = known.get(&number) {
+            return Ok(Arc::clone(stage));
+        }
+        let accelerator = cuda::open(number, Arc::clone(&self.wake))?;
+        let stage = Arc::new(Stage(Mutex::new(Inner { accelerator, parked: VecDeque::new() })));
+        known.insert(number, Arc::clone(&stage));
+        Ok(stage)
+    }
+}
+
+/// Where a result goes from its place on the host.
+#[derive(Clone, Copy, Debug)]
+struct Landing {
+    host: *mut u8,
+    device: u64,
+    bytes: u64,
+}
+
+/// One operation's tensors on their way.
+#[derive(Debug)]
+struct Staged {
+    stage: Arc<Stage>,
+    /// The inputs have come when the stream is past it.
+    come: Mark,
+    staging: Option<Staging>,
+    /// For each tensor, where the caller wants the result; none where the runtime allocates it.
+    landings: Vec<Option<Landing>>,
+}
+
+// SAFETY: the addresses are of the operation's own staging memory.
+unsafe impl Send for Staged {}
+
+impl Staged {
+    /// Starts the copies to the host.
+    ///
+    /// # Safety
+    /// As [`Stages::stage`].
+    unsafe fn begin(
+        stage: &Arc<Stage>,
+        arrival: &Arrival,
+        submitted: &mut Submitted,
+    ) -> Result<Box<Staged>, Cause> {
+        let place = |bytes: u64| bytes.next_multiple_of(ALIGNMENT);
+        // Where the result replaces the input byte for byte it is made in place, in half the memory.
+        let in_place = submitted.message.is_some()
+            || matches!(submitted.signature.collective, Collective::Allreduce | Collective::Broadcast);
+        let room = |input: &Region, output: &Option<Region>| match output {
+            Some(output) if in_place => place(input.len().max(output.len())),
+            output => place(input.len()) + output.map_or(0, |output| place(output.len())),
+        };
+        let bytes = submitted.tensors.iter().map(|(input, output)| room(input, output)).sum();
+        let mut inner = lock(&stage.0);
+        let staging = inner.accelerator.staging(bytes)?;
+        let (mut transfers, mut landings) = (Vec::new(), Vec::new());
+        let mut at = staging.host();
+        for (input, output) in &mut submitted.tensors {
+            let room = room(input, output);
+            let result = if in_place { at } else { at.wrapping_add(place(input.len()) as usize) };
+            let reads = submitted.message.is_none_or(|message| message.sends) && !input.is_empty();
+            if reads {
+                let device = input.as_ptr() as u64;
+                transfers.push(Transfer { host: at, device, bytes: input.len() });
+            }
+            let wanted = output.filter(|_| submitted.message.is_none_or(|message| !message.sends));
+            landings.push(wanted.map(|output| Landing {
+                host: result,
+                device: output.as_ptr() as u64,
+                bytes: output.len(),
+            }));
+            // SAFETY: both lie in the staging memory, which the passage keeps until the operation has ended.
+            unsafe {
+                *input = Region::new(at, input.len());
+                *output = output.map(|output| Region::new(result, output.len()));
+            }
+            at = at.wrapping_add(room as usize);
+        }
+        let accelerator = &mut inner.accelerator;
+        accelerator.after(&arrival.mark)?;
+        // SAFETY: the caller's promise; the staging memory is parked where it is dropped too early.
+        let copied = unsafe { accelerator.transfer(Direction::ToHost, &transfers) };
+        let come = copied.and_then(|()| accelerator.mark());
+        match come.and_then(|come| inner.accelerator.wake_when_over().map(|()| come)) {
+            Ok(come) => {
+                drop(inner);
+                Ok(Box::new(Staged { stage: Arc::clone(stage), come, staging: Some(staging), landings }))
+            }
+            Err(cause) => {
+                inner.park_behind_all(staging);
+                Err(cause)
+            }
+        }
+    }
+}
+
+impl Passage for Staged {
+    fn has_come(&mut self) -> Result<bool, Cause> {
+        self.come.0.is_over()
+    }
+
+    fn go_back(&mut self, outcome: &mut Outcome) -> Result<(), Cause> {
+        let mut inner = lock(&self.stage.0);
+        let mut transfers = Vec::new();
+        let mut more = Vec::new();
+        for (tensor, landing) in outcome.tensors.iter_mut().zip(&self.landings) {
+            if let Some(Landing { host, device, bytes }) = *landing {
+                transfers.push(Transfer { host, device, bytes });
+            } else if let Some(memory) = tensor.memory.take() {
+                let bytes = memory.as_slice().len() as u64;
+                let buffer = inner.accelerator.buffer(bytes)?;
+                let staging = inner.accelerator.staging(bytes)?;
+                // SAFETY: the staging memory has room for `bytes`, and is nobody else's.
+                unsafe { staging.host().copy_from_nonoverlapping(memory.as_ptr(), bytes as usize) };
+                transfers.push(Transfer { host: staging.host(), device: buffer.address, bytes });
+                tensor.on_device = Some(buffer);
+                more.push(staging);
+            }
+        }
+        transfers.retain(|transfer| transfer.bytes > 0);
+        // SAFETY: the results' memory is the caller's to keep until the copies are over, as it promised; staging memory
+        // is parked behind them.
+        let sent = unsafe { inner.accelerator.transfer(Direction::ToDevice, &transfers) };
+        let arrives = sent.and_then(|()| inner.accelerator.mark());
+        for staging in self.staging.take().into_iter().chain(more) {
+            match &arrives {
+                Ok(mark) => inner.park(mark.clone(), staging),
+                Err(_) => inner.park_behind_all(staging),
+            }
+        }
+        outcome.arrives = Some(arrives?);
+        Ok(())
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if let Some(staging) = self.staging.take() {
+            lock(&self.stage.0).park(self.come.clone(), staging);
+        }
+    }
+}
