@@ -242,6 +242,16 @@
 #define CAROLE_JOIN_AVERAGE_PRESENT 1
 
 /*
+ Tensors are in the host's memory.
+ */
+#define CAROLE_MEMORY_HOST 0
+
+/*
+ All tensors of a call are on one CUDA device.
+ */
+#define CAROLE_MEMORY_CUDA 1
+
+/*
  The process set of all ranks.
  */
 #define CAROLE_GLOBAL_SET 0
@@ -294,6 +304,16 @@ typedef struct {
    How Average counts ranks that have joined: CAROLE_JOIN_AVERAGE_SIZE by default.
    */
   uint32_t join_average;
+  /*
+   Where the tensors lie: CAROLE_MEMORY_HOST by default.
+   */
+  uint32_t memory;
+  /*
+   With CAROLE_MEMORY_CUDA: the stream (a CUstream or cudaStream_t) that has been given what makes the inputs; NULL
+   is the default stream. The call does not wait for it. Outputs that Carole allocates lie on the device, too, and
+   waiting for the operation waits for the device.
+   */
+  void *cuda_stream;
 } carole_options;
 
 /*
@@ -792,13 +812,14 @@ uint32_t carole_output_dimensions(const carole_output *output, size_t index);
 const uint64_t *carole_output_shape(const carole_output *output, size_t index);
 
 /*
- The bytes of a tensor, aligned to 64, writable and valid until the output is freed. NULL where there is no
- such tensor, and where the caller gave the place: then the bytes are there.
+ The bytes of a tensor, aligned to 64, writable and valid until the output is freed; memory of the device where the
+ inputs were on one. NULL where there is no such tensor, and where the caller gave the place: then the bytes are there.
 
  # Safety
  `output` is NULL or was given by Carole and not freed.
  */
-void *carole_output_data(const carole_output *output, size_t index);
+void *carole_output_data(const carole_output *output,
+                         size_t index);
 
 /*
  How many bytes a tensor has; 0 where there is no such tensor.

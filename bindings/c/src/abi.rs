@@ -96,6 +96,11 @@ pub const CAROLE_JOIN_AVERAGE_SIZE: u32 = 0;
 /// Average divides by the number of ranks that have not joined.
 pub const CAROLE_JOIN_AVERAGE_PRESENT: u32 = 1;
 
+/// Tensors are in the host's memory.
+pub const CAROLE_MEMORY_HOST: u32 = 0;
+/// All tensors of a call are on one CUDA device.
+pub const CAROLE_MEMORY_CUDA: u32 = 1;
+
 /// The process set of all ranks.
 pub const CAROLE_GLOBAL_SET: u32 = 0;
 /// Wait without a limit.
@@ -140,6 +145,12 @@ pub struct carole_options {
     pub root: u32,
     /// How Average counts ranks that have joined: CAROLE_JOIN_AVERAGE_SIZE by default.
     pub join_average: u32,
+    /// Where the tensors lie: CAROLE_MEMORY_HOST by default.
+    pub memory: u32,
+    /// With CAROLE_MEMORY_CUDA: the stream (a CUstream or cudaStream_t) that has been given what makes the inputs; NULL
+    /// is the default stream. The call does not wait for it. Outputs that Carole allocates lie on the device, too, and
+    /// waiting for the operation waits for the device.
+    pub cuda_stream: *mut c_void,
 }
 
 /// One knob and its value, before every other source: {"CAROLE_ALGORITHM", "ring"}.

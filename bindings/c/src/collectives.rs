@@ -64,6 +64,7 @@ impl Call {
             scale: Scale { pre: options.prescale, post: options.postscale },
             root: Rank(options.root),
             join_average: convert::join_average(options.join_average)?,
+            stream: convert::stream(&options)?,
             ..Request::default()
         };
         // SAFETY: the caller's promise.

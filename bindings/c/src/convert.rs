@@ -84,10 +84,21 @@ pub const DEFAULTS: carole_options = carole_options {
     op: CAROLE_SUM,
     root: 0,
     join_average: CAROLE_JOIN_AVERAGE_SIZE,
+    memory: CAROLE_MEMORY_HOST,
+    cuda_stream: std::ptr::null_mut(),
 };
 
 fn unknown(what: &str, code: u32) -> Error {
     Error::Usage(format!("{code} is no {what}; use the constants of carole.h"))
+}
+
+/// The stream of a call whose tensors lie on a device.
+pub fn stream(options: &carole_options) -> Result<Option<u64>> {
+    match options.memory {
+        CAROLE_MEMORY_HOST => Ok(None),
+        CAROLE_MEMORY_CUDA => Ok(Some(options.cuda_stream as usize as u64)),
+        code => Err(unknown("kind of memory", code)),
+    }
 }
 
 /// The element type with this code.

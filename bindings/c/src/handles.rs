@@ -4,7 +4,7 @@ use crate::abi::*;
 use crate::convert::put;
 use crate::output::carole_output;
 use crate::status::enter;
-use runtime::error::Result;
+use runtime::error::{Error, Result};
 use runtime::runtime::{self as core, Completion, Handle, Outcome};
 use std::time::Duration;
 
@@ -14,6 +14,12 @@ use std::time::Duration;
 /// `output` is null or can be written.
 pub unsafe fn deliver(completion: Completion, output: *mut *mut carole_output) -> Result<()> {
     let outcome: Outcome = completion.result?;
+    if let Some(arrives) = &outcome.arrives {
+        // The copies are under way already; a device that fails is an error.
+        arrives.0.block(None).map_err(|cause| {
+            Error::usage(format!("the results have not reached the CUDA device: {cause}"))
+        })?;
+    }
     if output.is_null() {
         return Ok(());
     }

@@ -76,17 +76,20 @@ pub unsafe extern "C" fn carole_output_shape(output: *const carole_output, index
     }
 }
 
-/// The bytes of a tensor, aligned to 64, writable and valid until the output is freed. NULL where there is no
-/// such tensor, and where the caller gave the place: then the bytes are there.
+/// The bytes of a tensor, aligned to 64, writable and valid until the output is freed; memory of the device where the
+/// inputs were on one. NULL where there is no such tensor, and where the caller gave the place: then the bytes are there.
 ///
 /// # Safety
 /// `output` is NULL or was given by Carole and not freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn carole_output_data(output: *const carole_output, index: usize) -> *mut c_void {
     // SAFETY: the caller's promise.
-    unsafe { tensor(output, index) }
-        .and_then(|tensor| tensor.memory.as_ref())
-        .map_or(std::ptr::null_mut(), |memory| memory.as_ptr().cast())
+    let Some(tensor) = (unsafe { tensor(output, index) }) else { return std::ptr::null_mut() };
+    match (&tensor.memory, &tensor.on_device) {
+        (Some(memory), _) => memory.as_ptr().cast(),
+        (None, Some(memory)) => memory.address as usize as *mut c_void,
+        (None, None) => std::ptr::null_mut(),
+    }
 }
 
 /// How many bytes a tensor has; 0 where there is no such tensor.
