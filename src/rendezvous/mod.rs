@@ -9,7 +9,11 @@ pub mod channel;
 pub mod client;
 pub mod codec;
 pub mod listen;
+mod meet;
+#[cfg(feature = "mpi")]
+pub mod over_mpi;
 pub mod place;
+pub mod pmi;
 pub mod porter;
 pub mod proof;
 pub mod reactor;

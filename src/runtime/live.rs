@@ -16,6 +16,8 @@ use crate::log;
 use crate::membership;
 use crate::memory::Region;
 use crate::rendezvous::client::{Join, Joined, join};
+#[cfg(feature = "mpi")]
+use crate::rendezvous::over_mpi;
 use crate::rendezvous::porter::{self, Porter, PorterOptions};
 use crate::transport::shm::Budget;
 use crate::transport::tcp::TcpOptions;
@@ -113,6 +115,10 @@ impl Live {
     /// Says goodbye, lets it leave, ends the threads. Other threads may still hold this job; their calls end
     /// with errors.
     pub(super) fn stop(&self) {
+        #[cfg(feature = "mpi")]
+        if self.driver.try_with(|engine| engine.broken().is_some()).unwrap_or(true) {
+            crate::transport::mpi::broke();
+        }
         self.driver.stop();
         if let Some(porter) = lock(&self.porter).take() {
             porter.shutdown();
@@ -339,7 +345,15 @@ fn next_number(counters: &mut Unnamed, of: (SetId, Collective)) -> u32 {
 fn find_the_others(config: &Config, epoch: Epoch) -> Result<Joined> {
     let warn = Arc::new(|words: &str| log::warn(format_args!("{words}")));
     let how = Join::from_config(config, config::environment(), epoch, warn);
-    join(&Join { simd: widest(config).code(), ..how })
+    #[cfg_attr(not(feature = "mpi"), expect(unused_mut, reason = "MPI completes it"))]
+    let mut how = Join { simd: widest(config).code(), ..how };
+    #[cfg(feature = "mpi")]
+    {
+        use crate::transport::mpi::Threads;
+        let threads = if config.mpi_threads_disable { Threads::One } else { Threads::Many };
+        over_mpi::complete(&mut how, config.transport == TransportChoice::Mpi, threads)?;
+    }
+    join(&how)
 }
 
 /// The widest instructions that this processor has and the knob allows.
@@ -399,6 +413,7 @@ fn prices(config: &Config) -> Prices {
     let network = Wire::network(config.network_gbits as f64, config.network_latency_us as f64);
     let same_host = match config.transport {
         TransportChoice::Tcp => Wire::LOOPBACK,
+        TransportChoice::Mpi => Wire::MPI_ON_HOST,
         TransportChoice::Auto | TransportChoice::Shm => Prices::default().same_host,
     };
     Prices { same_host, between_hosts: network, ..Prices::default() }
@@ -410,8 +425,9 @@ fn porter_options(config: &Config) -> PorterOptions {
             TransportChoice::Auto => porter::Choice::Auto,
             TransportChoice::Shm => porter::Choice::Shm,
             TransportChoice::Tcp => porter::Choice::Tcp,
+            TransportChoice::Mpi => porter::Choice::Mpi,
         },
-        tcp_lanes: config.tcp_lanes as usize,
+        tcp_lanes: if config.transport == TransportChoice::Mpi { 0 } else { config.tcp_lanes as usize },
         memory: Budget::new(config.memory),
         silence_ms: config.timeout_ms,
         tcp: TcpOptions {

@@ -238,7 +238,7 @@ impl Hall {
             return;
         }
         let serves: fn(Purpose) -> bool = match (&stream, self.options.choice) {
-            (Stream::Unix(_), Choice::Tcp) => |purpose| purpose == Purpose::Knock,
+            (Stream::Unix(_), Choice::Tcp | Choice::Mpi) => |purpose| purpose == Purpose::Knock,
             (Stream::Unix(_), _) => |purpose| matches!(purpose, Purpose::Knock | Purpose::Shm),
             (Stream::Tcp(_), Choice::Shm) => |purpose| purpose == Purpose::Knock,
             (Stream::Tcp(_), _) => |p| matches!(p, Purpose::Knock | Purpose::Control | Purpose::Lane(_)),
