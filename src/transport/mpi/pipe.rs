@@ -275,6 +275,7 @@ impl Pipe for MpiPipe {
 
     fn arm(&mut self, blocked: bool) -> Result<bool, Cause> {
         self.pump(Port::pump);
+        self.world.tend();
         let ended = self.gone_since.is_some();
         let mut port = self.port();
         let there = port.has_arrived() || port.is_ended() || port.failure().is_some() || ended;
@@ -314,6 +315,7 @@ impl Pipe for MpiPipe {
 
 impl Drop for MpiPipe {
     fn drop(&mut self) {
-        self.world.release(&self.port);
+        let clean = self.gone_since.is_none() && self.port().failure().is_none();
+        self.world.release(&self.port, clean);
     }
 }

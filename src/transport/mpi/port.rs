@@ -49,8 +49,8 @@ pub struct Port {
     failed: Option<Cause>,
     /// Who sleeps until something arrives, where another thread makes the calls.
     pub sleeper: Option<Waker>,
-    /// The pipe is gone: what is left is sent, and the port goes too.
-    pub closed: bool,
+    /// The pipe is gone, and the peer's word that it is, too, is awaited if this says so.
+    pub closed: Option<bool>,
 }
 
 impl Port {
@@ -76,7 +76,7 @@ impl Port {
             ended: false,
             failed: None,
             sleeper: None,
-            closed: false,
+            closed: None,
         }
     }
 
@@ -242,12 +242,52 @@ impl Port {
         Ok(())
     }
 
-    /// Says that nothing more comes, if all that was written has been handed to MPI.
-    pub fn say_end(&mut self) {
+    /// Says that nothing more comes, if all that was written has been handed to MPI, and lets go of what is not in use.
+    pub fn close(&mut self) {
         if self.failed.is_none() && self.outgoing.is_empty() {
             let mut slot = Slot::new(0);
             // The peer learns of it by the end of the connection, too.
             let _ = slot.send(self.world.comm(), 0, self.route.peer, self.route.sends);
         }
+        self.outgoing.clear();
+        self.arrived.clear();
+        self.idle.clear();
+        self.free.clear();
+        self.sleeper = None;
+    }
+
+    /// Takes in what the peer still says, of which nobody wants to know, so that nothing is left over in MPI. Whether
+    /// it has said all.
+    pub fn pump_closed(&mut self) -> bool {
+        let over = self.discard().unwrap_or(true);
+        slot::sweep();
+        over
+    }
+
+    fn discard(&mut self) -> Result<bool, Cause> {
+        while let Some(slot) = self.flying.front_mut() {
+            if slot.test()?.is_none() {
+                break;
+            }
+            self.flying.pop_front();
+        }
+        if self.posted.is_empty() && !self.ended {
+            let mut slot = Slot::new(0);
+            slot.receive(self.world.comm(), self.route.peer, self.route.receives)?;
+            self.posted.push_back(slot);
+        }
+        while let Some(slot) = self.posted.front_mut().filter(|_| !self.ended) {
+            match slot.test()? {
+                None => break,
+                Some(0) => self.ended = true,
+                Some(_) => {
+                    let mut slot = self.posted.pop_front().expect("it was just tested");
+                    slot.receive(self.world.comm(), self.route.peer, self.route.receives)?;
+                    self.posted.push_back(slot);
+                }
+            }
+        }
+        self.hear_ack()?;
+        Ok(self.ended && self.flying.is_empty())
     }
 }

@@ -112,7 +112,13 @@ fn run(todo: &Receiver<Job>, asleep: &AtomicBool) {
             None => {}
             Some(Job::Look) => (idle, nap) = (0, NAP_MIN),
             Some(Job::Serve(of)) => world = Some(of),
-            Some(Job::Do(task)) => task(&mut ours),
+            Some(Job::Do(task)) => {
+                // What was closed before is closed for whoever asks.
+                if let Some(world) = world.filter(|_| !ports.is_empty()) {
+                    turn(world, &mut ports);
+                }
+                task(&mut ours);
+            }
             Some(Job::Adopt(port, answer)) => {
                 let opened = port.lock().unwrap_or_else(PoisonError::into_inner).open();
                 ports.push(port);
@@ -127,12 +133,15 @@ fn turn(world: &World, ports: &mut Vec<Arc<Mutex<Port>>>) -> bool {
     let _turn = world.turn();
     let mut moved = false;
     ports.retain(|port| {
-        let mut port = port.lock().unwrap_or_else(PoisonError::into_inner);
-        moved |= port.pump();
-        if port.closed {
-            port.say_end();
+        let mut open = port.lock().unwrap_or_else(PoisonError::into_inner);
+        moved |= open.pump();
+        let closed = open.closed.is_some();
+        drop(open);
+        if closed {
+            world.close(port);
         }
-        !port.closed
+        !closed
     });
+    world.tend_closing();
     moved
 }

@@ -18,6 +18,10 @@ const TAG_MAX: i32 = 32_767;
 const TOLD_BYTES_MAX: usize = 64 << 10;
 /// Between two looks at whether all ranks have come.
 const MEETING_NAP_NS: i64 = 200_000;
+/// How long a closed port is looked after for the peer's last word.
+const CLOSING_KEPT: Duration = Duration::from_secs(30);
+/// How long the end of the process waits for such words.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// A communicator. MPI's handles are addresses in some implementations and numbers in others.
 pub struct Handle(pub ffi::MPI_Comm);
@@ -59,6 +63,8 @@ pub struct World {
     started: Started,
     service: Service,
     turn: Mutex<()>,
+    /// Ports that are closed, since when, and whose peers have not closed theirs.
+    closing: Mutex<Vec<(Arc<Mutex<Port>>, Instant)>>,
     /// The largest tag.
     pub tag_max: i32,
 }
@@ -71,6 +77,8 @@ static BROKE: AtomicBool = AtomicBool::new(false);
 static OVER: AtomicBool = AtomicBool::new(false);
 /// Pipes that are open.
 static PIPES: AtomicUsize = AtomicUsize::new(0);
+/// Ports that are closed and looked after.
+static CLOSING: AtomicUsize = AtomicUsize::new(0);
 /// The process that initialised MPI; its forked children did not.
 static OWNER: AtomicU32 = AtomicU32::new(0);
 
@@ -103,7 +111,7 @@ pub fn join(threads: Threads, limit: Duration) -> Result<&'static World> {
     }
     let service = Service::start().map_err(|e| Error::usage(format!("no thread for MPI: {e}")))?;
     let started = service.run(move |ours| start(ours, threads, limit))?;
-    let world = World { started, service, turn: Mutex::new(()), tag_max: TAG_MAX };
+    let world = World { started, service, turn: Mutex::new(()), closing: Mutex::default(), tag_max: TAG_MAX };
     OWNER.store(std::process::id(), Ordering::SeqCst);
     let world = WORLD.get_or_init(|| world);
     world.service.serve(world);
@@ -238,22 +246,50 @@ impl World {
         port.lock().unwrap_or_else(PoisonError::into_inner).open()
     }
 
-    /// Closes a port.
-    pub(super) fn release(&self, port: &Arc<Mutex<Port>>) {
-        {
+    /// Closes a port. `clean`: the peer lives, as far as is known, and will close its own.
+    pub(super) fn release(&self, port: &Arc<Mutex<Port>>, clean: bool) {
+        port.lock().unwrap_or_else(PoisonError::into_inner).closed = Some(clean);
+        if self.is_pinned() {
+            self.service.look();
+        } else if !is_over() {
             let _turn = self.turn();
-            let mut port = port.lock().unwrap_or_else(PoisonError::into_inner);
-            match self.is_pinned() {
-                true => port.closed = true,
-                false if is_over() => {}
-                false => {
-                    port.say_end();
-                    sweep();
-                }
-            }
+            self.close(port);
         }
-        self.service.look();
         PIPES.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// The calls of MPI that closing a port takes.
+    pub(super) fn close(&self, port: &Arc<Mutex<Port>>) {
+        let mut open = port.lock().unwrap_or_else(PoisonError::into_inner);
+        open.close();
+        if open.closed == Some(true) {
+            self.closing().push((Arc::clone(port), Instant::now()));
+            CLOSING.fetch_add(1, Ordering::Relaxed);
+        }
+        sweep();
+    }
+
+    fn closing(&self) -> MutexGuard<'_, Vec<(Arc<Mutex<Port>>, Instant)>> {
+        self.closing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks after ports that are closed here and not at the peer's.
+    pub(super) fn tend(&self) {
+        if CLOSING.load(Ordering::Relaxed) == 0 || self.is_pinned() {
+            return;
+        }
+        let _turn = self.turn();
+        self.tend_closing();
+    }
+
+    /// The same, for who may call MPI and has the turn.
+    pub(super) fn tend_closing(&self) {
+        let mut closing = self.closing();
+        closing.retain(|(port, since)| {
+            let mut port = port.lock().unwrap_or_else(PoisonError::into_inner);
+            !port.pump_closed() && since.elapsed() < CLOSING_KEPT
+        });
+        CLOSING.store(closing.len(), Ordering::Relaxed);
     }
 
     /// What rank 0 says, on all ranks. All must call; `words` counts on rank 0.
@@ -302,7 +338,16 @@ extern "C" fn at_exit() {
     if let Some(world) = WORLD.get() {
         // The panic of a thread that is no more must not leave a C function.
         let _ = std::panic::catch_unwind(|| {
-            world.service.run(|ours| {
+            world.service.run(move |ours| {
+                // A message that nobody has taken makes some MPIs complain.
+                let deadline = Instant::now() + LAST_WORDS;
+                loop {
+                    world.tend_closing();
+                    if CLOSING.load(Ordering::Relaxed) == 0 || Instant::now() >= deadline {
+                        break;
+                    }
+                    let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: MEETING_NAP_NS }));
+                }
                 sweep();
                 OVER.store(true, Ordering::SeqCst);
                 drop(ours.take());
