@@ -56,9 +56,8 @@ impl Engine {
     /// rank that vanished without a word to anybody would be taken for a dead one by whoever asks for it next.
     fn meet_neighbours(&mut self) {
         for set in self.sets.values() {
-            let Some(coordinator) = &set.coordinator else { continue };
-            for member in coordinator.neighbours() {
-                let to = set.ranks[member.0 as usize];
+            // Also where nothing is agreed any more, because another has left: whoever comes late has not heard of it.
+            for &to in set.neighbours.iter().filter(|&&rank| !self.membership.has_departed(rank)) {
                 self.links.request(to);
                 if self.links.is_awaited(to) && !self.unmet.contains(&to) {
                     self.unmet.push(to);

@@ -20,6 +20,8 @@ pub(super) struct ProcessSet {
     pub(super) member: Option<Member>,
     /// The machine that agrees; only on members.
     pub(super) coordinator: Option<Coordinator>,
+    /// Those with whom it agrees, or did.
+    pub(super) neighbours: Box<[Rank]>,
     /// Batches started: the same number on every member.
     pub(super) next_batch: u64,
     /// The first member that has said goodbye.
@@ -57,14 +59,23 @@ impl Engine {
                 rules: self.setup.agreement,
             })
         });
-        if let Some(coordinator) = &coordinator {
-            // The tree's links carry heartbeats, so they are wanted before the first operation.
-            for neighbour in coordinator.neighbours() {
-                self.links.request(ranks[neighbour.0 as usize]);
-            }
+        let neighbours = coordinator.iter().flat_map(Coordinator::neighbours);
+        let neighbours: Box<[Rank]> = neighbours.map(|member| ranks[member.0 as usize]).collect();
+        // The tree's links carry heartbeats, so they are wanted before the first operation.
+        for &neighbour in &neighbours {
+            self.links.request(neighbour);
         }
         let seating = self.boards.claim(id, member.is_some(), &hosts);
-        let set = ProcessSet { ranks, hosts, member, coordinator, next_batch: 0, departed: None, seating };
+        let set = ProcessSet {
+            ranks,
+            hosts,
+            member,
+            coordinator,
+            neighbours,
+            next_batch: 0,
+            departed: None,
+            seating,
+        };
         self.sets.insert(id, set);
         id
     }
