@@ -195,10 +195,16 @@ const IS_BROKEN: &str = " is broken: ";
 const HAS_SHUT_DOWN: &str = " has shut down, and this operation needs it";
 
 /// The rank at fault by the words of [`Broken`] or [`Error::Shutdown`], wherever they stand in a line. So the
-/// launcher tells the first cause from those who report it, whatever language they report it in.
+/// launcher tells the first cause from those who report it, whatever language they report it in. A Rust program that
+/// unwraps them writes their fields instead.
 #[must_use]
 pub fn named_culprit(line: &str) -> Option<Rank> {
     let number = |text: &str| text.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok().map(Rank);
+    for fields in ["culprit: Some(Rank(", "Shutdown(Some(Rank("] {
+        if let Some((_, tail)) = line.rsplit_once(fields) {
+            return number(tail);
+        }
+    }
     if let Some((head, tail)) = line.rsplit_once(IS_BROKEN) {
         return head.contains("epoch ").then(|| number(tail.strip_prefix("rank ")?)).flatten();
     }
@@ -227,11 +233,11 @@ mod tests {
             (Error::usage("the pipe is broken: rank 3"), None),
         ] {
             assert_eq!(named_culprit(&error.to_string()), culprit, "{error}");
-            assert_eq!(
-                named_culprit(&format!("carole.CaroleError: {error} (see above)")),
-                culprit,
-                "{error}"
-            );
+            for words in
+                [format!("carole.CaroleError: {error} (see above)"), format!("`Err` value: {error:?}")]
+            {
+                assert_eq!(named_culprit(&words), culprit, "{words}");
+            }
         }
     }
 }

@@ -115,7 +115,7 @@ fn what_cannot_start_says_why() {
     with("no-such-program-here", &["'no-such-program-here'", "host 'a'", "--ssh-command"]);
     with("echo carole-agent 1 carole%200.0.1 x y", &["versions differ", "carole 0.0.1"]);
     with("echo carole-agent nonsense", &["versions differ"]);
-    with("sh -c 'echo Permission denied >&2; exit 255'", &["ssh-copy-id a"]);
+    with("sh -c 'echo Permission denied >&2; exit 255'", &["Permission denied", "ssh-copy-id"]);
     with("yes", &["prints without end"]);
     with(
         "env CAROLE_HOST_ID={host} PATH=/usr/bin:/bin sh -c 'exec carolerun-is-not-here'",

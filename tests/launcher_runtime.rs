@@ -40,6 +40,8 @@ fn rank() {
     match role.as_str() {
         "join" => println!("joined"),
         "busy" => busy(me),
+        "leaves, and others for its sake" => leave_one_by_one(me),
+        "stops while busy" => stop_while_busy(victim == Some(me)),
         _ if victim == Some(me) => blow(&role),
         _ => survive(&role),
     }
@@ -96,6 +98,48 @@ fn busy(me: u32) {
         typed::allreduce("sum", &mut vec![1.0f32; 1 << 16], ReduceOp::Sum).unwrap();
         if step == 3 && me == 0 {
             println!("running");
+        }
+    }
+}
+
+/// As a program that does not look at its errors: it ends with them at once.
+fn stop_while_busy(victim: bool) {
+    for step in 0u64.. {
+        if victim && step == 50 {
+            kill_process(getpid(), Signal::STOP).unwrap();
+        }
+        if let Err(error) = typed::allreduce("sum", &mut vec![1.0f32; 1 << 12], ReduceOp::Sum) {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+    }
+}
+
+/// Rank 1 leaves; rank 0, its only neighbour, fails for its sake and leaves; rank 2 meets nobody until then.
+fn leave_one_by_one(me: u32) {
+    let meeting = PathBuf::from(std::env::var(MEETING).unwrap());
+    match me {
+        1 => {
+            until("rank 2 stops", || meeting.join("2").exists());
+            runtime::shutdown().unwrap();
+            std::fs::write(meeting.join("1"), "").unwrap();
+        }
+        0 => {
+            until("rank 1 leaves", || meeting.join("1").exists());
+            let error = loop {
+                if let Err(error) = typed::allreduce("sum", &mut [1.0f32; 4], ReduceOp::Sum) {
+                    break error;
+                }
+            };
+            println!("ended: {error}");
+            std::fs::write(meeting.join("0"), "").unwrap();
+            runtime::shutdown().unwrap();
+            std::process::exit(1);
+        }
+        _ => {
+            std::fs::write(meeting.join("2"), getpid().as_raw_nonzero().to_string()).unwrap();
+            kill_process(getpid(), Signal::STOP).unwrap();
+            println!("ended: {}", typed::allreduce("sum", &mut [1.0f32; 4], ReduceOp::Sum).unwrap_err());
         }
     }
 }
@@ -193,11 +237,46 @@ fn a_rank_that_stops_before_there_is_a_link_is_silent_as_any_other() {
 }
 
 #[test]
+fn a_rank_that_stops_while_all_are_busy_is_the_one_that_failed_first() {
+    for victim in 0..4 {
+        let victim = victim.to_string();
+        let more = [(VICTIM, victim.as_str()), ("CAROLE_TIMEOUT_MS", STOPPED_MS)];
+        let job = under_launcher(&format!("stops-busy-{victim}"), 4, &[], "stops while busy", &more);
+        let (code, errors) = job.wait();
+        assert_eq!(code, 1, "{errors}");
+        assert!(errors.contains(&format!("rank {victim} failed first, though it still runs")), "{errors}");
+    }
+}
+
+#[test]
 fn a_rank_that_leaves_before_there_is_a_link_has_shut_down() {
     for victim in 0..3 {
         let (words, _, errors) = strike("leaves", 3, victim);
         assert!(words[0].starts_with(&format!("rank {victim} has shut down")), "{words:?}\n{errors}");
     }
+}
+
+#[test]
+fn who_leaves_because_another_left_is_not_blamed() {
+    let meeting = tempfile::tempdir().unwrap();
+    let more = [(MEETING, meeting.path().to_str().unwrap()), ("CAROLE_TIMEOUT_MS", "20000")];
+    let mut job = under_launcher("one-by-one", 3, &[], "leaves, and others for its sake", &more);
+    until("rank 0 leaves", || meeting.path().join("0").exists());
+    let stopped = std::fs::read_to_string(meeting.path().join("2")).unwrap();
+    // Long enough for rank 0 to say goodbye, and less than it lingers.
+    std::thread::sleep(Duration::from_millis(200));
+    kill(stopped.parse().unwrap(), "CONT");
+    let mut words = Vec::new();
+    loop {
+        let line = job.line();
+        if line.is_empty() {
+            break;
+        }
+        words.extend(line.split_once("ended: ").map(|(_, words)| words.to_owned()));
+    }
+    assert_eq!(words.len(), 2, "{words:?}");
+    assert!(words.iter().all(|words| words.starts_with("rank 1 has shut down")), "{words:?}");
+    assert_eq!(job.wait().0, 1);
 }
 
 #[test]

@@ -34,6 +34,8 @@ mod tests;
 #[cfg(test)]
 mod tests_faults;
 
+pub use mismatch::rank_list;
+
 use crate::error::{Cause, Mismatch};
 use crate::limits::{CONTROL_BYTES_MAX, IN_FLIGHT_MAX, NAME_BYTES_MAX};
 use crate::types::{Collective, Member, Rank, SetId, SharedSignature, Signature, TensorKey, Time};

@@ -56,9 +56,8 @@ impl Engine {
     /// rank that vanished without a word to anybody would be taken for a dead one by whoever asks for it next.
     fn meet_neighbours(&mut self) {
         for set in self.sets.values() {
-            let Some(coordinator) = &set.coordinator else { continue };
-            for member in coordinator.neighbours() {
-                let to = set.ranks[member.0 as usize];
+            // Also where nothing is agreed any more, because another has left: whoever comes late has not heard of it.
+            for &to in set.neighbours.iter().filter(|&&rank| !self.membership.has_departed(rank)) {
                 self.links.request(to);
                 if self.links.is_awaited(to) && !self.unmet.contains(&to) {
                     self.unmet.push(to);
@@ -67,8 +66,8 @@ impl Engine {
         }
     }
 
-    /// After the goodbye: those whose links come up late must hear it, too; about the others this rank has
-    /// nothing to say any more.
+    /// After the goodbye: those whose links come up late must hear it, too, behind the goodbyes that came before it: who
+    /// left because another had left is not to blame. About the others this rank has nothing to say any more.
     pub(super) fn linger(&mut self, changes: &mut Vec<LinkChange>) {
         let clean = self.left.unwrap_or_default();
         for change in changes.drain(..) {
@@ -76,6 +75,12 @@ impl Engine {
                 change;
             self.unmet.retain(|&rank| rank != peer);
             if let LinkChange::Up(_) = change {
+                for place in 0..self.leavers.len() {
+                    let (who, clean) = self.leavers[place];
+                    if who != peer {
+                        self.say(peer, &wire::Message::Goodbye { who, clean });
+                    }
+                }
                 self.say(peer, &wire::Message::Goodbye { who: self.me, clean });
             }
         }
@@ -97,6 +102,9 @@ impl Engine {
             return;
         }
         self.membership.goodbye(peer, who, clean);
+        if self.membership.has_departed(who) && self.leavers.iter().all(|&(known, _)| known != who) {
+            self.leavers.push((who, clean));
+        }
         if peer != who {
             return;
         }
@@ -150,7 +158,9 @@ impl Engine {
         // What came before the news is run and passed on first.
         self.turn_coordinator(id, now);
         let Some(set) = self.sets.get_mut(&id) else { return };
-        set.departed.get_or_insert(who);
+        // The first that left may not be the one whose news closes the set: others may have left for its sake.
+        let first = self.leavers.iter().map(|&(leaver, _)| leaver).find(|&r| set.member_of(r).is_some());
+        let who = *set.departed.get_or_insert(first.unwrap_or(who));
         let Some(coordinator) = set.coordinator.take() else { return };
         let parent = coordinator.parent();
         let ranks = std::sync::Arc::clone(&set.ranks);

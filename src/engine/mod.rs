@@ -122,6 +122,8 @@ pub struct Engine {
     broken: Option<Error>,
     /// Whether this rank has said goodbye, and if so whether it had nothing in flight.
     left: Option<bool>,
+    /// Ranks that have left, in the order in which this rank heard of it, and whether they had nothing in flight.
+    leavers: Vec<(Rank, bool)>,
     /// Ranks that have left and whose links are kept for what they had sent before.
     departing: Vec<Rank>,
     /// Neighbours whose links this rank waits for only to say goodbye.
@@ -175,6 +177,7 @@ impl Engine {
             warnings: Vec::new(),
             broken: None,
             left: None,
+            leavers: Vec::new(),
             departing: Vec::new(),
             unmet: Vec::new(),
             quiet_until: None,

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::layout::dealt_rows;
 use crate::memory::{OwnedBytes, Region};
 use crate::types::{Collective, DType, Rank, SetId, Signature};
+use std::sync::Arc;
 
 /// One output.
 #[derive(Debug)]
@@ -30,10 +31,15 @@ pub struct Outcome {
     pub received_splits: Vec<u64>,
     /// Join: the last rank to join.
     pub last_joined: Option<Rank>,
-    /// AddSet: the new set. Join: the set that was joined.
+    /// AddSet: the new set. RemoveSet: the set that is no more; none if there was none. Join: the set that was
+    /// joined.
     pub set: Option<SetId>,
     /// When the outputs will be where they belong, if they are still on their way to a device.
     pub arrives: Option<Mark>,
+    /// Join of the global set: all sets there are, for who has not seen them come.
+    pub sets: Vec<(SetId, Arc<[Rank]>)>,
+    /// Join of the global set: the numbers given to sets so far are below this one.
+    pub sets_made: u32,
 }
 
 /// Where one tensor of an operation lies.
@@ -97,6 +103,8 @@ impl Outcome {
         self.arrives = None;
         self.received_splits.clear();
         (self.last_joined, self.set) = (None, None);
+        self.sets.clear();
+        self.sets_made = 0;
     }
 }
 

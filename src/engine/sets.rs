@@ -6,7 +6,7 @@ use super::batch::Flight;
 use super::boards::{self, Seating};
 use super::operation::Operation;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
-use crate::error::{Error, Mismatch};
+use crate::error::Error;
 use crate::types::{Collective, GLOBAL_SET, Member, Rank, SetId, Time};
 use std::sync::Arc;
 
@@ -20,6 +20,8 @@ pub(super) struct ProcessSet {
     pub(super) member: Option<Member>,
     /// The machine that agrees; only on members.
     pub(super) coordinator: Option<Coordinator>,
+    /// Those with whom it agrees, or did.
+    pub(super) neighbours: Box<[Rank]>,
     /// Batches started: the same number on every member.
     pub(super) next_batch: u64,
     /// The first member that has said goodbye.
@@ -57,14 +59,23 @@ impl Engine {
                 rules: self.setup.agreement,
             })
         });
-        if let Some(coordinator) = &coordinator {
-            // The tree's links carry heartbeats, so they are wanted before the first operation.
-            for neighbour in coordinator.neighbours() {
-                self.links.request(ranks[neighbour.0 as usize]);
-            }
+        let neighbours = coordinator.iter().flat_map(Coordinator::neighbours);
+        let neighbours: Box<[Rank]> = neighbours.map(|member| ranks[member.0 as usize]).collect();
+        // The tree's links carry heartbeats, so they are wanted before the first operation.
+        for &neighbour in &neighbours {
+            self.links.request(neighbour);
         }
         let seating = self.boards.claim(id, member.is_some(), &hosts);
-        let set = ProcessSet { ranks, hosts, member, coordinator, next_batch: 0, departed: None, seating };
+        let set = ProcessSet {
+            ranks,
+            hosts,
+            member,
+            coordinator,
+            neighbours,
+            next_batch: 0,
+            departed: None,
+            seating,
+        };
         self.sets.insert(id, set);
         id
     }
@@ -132,10 +143,17 @@ impl Engine {
     /// then, and others still wait for what those batches send.
     fn joined(&mut self, id: SetId, op: OpId, last: Rank) {
         self.seek_seat_again(id);
+        let sets = if id == GLOBAL_SET {
+            self.sets.iter().map(|(&id, s)| (id, Arc::clone(&s.ranks))).collect()
+        } else {
+            Vec::new()
+        };
         let Some(operation) = self.ops.get_mut(&op) else { return };
         operation.outcome.tensors.clear();
         operation.outcome.last_joined = Some(last);
         operation.outcome.set = Some(id);
+        operation.outcome.sets = sets;
+        operation.outcome.sets_made = if id == GLOBAL_SET { self.next_set } else { 0 };
         operation.agreed = true;
         operation.remaining = 0;
         for flight in self.flights.iter_mut().flatten() {
@@ -193,13 +211,10 @@ impl Engine {
         let ranks = agreed.signature.ranks.clone();
         let known = self.sets.iter().find(|(_, set)| set.ranks[..] == ranks[..]).map(|(&id, _)| id);
         let result = match known {
-            Some(id) => Err(Error::Mismatch(Arc::new(Mismatch {
-                tensor: agreed.name.to_string(),
-                message: format!(
-                    "a process set of these ranks exists already (number {}); use that one",
-                    id.0
-                ),
-            }))),
+            Some(id) => Err(Error::usage(format!(
+                "a process set of these ranks exists already (number {}); use that one",
+                id.0
+            ))),
             None => {
                 let id = self.make_set(&ranks);
                 self.deliver_early(id, now);
@@ -229,11 +244,15 @@ impl Engine {
     fn remove_agreed_set(&mut self, agreed: &Agreed) {
         // By its number: after a change of epochs several sets may have the same ranks.
         let id = SetId(agreed.signature.root.0);
-        if id != GLOBAL_SET && self.sets.contains_key(&id) {
+        let known = id != GLOBAL_SET && self.sets.contains_key(&id);
+        if known {
             let error =
                 Error::usage(format!("process set {} was removed while this operation was in flight", id.0));
             self.fail_set(id, None, &error);
             self.sets.remove(&id);
+        }
+        if let Some(operation) = agreed.op.and_then(|op| self.ops.get_mut(&op)) {
+            operation.outcome.set = known.then_some(id);
         }
         if let Some(op) = agreed.op {
             self.end(op, Ok(()));

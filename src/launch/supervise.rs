@@ -346,10 +346,12 @@ impl<'a> Supervisor<'a> {
 
     /// Whom a rank that has ended held to be at fault.
     fn culprit(&mut self, rank: usize) -> Option<usize> {
-        // What it wrote before it ended is in the pipes; children of it may go on writing.
+        // What it wrote before it ended is in the pipes, and is read however much waits for a slow reader of ours: else
+        // a rank that names another would be taken for the first that failed. A pipe is bounded; children of
+        // the rank may go on writing.
         for index in 0..2 {
             for _ in 0..READS_BEFORE_REPORT {
-                if self.sinks[index].is_full() || !self.read(rank, index) {
+                if !self.read(rank, index) {
                     break;
                 }
             }

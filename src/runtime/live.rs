@@ -1,5 +1,6 @@
 //! A job that this process takes part in, from init to shutdown.
 
+use super::changes::Changes;
 use super::reform::Leash;
 use super::staged::Stages;
 use super::{Handle, Options, Request, SetInfo, TensorArg, World, request};
@@ -8,9 +9,9 @@ use crate::coordinator;
 use crate::cost::{Prices, Wire};
 use crate::device::host::{self, Level};
 use crate::engine::driver::{Driver, Patience};
-use crate::engine::handles::{Handles, Message, Submitted, Waited};
+use crate::engine::handles::{Handles, Message, Submitted};
 use crate::engine::plan::PlanRules;
-use crate::engine::{Engine, EngineSetup};
+use crate::engine::{Engine, EngineSetup, Outcome};
 use crate::error::{Error, Result};
 use crate::fusion;
 use crate::limits;
@@ -34,7 +35,7 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-/// How many unnamed operations of each kind were submitted to each set. Changes of the sets count as
+/// How many unnamed operations of each kind were submitted to each set. Rounds of changes of the sets count as
 /// [`Collective::AddSet`].
 type Unnamed = HashMap<(SetId, Collective), u32>;
 
@@ -54,6 +55,7 @@ pub(super) struct Live {
     sets: RwLock<BTreeMap<SetId, Arc<SetInfo>>>,
     unnamed: Mutex<Unnamed>,
     stages: Stages,
+    pub(super) changes: Changes,
 }
 
 /// How often this process has joined a job: the number of the next epoch.
@@ -141,6 +143,7 @@ impl Live {
             sets: RwLock::default(),
             unnamed: Mutex::default(),
             stages,
+            changes: Changes::default(),
         };
         live.know_set(GLOBAL_SET, everyone);
         for (id, ranks) in &table.sets.list {
@@ -183,6 +186,9 @@ impl Live {
         keep: Option<Box<dyn Any + Send>>,
         quiet: bool,
     ) -> Result<Handle> {
+        if request.name.is_some_and(|name| name.starts_with(coordinator::ENGINE_NAMES)) {
+            return Err(Error::usage("a name does not begin with a zero byte"));
+        }
         let set = self.set(request.set)?;
         if set.me.is_none() {
             return Err(Error::usage(format!(
@@ -198,9 +204,6 @@ impl Live {
                 limits::NAME_BYTES_MAX,
                 name.len()
             )));
-        }
-        if request.name.is_some_and(|name| name.starts_with(coordinator::ENGINE_NAMES)) {
-            return Err(Error::usage("a name does not begin with a zero byte"));
         }
         // Before any lock is taken: the first copies of a size allocate.
         let staged = request.stream.map(|stream| self.stage(request, &set, stream));
@@ -318,95 +321,35 @@ impl Live {
         Ok(Handle(handle))
     }
 
-    /// Submits a change of the process sets. Changes match by their order on each rank, so that two ranks that
-    /// ask for different lists get an error that names both instead of waiting for each other.
-    fn change_sets(&self, what: Collective, set: u32, ranks: &[Rank], refused: Option<&str>) -> Result<u64> {
-        let mut counters = lock(&self.unnamed);
-        self.driver.submit(None, refused.is_none(), |submitted| {
-            submitted.set = GLOBAL_SET;
-            submitted.hold = true;
-            submitted.refused = refused.map(str::to_owned);
-            submitted.message = None;
-            submitted.call.clear();
-            submitted.tensors.clear();
-            submitted.signature.collective = what;
-            submitted.signature.tensors.clear();
-            submitted.signature.ranks.clear();
-            submitted.signature.ranks.extend_from_slice(ranks);
-            submitted.signature.root = Rank(set);
-            submitted.signature.scale = Default::default();
-            submitted.signature.op = crate::types::ReduceOp::Sum;
-            submitted.signature.join_average = Default::default();
-            // Adding and removing share one order: to add here and to remove there is a mismatch, too.
-            let number = next_number(&mut counters, (GLOBAL_SET, Collective::AddSet));
-            submitted.name.clear();
-            write!(submitted.name, "process_sets.change.{number}").expect("strings take what is written");
-        })
-    }
-
-    /// Waits until all ranks have agreed on a change of the process sets.
-    fn agreed_change(&self, handle: u64) -> Result<Option<SetId>> {
-        match self.driver.wait(handle, None)? {
-            Waited::Done(result, _) => result.map(|outcome| outcome.set),
-            Waited::Pending => unreachable!("a wait without limit ends with an outcome"),
-        }
-    }
-
-    pub(super) fn add_process_set(&self, ranks: &[Rank]) -> Result<SetId> {
-        let mut sorted = ranks.to_vec();
-        sorted.sort_unstable();
-        if let Err(reason) = self.check_new_set(&sorted) {
-            // The other ranks are told; nobody here waits for it. What is no rank is not sent.
-            let handle = self.change_sets(Collective::AddSet, 0, &[], Some(&reason))?;
-            self.driver.abandon(handle);
-            return Err(Error::Usage(reason));
-        }
-        let handle = self.change_sets(Collective::AddSet, 0, &sorted, None)?;
-        let id = self.agreed_change(handle)?.expect("an agreed set has a number");
-        self.know_set(id, sorted);
-        Ok(id)
-    }
-
-    fn check_new_set(&self, sorted: &[Rank]) -> std::result::Result<(), String> {
-        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(format!("{} stands twice in the list of a process set", pair[0]));
-        }
-        if let Some(rank) = sorted.iter().find(|r| r.0 >= self.world.size) {
-            return Err(format!("{rank} is not in this job of {} ranks", self.world.size));
-        }
-        if sorted.is_empty() {
-            return Err("a process set needs at least one rank".to_owned());
-        }
-        match self.all_sets().iter().find(|info| info.ranks == sorted) {
-            None => Ok(()),
-            Some(known) => Err(format!(
-                "a process set of these ranks exists already (number {}); use that one",
-                known.id.0
-            )),
-        }
-    }
-
-    /// All ranks have joined. Those that joined early have submitted fewer unnamed operations than the others;
-    /// from here on all count from the beginning again.
-    pub(super) fn realign(&self, set: SetId) {
+    /// All ranks have joined. Those that joined early have submitted fewer unnamed operations than the others, so
+    /// from here on all count from the beginning again; nor have they seen which sets came and went meanwhile.
+    pub(super) fn realign(&self, joined: &Outcome) {
+        let Some(set) = joined.set else { return };
         lock(&self.unnamed).retain(|(counted, _), _| *counted != set);
+        for (id, ranks) in &joined.sets {
+            if self.set(*id).is_err() {
+                self.know_set(*id, ranks.to_vec());
+            }
+        }
+        let gone = |id: &SetId| id.0 < joined.sets_made && joined.sets.iter().all(|(known, _)| known != id);
+        if set == GLOBAL_SET {
+            self.sets.write().unwrap_or_else(PoisonError::into_inner).retain(|id, _| !gone(id));
+        }
     }
 
-    fn know_set(&self, id: SetId, ranks: Vec<Rank>) {
+    /// The number of the next round of changes.
+    pub(super) fn next_round(&self) -> u32 {
+        next_number(&mut lock(&self.unnamed), (GLOBAL_SET, Collective::AddSet))
+    }
+
+    pub(super) fn forget_set(&self, id: SetId) {
+        self.sets.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+
+    pub(super) fn know_set(&self, id: SetId, ranks: Vec<Rank>) {
         let me = ranks.binary_search(&Rank(self.world.rank)).ok().map(|m| m as u32);
         let info = Arc::new(SetInfo { id, ranks, me });
         self.sets.write().unwrap_or_else(PoisonError::into_inner).insert(id, info);
-    }
-
-    pub(super) fn remove_process_set(&self, id: SetId) -> Result<bool> {
-        if id == GLOBAL_SET {
-            return Ok(false);
-        }
-        let Ok(info) = self.set(id) else { return Ok(false) };
-        let handle = self.change_sets(Collective::RemoveSet, id.0, &info.ranks, None)?;
-        self.agreed_change(handle)?;
-        self.sets.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        Ok(true)
     }
 }
 

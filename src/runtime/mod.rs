@@ -1,5 +1,6 @@
 //! The Rust face: init, process sets, collectives, shutdown. Bindings use [`submit`], [`poll`] and [`wait`].
 
+mod changes;
 mod live;
 mod reform;
 mod request;
@@ -177,15 +178,13 @@ pub fn init(options: &Options) -> Result<()> {
     fork::watch(&FORKED);
     let live = Arc::new(Live::start(options, Arc::clone(handles()))?);
     // Whoever comes to an elastic job later finds the sets of those who are there.
-    let made = live.table.epoch.0 > 0 && live.config.worker.is_some();
-    *LIVE.write().unwrap_or_else(PoisonError::into_inner) = Some(live);
-    for ranks in options.process_sets.iter().filter(|_| !made) {
-        if let Err(error) = add_process_set(ranks) {
-            stop();
-            return Err(error);
-        }
+    let late = live.table.epoch.0 > 0 && live.config.worker.is_some();
+    *LIVE.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&live));
+    let made = if late { Ok(()) } else { live.add_first_sets(&options.process_sets) };
+    if made.is_err() {
+        stop();
     }
-    Ok(())
+    made
 }
 
 fn stop() {
@@ -315,10 +314,10 @@ pub fn wait(handle: Handle, timeout: Option<Duration>) -> Completion {
     };
     match waited {
         Ok(Waited::Done(result, keep)) => {
-            if let Ok(Outcome { last_joined: Some(_), set: Some(set), .. }) = &result
+            if let Ok(outcome @ Outcome { last_joined: Some(_), .. }) = &result
                 && let Ok(live) = live()
             {
-                live.realign(*set);
+                live.realign(outcome);
             }
             Completion { result, keep }
         }
@@ -384,14 +383,16 @@ pub unsafe fn recv(
     live()?.message(set, Message { peer: from, tag, sends: false }, tensor, stream, keep)
 }
 
-/// Makes a process set of these ranks. Collective over the global set: changes of the process sets match by
-/// their order on each rank (one thread should make them), and different lists are a mismatch on all ranks.
-/// Waits for agreement.
+/// Makes a process set of these ranks, and waits until all ranks have agreed. Collective over the global set: every
+/// rank makes the same sets. A call is identified by its ranks, so ranks may make several sets in different orders
+/// and from several threads; where all wait for each other, all of their sets are made, and a rank that comes to ask
+/// for one of these later finds it made. A set of the same ranks that exists already is an error on every rank.
 pub fn add_process_set(ranks: &[Rank]) -> Result<SetId> {
     live()?.add_process_set(ranks)
 }
 
-/// Ends a process set. Collective over the global set, as [`add_process_set`] is. False for the global set and for unknown ones.
+/// Ends a process set. Collective over the global set, as [`add_process_set`] is, and identified by the set's ranks.
+/// False for the global set and for sets that do not exist, which every rank sees alike, so nobody waits.
 pub fn remove_process_set(set: SetId) -> Result<bool> {
     live()?.remove_process_set(set)
 }
