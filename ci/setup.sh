@@ -27,6 +27,15 @@ want_sshd() {
     fi
 }
 
+# For MPI as a transport: two implementations, and what their crate is built with.
+want_mpi() {
+    if command -v apt-get >/dev/null; then
+        command -v mpicc.openmpi >/dev/null && command -v mpicc.mpich >/dev/null && command -v clang >/dev/null ||
+            install_package openmpi-bin libopenmpi-dev mpich libmpich-dev clang libclang-dev ||
+            say "no MPI: its tests are skipped"
+    fi
+}
+
 # Sets PYTHON to one that is new enough.
 need_python() {
     local name

@@ -37,6 +37,10 @@ impl Wire {
         copy_ns_per_byte: TCP_COPY_NS_PER_BYTE,
     };
 
+    /// MPI within a host: the receiver's MPI copies out of the sender's memory.
+    pub const MPI_ON_HOST: Wire =
+        Wire { latency_ns: 3_000.0, ns_per_byte: 0.15, message_ns: 1_500.0, copy_ns_per_byte: 0.1 };
+
     /// TCP over a network that carries `gbits` Gbit/s in each direction, with this latency.
     #[must_use]
     pub const fn network(gbits: f64, latency_us: f64) -> Wire {

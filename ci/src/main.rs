@@ -15,6 +15,7 @@ mod install_c;
 mod intrude;
 mod job;
 mod matrix;
+mod mpi;
 mod oracle;
 mod order;
 mod ptx;
@@ -63,6 +64,8 @@ enum Task {
     Startup(startup::Settings),
     /// Algorithms on links of a set rate between namespaces: regret of the choice, cost of checksums; takes root.
     Shaped(shaped::Settings),
+    /// MPI as the transport, under an MPI's own launcher.
+    Mpi(mpi::Settings),
     /// Threads and memory of a process, and of simulated engines.
     Figures(figures::Settings),
     /// One tensor of more than 2^31 elements.
@@ -93,6 +96,7 @@ enum Rank {
     Shaped(shaped::RankSettings),
     Train(train::RankSettings),
     Startup(startup::RankSettings),
+    Mpi(mpi::RankSettings),
 }
 
 /// What a task found: how many checks passed and how many were not made; or why it failed.
@@ -122,6 +126,7 @@ fn main() {
         Task::Ssh(settings) => ssh::run(&settings),
         Task::Startup(settings) => startup::run(&settings),
         Task::Shaped(settings) => shaped::run(&settings),
+        Task::Mpi(settings) => mpi::run(&settings),
         Task::Figures(settings) => figures::run(&settings),
         Task::Huge(settings) => huge::run(&settings),
         Task::Fuzz(settings) => fuzz::run(&settings),
@@ -139,6 +144,10 @@ fn main() {
 }
 
 fn run_rank(rank: Rank) -> i32 {
+    if let Err(words) = mpi::redirect() {
+        eprintln!("{words}");
+        return 1;
+    }
     let result = match rank {
         Rank::Matrix(settings) => matrix::rank(&settings),
         Rank::Strict(settings) => strict::rank(&settings),
@@ -149,6 +158,7 @@ fn run_rank(rank: Rank) -> i32 {
         Rank::Shaped(settings) => shaped::rank(&settings),
         Rank::Train(settings) => train::rank(&settings),
         Rank::Startup(settings) => startup::rank(&settings),
+        Rank::Mpi(settings) => mpi::rank(&settings),
     };
     match result {
         Ok(()) => 0,

@@ -36,7 +36,7 @@ const YAML: &[(&str, Meaning)] = &[
     ("stall_check.shutdown_time_seconds", Meaning::Sets("CAROLE_STALL_FAIL_S", horovod::as_is)),
     ("library_options.thread_affinity", Meaning::Sets("CAROLE_THREAD_AFFINITY", horovod::as_is)),
     ("library_options.gloo_timeout_seconds", Meaning::Sets("CAROLE_START_TIMEOUT_S", horovod::as_is)),
-    ("library_options.mpi_threads_disable", Meaning::WithoutEffect),
+    ("library_options.mpi_threads_disable", Meaning::Sets("CAROLE_MPI_THREADS_DISABLE", horovod::as_is)),
     ("library_options.num_nccl_streams", Meaning::WithoutEffect),
     ("logging.level", Meaning::Sets("CAROLE_LOG_LEVEL", horovod::as_is)),
     ("logging.with_timestamp", Meaning::Sets("CAROLE_LOG_TIMESTAMPS", horovod::as_is)),

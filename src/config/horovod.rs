@@ -80,7 +80,6 @@ pub(super) const WITHOUT_EFFECT: &[(&str, Option<&str>)] = &[
     ("HOROVOD_ENABLE_XLA_OPS", None),
     ("HOROVOD_DISABLE_NVTX_RANGES", None),
     ("HOROVOD_DYNAMIC_PROCESS_SETS", None),
-    ("HOROVOD_MPI_THREADS_DISABLE", None),
     ("HOROVOD_ADASUM_MPI_CHUNK_SIZE", None),
     ("HOROVOD_CCL_CACHE", None),
     ("HOROVOD_GLOO_RENDEZVOUS_ADDR", None),

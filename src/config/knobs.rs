@@ -91,8 +91,8 @@ const RANKS_MAX: u32 = limits::RANKS_MAX as u32;
 const SECONDS_MAX: u64 = 30 * 24 * 3600;
 
 knobs! {
-    /// Which transport carries payload: `shm` (shared memory, within a host), `tcp`, or `auto`, which takes
-    /// shared memory where two ranks share a host and TCP elsewhere.
+    /// Which transport carries payload: `shm` (shared memory, within a host), `tcp`, `mpi` (where it was built, and
+    /// under MPI's launcher), or `auto`, which takes shared memory where two ranks share a host and TCP elsewhere.
     transport: Choice<TransportChoice> = "auto", "CAROLE_TRANSPORT", Agreed;
     /// The algorithm that every collective must use, where it has one of that name. `auto` chooses for each
     /// size by price; `carole-perf explain` prints the choice and its reason.
@@ -141,6 +141,9 @@ knobs! {
     /// Bytes that the kernel buffers for a TCP connection in each direction. `auto` leaves it to the kernel, which
     /// follows the path; on loopback it is 4M.
     tcp_buffer_bytes: Maybe<Bytes<4096, { 1 << 30 }>> = "auto", "CAROLE_TCP_BUFFER_BYTES", Local;
+    /// MPI is called by one thread of Carole's own only, and asked for no more than `MPI_THREAD_FUNNELED`.
+    mpi_threads_disable: Switch = "0", "CAROLE_MPI_THREADS_DISABLE", Local,
+        "HOROVOD_MPI_THREADS_DISABLE" => as_is;
     /// What the network between two hosts can do, in Gbit/s in each direction. Algorithms are chosen by it.
     network_gbits: Count<1, 100_000> = "10", "CAROLE_NETWORK_GBITS", Agreed;
     /// How long a small message takes from one host to another, in microseconds, with the wake of the receiver.

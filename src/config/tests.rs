@@ -100,6 +100,7 @@ fn an_unknown_variable_warns_and_names_the_nearest() {
 fn a_bad_value_is_an_error_that_names_variable_value_and_what_is_allowed() {
     for (name, text, allowed) in [
         ("CAROLE_TRANSPORT", "udp", "auto, shm, tcp"),
+        #[cfg(not(feature = "mpi"))]
         ("CAROLE_TRANSPORT", "mpi", "no MPI"),
         ("CAROLE_ALGORITHM", "rings", "ring, tree, doubling, direct, hierarchical"),
         ("CAROLE_TCP_LANES", "0", "from 1 to 16"),

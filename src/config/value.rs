@@ -235,10 +235,12 @@ impl<T: Named> Kind for Choice<T> {
     type Output = T;
     fn parse(text: &str) -> Result<T, String> {
         let name = text.to_ascii_lowercase();
-        if let Some((_, value)) = T::NAMES.iter().find(|(known, _)| *known == name) {
-            return Ok(*value);
+        // What this build cannot do is a choice all the same.
+        if let Some(words) = T::refuse(&name) {
+            return Err(words);
         }
-        Err(T::refuse(&name).unwrap_or_else(|| "there is no such choice".to_string()))
+        let found = T::NAMES.iter().find(|(known, _)| *known == name);
+        found.map(|(_, value)| *value).ok_or_else(|| "there is no such choice".to_string())
     }
     fn show(value: &T) -> String {
         value.name().to_string()
@@ -280,9 +282,13 @@ named! {
         Shm = "shm";
         /// TCP only, also within a host.
         Tcp = "tcp";
+        /// MPI only; ranks must be started by MPI's launcher.
+        Mpi = "mpi";
     }
     fn refuse(name: &str) -> Option<String> {
-        (name == "mpi").then(|| "this build has no MPI transport".to_string())
+        (name == "mpi" && !cfg!(feature = "mpi")).then(|| {
+            "this build has no MPI transport; build it with the cargo feature mpi, as README.md shows".to_string()
+        })
     }
 }
 

@@ -14,7 +14,7 @@ mod intake;
 
 use super::Engine;
 use super::handles::{Handles, Submitted, Waited};
-use super::spin::Spin;
+use super::spin::{Naps, Spin};
 use crate::coordinator::OpId;
 use crate::error::{Broken, Cause, Error, Result};
 use crate::limits;
@@ -266,7 +266,8 @@ impl Driver {
             if !moved {
                 let mut fds = Vec::new();
                 engine.descriptors(&mut |fd, _| fds.push((fd, true)));
-                watch(&fds, Duration::from_millis(10));
+                let nap = if engine.is_polled() { Naps::LONGEST } else { Duration::from_millis(10) };
+                watch(&fds, nap);
             }
         }
         last
@@ -396,6 +397,7 @@ impl Shared {
         engine.disarm();
         let mut waits_for = self.handles.index(handle).ok().map(OpId);
         let mut idle_since = None;
+        let mut naps = Naps::new();
         loop {
             let now = self.now();
             let moved = self.turn(&mut engine, waits_for.take(), now);
@@ -410,6 +412,7 @@ impl Shared {
                 break;
             }
             if moved {
+                naps = Naps::new();
                 continue;
             }
             // While all members are at a batch the next window is known to be on its way, and comes soon.
@@ -427,7 +430,7 @@ impl Shared {
             if !exchanging {
                 spin.failed();
             }
-            self.sleep_as_caller(&mut engine, until);
+            self.sleep_as_caller(&mut engine, until, &mut naps);
             idle_since = None;
         }
         if self.is_busy(&engine) {
@@ -443,11 +446,14 @@ impl Shared {
         }
     }
 
-    fn sleep_as_caller(&self, engine: &mut Engine, until: Option<Instant>) {
+    fn sleep_as_caller(&self, engine: &mut Engine, until: Option<Instant>, naps: &mut Naps) {
         self.caller_sleep.lie_down();
         let busy = engine.arm() || self.has_mail.load(Ordering::SeqCst);
         if !busy {
             let mut limit = self.until_timeout(engine);
+            if engine.is_polled() {
+                limit = limit.min(naps.take());
+            }
             if let Some(at) = until {
                 limit = limit.min(at.saturating_duration_since(Instant::now()));
             }
@@ -476,13 +482,19 @@ impl Shared {
     /// heartbeats, sleeps otherwise.
     fn background(&self) {
         let mut fds = Vec::new();
-        let mut naps = 0;
+        let (mut short_naps, mut naps) = (0, Naps::new());
         while !self.stop.load(Ordering::SeqCst) {
-            let (mut limit, moved) = self.background_turns(&mut fds);
+            let (mut limit, moved, polled) = self.background_turns(&mut fds);
             // Tensors come in bursts: for a while it looks by itself, so that nobody needs to wake it.
-            naps = if moved { NAPS } else { naps - naps.min(1) };
-            if naps > 0 {
+            short_naps = if moved { NAPS } else { short_naps - short_naps.min(1) };
+            if short_naps > 0 {
                 limit = limit.min(SHORT_NAP);
+            }
+            if moved {
+                naps = Naps::new();
+            }
+            if polled {
+                limit = limit.min(naps.take());
             }
             if limit <= SOON {
                 self.background_wakes_ns.store(self.now().0 + limit.as_nanos() as u64, Ordering::SeqCst);
@@ -500,18 +512,18 @@ impl Shared {
     }
 
     /// Drives as long as something moves; fills in what to watch in the sleep that follows, and says how long it may
-    /// be and whether anything moved.
-    fn background_turns(&self, fds: &mut Vec<(RawFd, bool)>) -> (Duration, bool) {
+    /// be, whether anything moved, and whether something may come that does not end it.
+    fn background_turns(&self, fds: &mut Vec<(RawFd, bool)>) -> (Duration, bool, bool) {
         fds.clear();
         let mut moved = false;
         loop {
             if self.caller.load(Ordering::SeqCst) || self.stop.load(Ordering::SeqCst) {
-                return (NAP, false);
+                return (NAP, false, false);
             }
             let mut engine = match self.engine.try_lock() {
                 Ok(engine) => engine,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => return (NAP, false),
+                Err(TryLockError::WouldBlock) => return (NAP, false, false),
             };
             // Only who drives may clear the eventfd: a caller that sleeps on it would miss its wake.
             self.waker.clear();
@@ -520,14 +532,15 @@ impl Shared {
                 moved = true;
                 continue;
             }
-            if self.is_busy(&engine) {
+            let busy = self.is_busy(&engine);
+            if busy {
                 if engine.arm() || self.has_mail.load(Ordering::SeqCst) {
                     continue;
                 }
                 fds.push((self.waker.descriptor(), false));
                 engine.descriptors(&mut |fd, writes| fds.push((fd, writes)));
             }
-            return (self.until_timeout(&engine), moved);
+            return (self.until_timeout(&engine), moved, busy && engine.is_polled());
         }
     }
 }

@@ -271,6 +271,15 @@ impl Links {
         }
     }
 
+    /// Whether some link does not end the sleep when something comes.
+    #[must_use]
+    pub fn is_polled(&self) -> bool {
+        self.up.iter().any(|&peer| match &self.slots[peer.0 as usize] {
+            Slot::Up(link) => link.is_polled(),
+            _ => false,
+        })
+    }
+
     /// Whether every control message has left.
     #[must_use]
     pub fn drained(&self) -> bool {

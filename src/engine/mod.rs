@@ -531,6 +531,12 @@ impl Engine {
         self.links.descriptors(visit);
     }
 
+    /// Whether what comes may come unnoticed while asleep, so that sleeps are to be short.
+    #[must_use]
+    pub fn is_polled(&self) -> bool {
+        self.links.is_polled()
+    }
+
     /// Operations in flight, in order of their numbers, so that the simulator repeats.
     #[must_use]
     pub fn ops_in_flight(&self) -> Vec<OpId> {

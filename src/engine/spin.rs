@@ -6,6 +6,8 @@
 //! now and then it looks for the whole time again, so that it finds out when things have changed.
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 /// One wait in this many is given the whole time; fewer and fewer of them while that does not help.
 const PROBE_EVERY: u32 = 32;
 const PROBE_EVERY_MAX: u32 = 1024;
@@ -67,6 +69,31 @@ impl Spin {
     }
 }
 
+/// How long whoever drives sleeps where nothing wakes it: at first hardly at all, and longer and longer while nothing
+/// moves.
+#[derive(Clone, Copy, Debug)]
+pub struct Naps {
+    next: Duration,
+}
+
+impl Naps {
+    const SHORTEST: Duration = Duration::from_micros(10);
+    /// The longest, and so the most that a message can be late.
+    pub const LONGEST: Duration = Duration::from_millis(1);
+
+    /// Something has just moved.
+    pub fn new() -> Naps {
+        Naps { next: Naps::SHORTEST }
+    }
+
+    /// The length of this nap.
+    pub fn take(&mut self) -> Duration {
+        let nap = self.next;
+        self.next = (nap * 2).min(Naps::LONGEST);
+        nap
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +140,13 @@ mod tests {
         // Until a probe finds that it comes back in time.
         (0..20).for_each(|_| if spin.limit_ns() > 0 { spin.found(1_000) } else { spin.failed() });
         assert_eq!(spin.limit_ns(), 50_000);
+    }
+
+    #[test]
+    fn naps_grow_to_their_bound() {
+        let mut naps = Naps::new();
+        let all: Vec<Duration> = (0..20).map(|_| naps.take()).collect();
+        assert!(all.is_sorted() && all[0] < Duration::from_micros(50) && all[19] == Naps::LONGEST);
     }
 
     #[test]

@@ -7,12 +7,14 @@ use super::card::{Answer, Knob, Registration, Table, frame};
 use super::channel::{Channel, Stream};
 use super::found::{Found, Veteran, card, over};
 use super::listen::Doors;
+use super::meet::{Goal, prepare, resolve, shared_files};
 use super::past::Sets;
 use super::place::{self, Environment, Hints, Meeting, Place};
+use super::pmi;
 use super::proof::{self, Handshake, Hello, ProofError, Purpose, SERVICE};
 use super::reactor::timespec;
 use super::secret::{SECRET_BYTES, Secret};
-use super::server::{self, Bind, PRIVATE_SOCKET, Server, ServerOptions};
+use super::server::{self, PRIVATE_SOCKET, Server};
 use super::topology::Topology;
 use super::{Warn, build};
 use crate::config::Config;
@@ -21,10 +23,10 @@ use crate::limits::{HANDSHAKE_MS, SILENCE_MS};
 use crate::types::{Epoch, Rank};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -58,9 +60,17 @@ pub struct Join {
     pub elastic_timeout_ms: u64,
     /// Silence after which a peer is held to be stopped.
     pub silence_ms: u64,
+    /// Who this process is, where that does not come from variables.
+    pub place: Option<Place>,
+    /// How rank 0 can tell the others where to meet, where there is such a way.
+    pub announce: Option<Announce>,
     /// Where warnings go.
     pub warn: Warn,
 }
+
+/// Tells all ranks what rank 0 says, before there are links: rank 0 gives words, and everybody gets them back. What
+/// carries them is trusted.
+pub type Announce = Arc<dyn Fn(Vec<u8>) -> Result<Vec<u8>> + Send + Sync>;
 
 /// A rank that has joined.
 pub struct Joined {
@@ -95,6 +105,8 @@ impl Join {
             start_timeout_ms: START_TIMEOUT_MS,
             elastic_timeout_ms: START_TIMEOUT_MS,
             silence_ms: SILENCE_MS,
+            place: None,
+            announce: None,
             warn,
         }
     }
@@ -108,22 +120,28 @@ impl Join {
         epoch: Epoch,
         warn: Warn,
     ) -> Join {
-        Join {
+        let mut join = Join {
             knobs: config.agreed().into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
             start_timeout_ms: config.start_timeout_s.saturating_mul(1000),
             elastic_timeout_ms: config.elastic_timeout_s.saturating_mul(1000),
             silence_ms: config.timeout_ms,
             ..Join::new(place::environment(own, config), epoch, warn)
+        };
+        join.ask_launcher();
+        join
+    }
+
+    /// Ranks on several hosts that MPICH's launcher or one like it has started meet through its PMI.
+    fn ask_launcher(&mut self) {
+        // What is wrong with the place is said when it is needed.
+        let Ok(place) = Place::read(&self.environment) else { return };
+        let descriptor = self.environment.get("PMI_FD").and_then(|text| text.parse().ok());
+        let serves = place.origin == "PMI" && place.spans_hosts();
+        if let Some(descriptor) = descriptor.filter(|_| serves) {
+            let limit = Duration::from_millis(self.start_timeout_ms);
+            self.announce = Some(pmi::announce(descriptor, place.rank, self.epoch, limit));
         }
     }
-}
-
-/// Where the service is, from this rank's point of view.
-enum Goal {
-    Names(Vec<String>),
-    Addresses(Vec<SocketAddr>),
-    File(PathBuf),
-    Socket(PathBuf),
 }
 
 /// Finds the others and waits until all are there. Bounded by the start timeout.
@@ -131,22 +149,26 @@ pub fn join(config: &Join) -> Result<Joined> {
     if let Some(worker) = place::worker(&config.environment)? {
         return join_elastic(config, worker, None);
     }
-    let place = Place::read(&config.environment)?;
+    let place = config.place.clone().map_or_else(|| Place::read(&config.environment), Ok)?;
     let given = find_secret(config)?;
-    let meeting = Meeting::read(&config.environment, &place, given.is_some(), parent())?;
+    let meeting = match config.announce.is_some() && place.size > 1 && !is_named(config) {
+        true => Meeting::Announced,
+        false => Meeting::read(&config.environment, &place, given.is_some(), parent())?,
+    };
     if meeting == Meeting::Alone {
         return alone(config, &place);
     }
     let secret = match (&meeting, given) {
         (_, Some(secret)) => Some(secret),
-        (Meeting::Private(_), None) => None,
+        (Meeting::Private(_) | Meeting::Shared(_) | Meeting::Announced, None) => None,
         (meeting, None) => Some(insecure(config, meeting)),
     };
     let one_host = match &meeting {
         Meeting::Private(_) => true,
         Meeting::Service(list) => list.iter().all(|a| place::is_loopback(a)),
         Meeting::RankZero(address) => place::is_loopback(address),
-        Meeting::File(_) | Meeting::Alone => false,
+        Meeting::Announced => place.hints.local_size == Some(place.size),
+        Meeting::File(_) | Meeting::Shared(_) | Meeting::Alone => false,
     };
     let doors = Doors::open(one_host, &interfaces(config))?;
     let (server, secret, goal) = prepare(config, &place, meeting, secret)?;
@@ -205,6 +227,11 @@ fn interfaces(config: &Join) -> Vec<String> {
     list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
 }
 
+/// Whether the user says where to meet.
+fn is_named(config: &Join) -> bool {
+    config.environment.get("CAROLE_RENDEZVOUS").is_some_and(|text| !text.is_empty())
+}
+
 fn alone(config: &Join, place: &Place) -> Result<Joined> {
     let secret = Secret::mint()?;
     let doors = Doors::none();
@@ -244,87 +271,13 @@ fn insecure(config: &Join, meeting: &Meeting) -> Secret {
         Meeting::RankZero(address) => address.clone(),
         Meeting::Service(list) => list.join(","),
         Meeting::File(path) => path.display().to_string(),
-        Meeting::Private(_) | Meeting::Alone => String::new(),
+        Meeting::Private(_) | Meeting::Shared(_) | Meeting::Announced | Meeting::Alone => String::new(),
     };
     Secret::insecure(&name)
 }
 
 fn parent() -> u32 {
     rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get() as u32)
-}
-
-/// Rank 0 starts its service where there is no other; everybody learns where to go.
-fn prepare(
-    config: &Join,
-    place: &Place,
-    meeting: Meeting,
-    secret: Option<Secret>,
-) -> Result<(Option<Server>, Option<Secret>, Goal)> {
-    let (bind, goal, publish) = match meeting {
-        Meeting::Alone => unreachable!("a job of one meets nobody"),
-        Meeting::Service(addresses) => return Ok((None, secret, Goal::Names(addresses))),
-        Meeting::RankZero(address) => (bind_for(&address)?, Goal::Names(vec![address]), None),
-        Meeting::File(path) => (Bind::Everywhere(0), Goal::File(path.clone()), Some(path)),
-        Meeting::Private(key) => {
-            let directory = private_directory(&config.environment, &key);
-            (Bind::Private(directory.clone()), Goal::Socket(directory), None)
-        }
-    };
-    if place.rank != 0 {
-        return Ok((None, secret, goal));
-    }
-    let secret = match secret {
-        Some(secret) => secret,
-        None => Secret::mint()?,
-    };
-    let server = Server::start(ServerOptions {
-        bind,
-        secret: secret.clone(),
-        size: place.size,
-        epoch: config.epoch,
-        once: true,
-        start_timeout_ms: config.start_timeout_ms,
-        publish,
-        warn: config.warn.clone(),
-    })?;
-    let goal = match goal {
-        // Rank 0 knows where it serves.
-        Goal::File(_) => Goal::Addresses(server.addresses().iter().rev().copied().collect()),
-        goal => goal,
-    };
-    Ok((Some(server), Some(secret), goal))
-}
-
-fn bind_for(address: &str) -> Result<Bind> {
-    let port: u16 =
-        address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).expect("checked when read");
-    let addresses = resolve(address).map_err(Error::Usage)?;
-    Ok(if addresses.iter().all(|a| a.ip().is_loopback()) {
-        Bind::Address(addresses[0])
-    } else {
-        Bind::Everywhere(port)
-    })
-}
-
-fn resolve(name: &str) -> std::result::Result<Vec<SocketAddr>, String> {
-    match name.to_socket_addrs() {
-        Ok(addresses) => Some(addresses.collect::<Vec<_>>())
-            .filter(|list| !list.is_empty())
-            .ok_or_else(|| format!("{name} has no address")),
-        Err(e) => Err(format!("{name} cannot be resolved: {e}")),
-    }
-}
-
-/// `$XDG_RUNTIME_DIR` is private to the user already; elsewhere the user's number keeps names apart. The key is
-/// hashed, because it may be long or hold slashes and a socket's path is short.
-fn private_directory(environment: &Environment, key: &str) -> PathBuf {
-    let me = rustix::process::geteuid().as_raw();
-    let runtime = environment.get("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let base = runtime.filter(|path| {
-        path.is_absolute() && server::check_private(path).is_ok() && path.as_os_str().len() < 40
-    });
-    let name = Secret::insecure(key).job();
-    base.unwrap_or_else(|| PathBuf::from("/tmp")).join(format!("carole-{me}-{name}"))
 }
 
 struct Seeker<'a> {
@@ -375,7 +328,7 @@ impl Seeker<'_> {
     /// Tells when a file appears, so that the pause between attempts need not be short.
     fn watch(&self) -> Option<OwnedFd> {
         let directory = match &self.goal {
-            Goal::File(path) | Goal::Socket(path) => path.parent()?,
+            Goal::File(path) | Goal::Socket(path) | Goal::Shared(path) => path.parent()?,
             _ => return None,
         };
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
@@ -390,6 +343,7 @@ impl Seeker<'_> {
             Goal::Socket(directory) => return self.over_socket(directory),
             Goal::Addresses(addresses) => addresses.clone(),
             Goal::File(path) => read_file(path).map_err(Failure::Again)?,
+            Goal::Shared(directory) => return self.over_shared(directory, deadline),
             Goal::Names(names) => {
                 let mut addresses = Vec::new();
                 for name in names {
@@ -402,14 +356,42 @@ impl Seeker<'_> {
             }
         };
         let secret = self.secret.as_ref().expect("every meeting over TCP has a secret");
-        let mut failure = Failure::Again(last.clone());
+        self.over_tcp(&addresses, secret, deadline, last)
+    }
+
+    /// By what rank 0 has left in a directory that all hosts see.
+    fn over_shared(&self, directory: &Path, deadline: Instant) -> std::result::Result<Found, Failure> {
+        let again = |why: String| {
+            Failure::Again(format!(
+                "{why} (ranks on several hosts meet in this directory, which must be on a file system that all of them \
+                 see; otherwise set CAROLE_RENDEZVOUS=HOST:PORT of rank 0 and CAROLE_SECRET_FILE)"
+            ))
+        };
+        let files = shared_files(directory);
+        let addresses = read_file(&files.addresses).map_err(again)?;
+        // What lies there may be an earlier job's, until rank 0 has written its own.
+        let secret = match &self.secret {
+            Some(secret) => secret.clone(),
+            None => Secret::from_file(&files.secret).map_err(|e| again(e.to_string()))?,
+        };
+        self.over_tcp(&addresses, &secret, deadline, "no address was told")
+    }
+
+    fn over_tcp(
+        &self,
+        addresses: &[SocketAddr],
+        secret: &Secret,
+        deadline: Instant,
+        last: &str,
+    ) -> std::result::Result<Found, Failure> {
+        let mut failure = Failure::Again(last.to_owned());
         for address in addresses {
             let left =
                 deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(CONNECT_MS));
             if left.is_zero() {
                 break;
             }
-            let stream = match TcpStream::connect_timeout(&address, left) {
+            let stream = match TcpStream::connect_timeout(address, left) {
                 Ok(stream) => stream,
                 Err(e) => {
                     failure = Failure::Again(format!("{address}: {e}"));
@@ -516,7 +498,7 @@ impl Seeker<'_> {
         let text = format!("the rendezvous could not be proven: {error}");
         match error {
             ProofError::Closed => Failure::Again(text),
-            _ if matches!(self.goal, Goal::File(_)) => Failure::Again(text),
+            _ if matches!(self.goal, Goal::File(_) | Goal::Shared(_)) => Failure::Again(text),
             _ => Failure::Final(text),
         }
     }

@@ -11,8 +11,12 @@ pub mod client;
 pub mod codec;
 mod found;
 pub mod listen;
+mod meet;
+#[cfg(feature = "mpi")]
+pub mod over_mpi;
 pub mod past;
 pub mod place;
+pub mod pmi;
 pub mod porter;
 pub mod proof;
 pub mod reactor;

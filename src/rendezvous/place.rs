@@ -65,6 +65,11 @@ pub enum Meeting {
     File(PathBuf),
     /// Rank 0 serves on a unix socket in a private directory, named after this key. One host, one user.
     Private(String),
+    /// Rank 0 serves and leaves its addresses and a new secret in this directory of the user's, which is private and
+    /// which all hosts see.
+    Shared(PathBuf),
+    /// Rank 0 serves and tells the others where, and a new secret, by the way that the launcher gives them.
+    Announced,
 }
 
 struct Family {
@@ -79,6 +84,8 @@ struct Family {
     only_with: &'static str,
     /// The names are Carole's alone, so that any of them without the rank is a mistake.
     ours: bool,
+    /// They are set by a launcher of MPI programs.
+    mpi: bool,
 }
 
 const fn family(origin: &'static str, names: [&'static str; 4]) -> Family {
@@ -93,12 +100,17 @@ const fn family(origin: &'static str, names: [&'static str; 4]) -> Family {
         cross_size: "",
         only_with: "",
         ours: false,
+        mpi: false,
     }
+}
+
+const fn of_mpi(origin: &'static str, names: [&'static str; 4]) -> Family {
+    Family { mpi: true, ..family(origin, names) }
 }
 
 /// In order of precedence. Slurm's stand also in shells that srun did not start, hence the condition; and
 /// PMIX_RANK is not here because no size comes with it.
-const FAMILIES: [Family; 7] = [
+const FAMILIES: [Family; 8] = [
     Family {
         cross_rank: "CAROLE_CROSS_RANK",
         cross_size: "CAROLE_CROSS_SIZE",
@@ -112,7 +124,7 @@ const FAMILIES: [Family; 7] = [
         ..family("Horovod", ["HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"])
     },
     family("torchrun", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]),
-    family(
+    of_mpi(
         "Open MPI",
         [
             "OMPI_COMM_WORLD_RANK",
@@ -121,8 +133,17 @@ const FAMILIES: [Family; 7] = [
             "OMPI_COMM_WORLD_LOCAL_SIZE",
         ],
     ),
-    family("PMI", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]),
-    family(
+    of_mpi(
+        "MVAPICH",
+        [
+            "MV2_COMM_WORLD_RANK",
+            "MV2_COMM_WORLD_SIZE",
+            "MV2_COMM_WORLD_LOCAL_RANK",
+            "MV2_COMM_WORLD_LOCAL_SIZE",
+        ],
+    ),
+    of_mpi("PMI", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]),
+    of_mpi(
         "JSM",
         ["JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"],
     ),
@@ -132,8 +153,8 @@ const FAMILIES: [Family; 7] = [
     },
 ];
 
-/// What tells one job on this host from another, where nothing was said: the first of these that is set.
-const JOB_NAMES: [&str; 8] = [
+/// What tells one job from another, where nothing was said: the first of these that is set.
+const JOB_NAMES: [&str; 9] = [
     "CAROLE_JOB",
     "TORCHELASTIC_RUN_ID",
     "PMIX_NAMESPACE",
@@ -141,13 +162,37 @@ const JOB_NAMES: [&str; 8] = [
     "OMPI_MCA_orte_ess_jobid",
     "PMI_JOBID",
     "SLURM_JOB_ID",
+    "LSB_JOBID",
     "HOROVOD_JOB",
 ];
+/// Where ranks on several hosts meet, when nothing else was said: below the user's home.
+const SHARED_DIRECTORY: &str = ".carole";
+
+/// The origin of a process of which no variable says anything.
+const ALONE: &str = "no variables";
 
 /// The port that rank 0 serves on under torchrun, above `MASTER_PORT`, which torch's own store occupies.
 const PORT_ABOVE_TORCH: u16 = 17;
 
 impl Place {
+    /// Whether a launcher of MPI programs says so.
+    #[must_use]
+    pub fn is_from_mpi(&self) -> bool {
+        FAMILIES.iter().any(|family| family.mpi && family.origin == self.origin)
+    }
+
+    /// Whether not all ranks are on this host, as far as is known.
+    #[must_use]
+    pub fn spans_hosts(&self) -> bool {
+        self.size > 1 && self.hints.local_size.is_some_and(|local| local != self.size)
+    }
+
+    /// Whether no variable says anything.
+    #[must_use]
+    pub fn is_alone_by_default(&self) -> bool {
+        self.origin == ALONE
+    }
+
     /// Reads the first family of variables that is set; without any, this process is alone.
     pub fn read(environment: &Environment) -> Result<Place> {
         for family in &FAMILIES {
@@ -158,7 +203,7 @@ impl Place {
         if let Some(place) = train_job::place(environment)? {
             return Ok(place);
         }
-        Ok(Place { rank: 0, size: 1, hints: Hints::default(), origin: "no variables" })
+        Ok(Place { rank: 0, size: 1, hints: Hints::default(), origin: ALONE })
     }
 }
 
@@ -190,11 +235,15 @@ impl Family {
                 self.rank, self.size
             )));
         }
+        let of_slurm = !self.only_with.is_empty();
+        let local_size = match of_slurm {
+            true => tasks_on_this_node(environment),
+            false => number(environment, self.local_size)?,
+        };
         let hints = Hints {
             local_rank: number(environment, self.local_rank)?,
-            // Slurm says how many tasks each node has as a list ("2(x3),1"): only a plain number is a hint.
-            local_size: number(environment, self.local_size)
-                .or_else(|e| if self.only_with.is_empty() { Err(e) } else { Ok(None) })?,
+            // A PMI that srun serves says nothing of nodes; Slurm does.
+            local_size: local_size.or_else(|| tasks_on_this_node(environment).filter(|_| self.mpi)),
             cross_rank: number(environment, self.cross_rank)?,
             cross_size: number(environment, self.cross_size)?,
         };
@@ -237,6 +286,29 @@ impl Family {
     }
 }
 
+/// How many tasks of this step Slurm has put on this node: its list ("2(x3),1") counts them node by node.
+fn tasks_on_this_node(environment: &Environment) -> Option<u32> {
+    environment.get("SLURM_STEP_ID")?;
+    let list = environment.get("SLURM_STEP_TASKS_PER_NODE")?;
+    let mut node: u32 = match environment.get("SLURM_NODEID") {
+        Some(text) => text.parse().ok()?,
+        // One number is the same for all nodes.
+        None if list.contains(',') => return None,
+        None => 0,
+    };
+    for part in list.split(',') {
+        let (tasks, nodes) = match part.split_once("(x") {
+            Some((tasks, nodes)) => (tasks, nodes.strip_suffix(')')?.parse().ok()?),
+            None => (part, 1),
+        };
+        if node < nodes {
+            return tasks.parse().ok();
+        }
+        node -= nodes;
+    }
+    None
+}
+
 fn number(environment: &Environment, name: &str) -> Result<Option<u32>> {
     let Some(text) = environment.get(name) else { return Ok(None) };
     let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
@@ -270,8 +342,8 @@ impl Meeting {
             return Meeting::parse(text, environment, secret || insecure, one_host);
         }
         if one_host {
-            let key = match JOB_NAMES.iter().find_map(|name| environment.get(*name)) {
-                Some(job) => job.clone(),
+            let key = match job_name(environment) {
+                Some(job) => job,
                 None => match environment.get("MASTER_PORT") {
                     Some(port) => format!("port-{port}"),
                     None => format!("parent-{parent}"),
@@ -281,6 +353,9 @@ impl Meeting {
         }
         let environment = &train_job::with_master(environment);
         let Some(host) = environment.get("MASTER_ADDR") else {
+            if let Some(directory) = shared_directory(environment) {
+                return Ok(Meeting::Shared(directory));
+            }
             return Err(Error::usage(format!(
                 "the {} ranks ({}) are on several hosts, but CAROLE_RENDEZVOUS is not set: set it to HOST:PORT of rank 0 \
                  or to file:///PATH on a shared file system, or start the job by carolerun",
@@ -329,6 +404,23 @@ impl Meeting {
             false => Err(no_secret(address)),
         }
     }
+}
+
+/// The name of the job. A step of Slurm is a job of its own.
+fn job_name(environment: &Environment) -> Option<String> {
+    let (name, job) = JOB_NAMES.iter().find_map(|name| Some((*name, environment.get(*name)?)))?;
+    let step = environment.get("SLURM_STEP_ID").filter(|_| name == "SLURM_JOB_ID");
+    Some(step.map_or_else(|| job.clone(), |step| format!("{job}.{step}")))
+}
+
+/// Where the ranks of a named job on several hosts meet: a directory of its own below the user's home, which clusters
+/// share between their hosts.
+fn shared_directory(environment: &Environment) -> Option<PathBuf> {
+    let home = environment.get("HOME").map(PathBuf::from).filter(|home| home.is_absolute())?;
+    let job = job_name(environment)?;
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let name: String = job.chars().map(plain).take(100).collect();
+    Some(home.join(SHARED_DIRECTORY).join(format!("job-{name}")))
 }
 
 fn no_secret(place: &str) -> Error {

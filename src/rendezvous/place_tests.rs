@@ -29,6 +29,10 @@ fn every_family_is_read() {
         ),
         ("PMI_RANK=1 PMI_SIZE=4 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2", "PMI"),
         (
+            "MV2_COMM_WORLD_RANK=1 MV2_COMM_WORLD_SIZE=4 MV2_COMM_WORLD_LOCAL_RANK=1 MV2_COMM_WORLD_LOCAL_SIZE=2",
+            "MVAPICH",
+        ),
+        (
             "SLURM_STEP_ID=0 SLURM_PROCID=1 SLURM_NTASKS=4 SLURM_LOCALID=1 SLURM_STEP_TASKS_PER_NODE=2",
             "Slurm",
         ),
@@ -140,4 +144,39 @@ fn addresses_that_are_none_are_refused() {
         let error = meeting(&format!("{TWO}CAROLE_RENDEZVOUS={text}"), true).unwrap_err();
         assert!(error.contains("CAROLE_RENDEZVOUS"), "{text}: {error}");
     }
+}
+
+#[test]
+fn slurms_list_of_tasks_is_read() {
+    for (list, node, size) in [
+        ("4", "0", Some(4)),
+        ("4", "1", None),
+        ("2(x3),1", "2", Some(2)),
+        ("2(x3),1", "3", Some(1)),
+        ("2(x3),1", "4", None),
+        ("2(x", "0", None),
+    ] {
+        let text = format!("SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE={list} SLURM_NODEID={node}");
+        assert_eq!(tasks_on_this_node(&environment(&text)), size, "{text}");
+        // srun's PMI says nothing of nodes.
+        let text = format!("{text} PMI_RANK=0 PMI_SIZE=7");
+        assert_eq!(place(&text).unwrap().hints.local_size, size);
+    }
+    assert_eq!(tasks_on_this_node(&environment("SLURM_STEP_TASKS_PER_NODE=4")), None, "not a step");
+}
+
+#[test]
+fn a_named_job_on_several_hosts_meets_below_the_home() {
+    let slurm = "SLURM_STEP_ID=3 SLURM_JOB_ID=77 SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_NODEID=0 \
+                 SLURM_STEP_TASKS_PER_NODE=2(x2)";
+    let found = meeting(&format!("{slurm} HOME=/users/ada"), false).unwrap();
+    assert_eq!(found, Meeting::Shared(PathBuf::from("/users/ada/.carole/job-77.3")));
+    let ompi = "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=2";
+    let found = meeting(&format!("{ompi} PMIX_NAMESPACE=prterun-a@1 HOME=/users/ada"), false).unwrap();
+    assert_eq!(found, Meeting::Shared(PathBuf::from("/users/ada/.carole/job-prterun-a_1")));
+    // Without a name there is nothing to meet by.
+    let words = meeting(&format!("{ompi} HOME=/users/ada"), false).unwrap_err();
+    assert!(words.contains("CAROLE_RENDEZVOUS"), "{words}");
+    assert!(place(ompi).unwrap().is_from_mpi() && place(ompi).unwrap().spans_hosts());
+    assert!(!place(slurm).unwrap().is_from_mpi());
 }

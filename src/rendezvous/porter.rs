@@ -45,6 +45,16 @@ pub enum Choice {
     Shm,
     /// TCP everywhere.
     Tcp,
+    /// MPI everywhere. A connection by TCP proves the peer, and then only tells of its end.
+    Mpi,
+}
+
+impl Choice {
+    /// Whether ranks of one host may share memory.
+    #[must_use]
+    pub fn shares_memory(self) -> bool {
+        matches!(self, Choice::Auto | Choice::Shm)
+    }
 }
 
 /// How links are to be made.
@@ -52,7 +62,8 @@ pub enum Choice {
 pub struct PorterOptions {
     /// Which transports.
     pub choice: Choice,
-    /// TCP connections per link that carry payload, besides the control connection: 1 to [`TCP_LANES_MAX`].
+    /// TCP connections per link that carry payload, besides the control connection: 1 to [`TCP_LANES_MAX`], and none
+    /// with MPI.
     pub tcp_lanes: usize,
     /// Whether the lanes of a link are spread over the peer's addresses, so that several networks are used together.
     pub spread: bool,
@@ -100,7 +111,8 @@ impl Porter {
     /// Starts the thread. It takes over the rank's doors, and rank 0's own service. After each event it wakes
     /// `waker`, which is also what peers on this host are given to wake this process.
     pub fn start(joined: Joined, options: PorterOptions, waker: Waker) -> io::Result<(Porter, PorterFabric)> {
-        assert!((1..=TCP_LANES_MAX).contains(&options.tcp_lanes), "the number of lanes is checked as a knob");
+        let fits = (1..=TCP_LANES_MAX).contains(&options.tcp_lanes);
+        assert!(fits != (options.choice == Choice::Mpi), "the number of lanes is checked as a knob");
         let size = joined.table.cards.len();
         // Each peer is asked for once until it is told, so these bounds are never reached.
         let (requests, asked) = bounded(size);
@@ -158,7 +170,7 @@ fn own_board(joined: &Joined, options: &PorterOptions) -> Option<(OwnedFd, Arc<B
     let others = u64::from(joined.topology.local_size(joined.rank) - 1);
     // Links come first where the budget is small: nothing goes without them.
     let needed = BOARD_BYTES as u64 + others * SEGMENT_BYTES as u64;
-    if options.choice == Choice::Tcp || others == 0 || !options.memory.has(needed) {
+    if !options.choice.shares_memory() || others == 0 || !options.memory.has(needed) {
         return None;
     }
     BoardMemory::create(&options.memory).ok()

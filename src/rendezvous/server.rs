@@ -59,7 +59,7 @@ pub struct ServerOptions {
     /// An epoch whose ranks have not all registered this long after the first of them is refused.
     pub start_timeout_ms: u64,
     /// The addresses are written to this file, which is removed at the end.
-    pub publish: Option<PathBuf>,
+    pub publish: Option<Publish>,
     /// Where warnings go.
     pub warn: Warn,
 }
@@ -121,6 +121,15 @@ impl Arrivals {
     }
 }
 
+/// A file for the addresses.
+#[derive(Clone, Debug)]
+pub struct Publish {
+    /// The file.
+    pub file: PathBuf,
+    /// What else is removed at the end, the innermost last.
+    pub litter: Vec<PathBuf>,
+}
+
 /// A running service; its thread ends with it.
 pub struct Server {
     words: Option<Sender<Word>>,
@@ -176,9 +185,9 @@ enum Door {
 impl Server {
     /// Opens the doors and starts to serve.
     pub fn start(options: ServerOptions) -> Result<Server> {
-        let mut litter = Litter(Vec::new());
+        let mut litter = Litter(options.publish.as_ref().map_or_else(Vec::new, |p| p.litter.clone()));
         let (doors, addresses) = open(&options.bind, &mut litter)?;
-        if let Some(path) = &options.publish {
+        if let Some(Publish { file: path, .. }) = &options.publish {
             publish(path, &options, &addresses)?;
             litter.0.push(path.clone());
         }

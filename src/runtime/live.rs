@@ -21,6 +21,8 @@ use crate::memory::Region;
 use crate::rendezvous::card::Table;
 use crate::rendezvous::client::{Join, Joined, join};
 use crate::rendezvous::listen::Doors;
+#[cfg(feature = "mpi")]
+use crate::rendezvous::over_mpi;
 use crate::rendezvous::porter::{self, Porter, PorterOptions};
 use crate::rendezvous::secret::Secret;
 use crate::transport::shm::Budget;
@@ -91,7 +93,7 @@ impl Live {
             warn_once(warning.message);
         }
         let epoch = Epoch(EPOCH.load(Ordering::SeqCst));
-        let joined = join(&how_to_join(&config, epoch))?;
+        let joined = join(&how_to_join(&config, epoch)?)?;
         Live::begin(options, config, joined, handles)
     }
 
@@ -153,6 +155,10 @@ impl Live {
     /// Says goodbye, lets it leave, ends the threads. Other threads may still hold this job; their calls end
     /// with errors.
     pub(super) fn stop(&self) {
+        #[cfg(feature = "mpi")]
+        if self.driver.try_with(|engine| engine.broken().is_some()).unwrap_or(true) {
+            crate::transport::mpi::broke();
+        }
         self.driver.stop(|_| ());
         if let Some(porter) = lock(&self.porter).take() {
             porter.shutdown();
@@ -356,10 +362,18 @@ fn next_number(counters: &mut Unnamed, of: (SetId, Collective)) -> u32 {
 }
 
 /// How this process joins an epoch.
-pub(super) fn how_to_join(config: &Config, epoch: Epoch) -> Join {
+pub(super) fn how_to_join(config: &Config, epoch: Epoch) -> Result<Join> {
     let warn = Arc::new(|words: &str| log::warn(format_args!("{words}")));
     let how = Join::from_config(config, config::environment(), epoch, warn);
-    Join { simd: widest(config).code(), ..how }
+    #[cfg_attr(not(feature = "mpi"), expect(unused_mut, reason = "MPI completes it"))]
+    let mut how = Join { simd: widest(config).code(), ..how };
+    #[cfg(feature = "mpi")]
+    {
+        use crate::transport::mpi::Threads;
+        let threads = if config.mpi_threads_disable { Threads::One } else { Threads::Many };
+        over_mpi::complete(&mut how, config.transport == TransportChoice::Mpi, threads)?;
+    }
+    Ok(how)
 }
 
 /// The widest instructions that this processor has and the knob allows.
@@ -421,6 +435,7 @@ fn prices(config: &Config) -> Prices {
     let network = Wire::network(config.network_gbits as f64, config.network_latency_us as f64);
     let same_host = match config.transport {
         TransportChoice::Tcp => Wire::LOOPBACK,
+        TransportChoice::Mpi => Wire::MPI_ON_HOST,
         TransportChoice::Auto | TransportChoice::Shm => Prices::default().same_host,
     };
     Prices { same_host, between_hosts: network, ..Prices::default() }
@@ -432,8 +447,9 @@ fn porter_options(config: &Config) -> PorterOptions {
             TransportChoice::Auto => porter::Choice::Auto,
             TransportChoice::Shm => porter::Choice::Shm,
             TransportChoice::Tcp => porter::Choice::Tcp,
+            TransportChoice::Mpi => porter::Choice::Mpi,
         },
-        tcp_lanes: config.tcp_lanes as usize,
+        tcp_lanes: if config.transport == TransportChoice::Mpi { 0 } else { config.tcp_lanes as usize },
         // Who names several means them to be used, and the addresses are good.
         spread: config.interfaces.len() > 1,
         memory: Budget::new(config.memory),

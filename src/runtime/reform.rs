@@ -66,7 +66,7 @@ pub(super) fn next(old: &Live, handles: Arc<Handles>) -> Result<Live> {
     let (Some(porter), Some(doors)) = (porter, doors) else {
         return Err(Error::usage("Carole is being shut down by another thread"));
     };
-    let how = how_to_join(&old.config, Epoch(EPOCH.load(Ordering::SeqCst)));
+    let how = how_to_join(&old.config, Epoch(EPOCH.load(Ordering::SeqCst)))?;
     let veteran = Veteran { doors, secret: old.secret.clone(), past };
     let joined = match old.world.size == 1 && old.config.worker.is_none() {
         true => alone(old, veteran, porter),

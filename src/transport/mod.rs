@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod conformance;
 pub mod flow;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 pub mod shm;
 pub mod board;
 pub mod sim;
@@ -62,7 +64,15 @@ pub trait Pipe: Send {
     fn is_memory(&self) -> bool {
         false
     }
-    /// The transport's name: shm, tcp, sim.
+    /// Whether nothing ends the owner's sleep when bytes come: it must look again by itself, after short naps.
+    fn is_polled(&self) -> bool {
+        false
+    }
+    /// Whether all that was written goes on without this process. Else the owner must go on driving.
+    fn is_settled(&self) -> bool {
+        true
+    }
+    /// The transport's name: shm, tcp, mpi, sim.
     fn kind(&self) -> &'static str;
 }
 
@@ -148,7 +158,7 @@ impl Events {
 pub trait Link: Send {
     /// The peer.
     fn peer(&self) -> Rank;
-    /// The transport that carries payload: shm, tcp, sim.
+    /// The transport that carries payload: shm, tcp, mpi, sim.
     fn kind(&self) -> &'static str;
     /// Takes an order. Never blocks; how many orders are outstanding is bounded by the engine.
     fn post(&mut self, order: LinkOrder);
@@ -174,6 +184,10 @@ pub trait Link: Send {
     fn disarm(&mut self);
     /// Calls `visit(descriptor, wants_write)` for each descriptor to watch.
     fn descriptors(&self, visit: &mut dyn FnMut(RawFd, bool));
+    /// Whether nothing ends the owner's sleep when something comes: see [`Pipe::is_polled`].
+    fn is_polled(&self) -> bool {
+        false
+    }
     /// Whether all that was told has been handed to the transport (so that a goodbye can be waited for).
     fn drained(&self) -> bool;
 }

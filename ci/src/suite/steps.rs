@@ -113,6 +113,10 @@ pub fn all(long: bool) -> Vec<Step> {
     );
     steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));
     steps.extend(processes(long));
+    steps.extend(
+        [("Open MPI", "mpirun.openmpi", "mpicc.openmpi"), ("MPICH", "mpirun.mpich", "mpicc.mpich")]
+            .map(over_mpi),
+    );
     steps.extend(bindings(long));
     steps.push(
         Step::new("CUDA kernels as host C++", "cargo test -p carole --test kernels")
@@ -127,6 +131,23 @@ pub fn all(long: bool) -> Vec<Step> {
             .needs(Need::Device("/dev/nvidia0"), "no device"),
     );
     steps
+}
+
+/// MPI as the transport, built against one MPI: the transports' common suite, and the result matrix.
+fn over_mpi((name, launcher, compiler): (&'static str, &'static str, &'static str)) -> Step {
+    let folder = format!("target/{}", launcher.replace('.', "-"));
+    let cargo = |what: &str| format!("cargo {what} --release --target-dir {folder}");
+    Step::new(name, &cargo("test -p carole --features mpi --lib mpi"))
+        .then(&format!("{} -p ci --features mpi -- mpi --launcher {launcher}", cargo("run")))
+        .with("MPICC", compiler)
+        // The two builds need not be fast.
+        .with("CARGO_PROFILE_RELEASE_LTO", "off")
+        .with("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
+        .with("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        .with("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+        .needs(Need::Program(launcher), "it is not installed")
+        .needs(Need::Program(compiler), "it cannot be compiled with")
+        .needs(Need::Program("clang"), "no libclang, which the crate mpi is built with")
 }
 
 fn rust_tests() -> Vec<Step> {

@@ -132,7 +132,7 @@ pub fn targets(me: &Card, peer: &Card, aim: Aim, choice: Choice) -> Result<Vec<T
     let mut targets = Vec::new();
     if let Some(socket) = peer.socket
         && same_host
-        && choice != Choice::Tcp
+        && choice.shares_memory()
     {
         targets.push(Target::Unix(socket));
     }

@@ -241,7 +241,9 @@ impl Hall {
             return;
         }
         let serves: fn(Purpose) -> bool = match (&stream, self.options.choice) {
-            (Stream::Unix(_), Choice::Tcp) => |p| matches!(p, Purpose::Knock | Purpose::Regroup),
+            (Stream::Unix(_), Choice::Tcp | Choice::Mpi) => {
+                |p| matches!(p, Purpose::Knock | Purpose::Regroup)
+            }
             (Stream::Unix(_), _) => |p| matches!(p, Purpose::Knock | Purpose::Regroup | Purpose::Shm),
             (Stream::Tcp(_), Choice::Shm) => |p| matches!(p, Purpose::Knock | Purpose::Regroup),
             (Stream::Tcp(_), _) => |p| !matches!(p, Purpose::Register | Purpose::Shm),

@@ -88,6 +88,28 @@ fn unix_ends() -> Ends {
     ends
 }
 
+/// Two ends in one process: it sends to itself, with other tags in each direction and for each pair.
+#[cfg(feature = "mpi")]
+fn mpi_ends() -> Ends {
+    use crate::transport::mpi::{self, Address, Threads};
+    use std::sync::atomic::{AtomicI32, Ordering};
+    static TAGS: AtomicI32 = AtomicI32::new(0);
+    // A process has one MPI, so that another number of threads takes another run of the suite.
+    let one = std::env::var_os("CAROLE_TEST_MPI_ONE_THREAD").is_some();
+    let threads = if one { Threads::One } else { Threads::Many };
+    let world = mpi::join(threads, std::time::Duration::from_secs(30)).unwrap();
+    let (there, back) = (TAGS.fetch_add(8, Ordering::SeqCst), 4);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let peer = Rank(world.rank());
+    let side = |tags, watch: UnixStream| -> Vec<Box<dyn Pipe>> {
+        let (control, lane) = mpi::link(world, &Address { peer, tags }, Some(watch.into()), None).unwrap();
+        vec![Box::new(control), Box::new(lane)]
+    };
+    let a = side((there, there + back), ours);
+    let b = side((there + back, there), theirs);
+    Ends { a, b, wakers: None, network: None, checksums: false }
+}
+
 fn sim_ends(seed: u64) -> Ends {
     let capacity_bytes = [480, 4096, 64 << 10, 1 << 20][(seed % 4) as usize];
     let network = Network::new(SimOptions { seed, capacity_bytes, ..SimOptions::default() });
@@ -109,6 +131,8 @@ macro_rules! suite {
         mod tcp_checked { $(#[test] fn $name() { super::$file::$name(&mut super::checked_ends); })* }
         mod tcp_v6 { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("[::1]:0", 2)); })* }
         mod unix_suite { $(#[test] fn $name() { super::$file::$name(&mut super::unix_ends); })* }
+        #[cfg(feature = "mpi")]
+        mod mpi_suite { $(#[test] fn $name() { super::$file::$name(&mut super::mpi_ends); })* }
         mod sim_suite { $(#[test] fn $name() {
             for seed in 0..8 { super::$file::$name(&mut || super::sim_ends(seed)); }
         })* }

@@ -380,8 +380,14 @@ impl Link for FlowLink {
         }
     }
 
+    fn is_polled(&self) -> bool {
+        self.control.is_polled()
+    }
+
     fn drained(&self) -> bool {
         self.outbox.is_empty()
+            && self.control.is_settled()
+            && self.lanes.iter().all(|lane| lane.pipe.is_settled())
     }
 }
 

@@ -205,6 +205,10 @@ impl Hall {
 
     /// Makes the link of proven connections.
     pub(super) fn up_tcp(&mut self, peer: Rank, control: Channel, lanes: Vec<Channel>) {
+        #[cfg(feature = "mpi")]
+        if self.options.choice == Choice::Mpi {
+            return self.up_mpi(peer, control);
+        }
         let pipe = |channel: Channel| -> Result<Box<dyn Pipe>, Cause> {
             match channel.into_stream() {
                 Stream::Tcp(stream) => Ok(Box::new(TcpPipe::new(stream, &self.options.tcp)?)),
@@ -215,6 +219,25 @@ impl Hall {
             .and_then(|control| Ok((control, lanes.into_iter().map(pipe).collect::<Result<_, _>>()?)));
         match pipes {
             Ok((control, lanes)) => self.up(peer, control, lanes, None),
+            Err(cause) => self.fail(peer, cause),
+        }
+    }
+
+    /// Makes the link of MPI; the proven connection stays as a sign that the peer lives.
+    #[cfg(feature = "mpi")]
+    fn up_mpi(&mut self, peer: Rank, control: Channel) {
+        use crate::transport::mpi::{self, Address, Threads};
+        let watch = OwnedFd::from(control.into_stream());
+        let waker = self.ends.waker.clone();
+        // It has been initialised before the ranks met, or there would be no such choice.
+        let pipes = mpi::join(Threads::default(), Duration::ZERO)
+            .map_err(|error| Cause::System(error.to_string()))
+            .and_then(|world| {
+                let address = Address::of(world, peer, self.joined.table.epoch);
+                mpi::link(world, &address, Some(watch), Some(waker))
+            });
+        match pipes {
+            Ok((control, lane)) => self.up(peer, Box::new(control), vec![Box::new(lane)], None),
             Err(cause) => self.fail(peer, cause),
         }
     }

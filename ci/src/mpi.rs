@@ -1,0 +1,162 @@
+//! MPI as the transport: the result matrix under an MPI's own launcher, and a rank that is killed there. Needs this
+//! program to be built with the feature `mpi`, against the MPI whose launcher is named.
+#![forbid(unsafe_code)]
+
+use crate::matrix;
+use crate::{Count, Verdict};
+use carole::runtime::{self, Options, typed};
+use carole::types::ReduceOp;
+use clap::Args;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What to run.
+#[derive(Args, Clone)]
+pub struct Settings {
+    /// MPI's launcher.
+    #[arg(long, default_value = "mpirun")]
+    launcher: String,
+    /// Numbers of ranks.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 3, 4])]
+    ranks: Vec<u32>,
+    /// Algorithms.
+    #[arg(long, value_delimiter = ',', default_values_t = matrix::ALGORITHMS.map(str::to_owned))]
+    algorithms: Vec<String>,
+    /// Jobs of which a rank is killed.
+    #[arg(long, default_value_t = 3)]
+    kills: u32,
+    /// Of the inputs.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// What one rank of a job with a victim runs.
+#[derive(Args, Clone)]
+pub struct RankSettings {
+    /// The rank that ends without a word.
+    #[arg(long)]
+    victim: u32,
+    /// At which step.
+    #[arg(long)]
+    step: u64,
+}
+
+/// Where a rank of such a job prints: launchers mix the ranks' outputs.
+const FOLDER: &str = "CI_MPI_OUTPUT";
+/// Longer than this, and it hangs.
+const LIMIT: Duration = Duration::from_secs(300);
+/// A job with a dead rank is over before this.
+const DEATH: Duration = Duration::from_secs(15);
+
+pub fn run(settings: &Settings) -> Verdict {
+    if cfg!(not(feature = "mpi")) {
+        return Err(
+            "this program was built without MPI: cargo run --release -p ci --features mpi -- mpi".into()
+        );
+    }
+    let mut count = Count::default();
+    let mut jobs = 0;
+    for &ranks in &settings.ranks {
+        for algorithm in &settings.algorithms {
+            jobs += 1;
+            let turn = jobs.to_string();
+            let args = ["matrix", "--seed", &settings.seed.to_string(), "--turn", &turn];
+            let told = |e: String| {
+                let again = format!("--ranks {ranks} --algorithms {algorithm} --kills 0");
+                format!(
+                    "{ranks} ranks, {algorithm}: {e}; again: ci mpi --launcher {} {again}",
+                    settings.launcher
+                )
+            };
+            let (ended, lines) = job(settings, ranks, algorithm, &args).map_err(told)?;
+            if !ended {
+                let last =
+                    lines.iter().filter_map(|lines| lines.last()).find(|line| line.starts_with("error"));
+                return Err(told(last.map_or("it failed without a word", String::as_str).to_owned()));
+            }
+            let cases = matrix::cases(ranks, settings.seed, jobs, false);
+            count.passed += matrix::judge(&cases, &lines).map_err(told)?;
+        }
+    }
+    println!("{}: {jobs} jobs, {} results on all ranks, none wrong", settings.launcher, count.passed);
+    let mut slowest = Duration::ZERO;
+    for turn in 0..settings.kills {
+        let (victim, step) = ((turn % 3).to_string(), (20 + 7 * turn).to_string());
+        let began = Instant::now();
+        let (ended, _) = job(settings, 3, "auto", &["mpi", "--victim", &victim, "--step", &step])?;
+        let took = began.elapsed();
+        if ended || took > DEATH {
+            return Err(format!("rank {victim} was killed, and the job ended {ended} after {took:?}"));
+        }
+        slowest = slowest.max(took);
+        count.passed += 1;
+    }
+    if settings.kills > 0 {
+        println!("{} jobs with a killed rank were over, the slowest after {slowest:.1?}", settings.kills);
+    }
+    Ok(count)
+}
+
+/// Runs a job to its end: whether all ranks succeeded, and what each printed.
+fn job(
+    settings: &Settings,
+    ranks: u32,
+    algorithm: &str,
+    args: &[&str],
+) -> Result<(bool, Vec<Vec<String>>), String> {
+    let folder = tempfile::tempdir().map_err(|e| format!("no temporary directory: {e}"))?;
+    let program = std::env::current_exe().map_err(|e| format!("this program cannot find itself: {e}"))?;
+    let launcher = &settings.launcher;
+    let mut command = Command::new(launcher);
+    command.args(["-np", &ranks.to_string()]).arg(program).arg("rank").args(args);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.env(FOLDER, folder.path()).env("CAROLE_TRANSPORT", "mpi").env("CAROLE_ALGORITHM", algorithm);
+    command.env("CAROLE_TIMEOUT_MS", "20000").env("CAROLE_START_TIMEOUT_S", "120");
+    // Open MPI asks root for a word of consent, and wants to know of more ranks than processors.
+    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+    let mut child = command.spawn().map_err(|e| format!("{launcher} does not start: {e}"))?;
+    let deadline = Instant::now() + LIMIT;
+    let status = loop {
+        match child.try_wait().map_err(|e| e.to_string())? {
+            Some(status) => break status,
+            None if Instant::now() > deadline => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(format!("it was not over after {LIMIT:?}"));
+            }
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    let read = |rank: u32| {
+        let text = std::fs::read_to_string(folder.path().join(rank.to_string())).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    };
+    Ok((status.success(), (0..ranks).map(read).collect()))
+}
+
+/// Lets a rank of such a job print to a file of its own.
+pub fn redirect() -> Result<(), String> {
+    let Some(folder) = std::env::var_os(FOLDER) else { return Ok(()) };
+    let names = ["OMPI_COMM_WORLD_RANK", "PMI_RANK"];
+    let rank =
+        names.iter().find_map(|name| std::env::var(name).ok()).ok_or("no launcher says which rank it is")?;
+    let file = std::fs::File::create(Path::new(&folder).join(rank)).map_err(|e| e.to_string())?;
+    rustix::stdio::dup2_stdout(&file).map_err(|e| e.to_string())
+}
+
+/// One rank of a job with a victim.
+pub fn rank(settings: &RankSettings) -> Result<(), String> {
+    let fail = |error: carole::error::Error| error.to_string();
+    runtime::init(&Options::default()).map_err(fail)?;
+    let me = runtime::world().map_err(fail)?.rank;
+    for step in 0.. {
+        if (me, step) == (settings.victim, settings.step) {
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
+                .map_err(|e| e.to_string())?;
+        }
+        typed::allreduce("sum", &mut vec![1.0f32; 1 << (step % 16)], ReduceOp::Sum).map_err(fail)?;
+    }
+    Ok(())
+}
