@@ -495,3 +495,30 @@ fn help_is_ordered_by_topic_and_hides_what_has_no_effect() {
     assert!(places.is_sorted(), "{help}");
     assert!(!help.contains("nccl"), "{help}");
 }
+
+#[test]
+fn another_launcher_starts_ranks_that_find_each_other() {
+    // The launchers go by their own names where Debian's alternatives choose between them.
+    for name in ["mpirun.openmpi", "mpirun.mpich"] {
+        let known = Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        if known.is_err() {
+            eprintln!("skipped: {name} is not installed");
+            continue;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let script = folder.path().join("mpirun");
+        std::fs::write(&script, format!("#!/bin/sh\nexec {name} \"$@\"\n")).unwrap();
+        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+        let perf = cargo_bin("carole-perf");
+        let perf = perf.to_str().unwrap();
+        let line = ["--mpi", "-np", "2", "--mpi-args", "", perf, "barrier"];
+        let output =
+            carolerun(&line).env("PATH", path).env("OMPI_MCA_rmaps_base_oversubscribe", "1").output();
+        let output = output.unwrap();
+        assert_eq!(code(&output), 0, "{name}: {}", text(&output.stderr));
+        assert!(text(&output.stdout).contains("on 2 ranks"), "{name}: {}", text(&output.stdout));
+    }
+    let output = run(&["--slurm", "-np", "2", "-H", "a:2", "true"]);
+    assert!(code(&output) == 2 && text(&output.stderr).contains("--slurm"), "{}", text(&output.stderr));
+}

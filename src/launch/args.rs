@@ -46,6 +46,8 @@ pub struct Arguments {
     #[command(flatten)]
     pub elastic: Elastic,
     #[command(flatten)]
+    pub native: Native,
+    #[command(flatten)]
     pub output: Output,
     #[command(flatten)]
     pub tuning: Tuning,
@@ -129,6 +131,33 @@ pub struct Elastic {
     /// For how many seconds no process is started on a host where one failed: the first time, and at most
     #[arg(long, num_args = 2, value_names = ["LEAST", "MOST"])]
     pub blacklist_cooldown_range: Vec<u64>,
+}
+
+/// Starting by another launcher, which carolerun becomes.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Other launchers")]
+pub struct Native {
+    /// By mpirun (Open MPI, MPICH or Intel MPI)
+    #[arg(long, conflicts_with_all = ["slurm", "jsrun"])]
+    pub mpi: bool,
+    /// By srun, inside an allocation or with what --mpi-args asks for
+    #[arg(long, conflicts_with = "jsrun")]
+    pub slurm: bool,
+    /// By jsrun
+    #[arg(long)]
+    pub jsrun: bool,
+    /// More arguments for that launcher
+    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
+    pub mpi_args: Option<String>,
+    /// How that launcher binds ranks to processors, instead of not at all
+    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true)]
+    pub binding_args: Option<String>,
+    /// MPI is called by one thread only
+    #[arg(long, overrides_with = "no_mpi_threads_disable")]
+    pub mpi_threads_disable: bool,
+    /// MPI is called by whichever thread has something to send (the default)
+    #[arg(long)]
+    pub no_mpi_threads_disable: bool,
 }
 
 /// What ranks write.
@@ -253,15 +282,9 @@ unused! {
     timeline_filename: Option<PathBuf>,
     timeline_mark_cycles: bool,
     no_timeline_mark_cycles: bool,
-    mpi_threads_disable: bool,
-    no_mpi_threads_disable: bool,
-    #[arg(allow_hyphen_values = true)] mpi_args: Option<String>,
     tcp: bool,
-    #[arg(allow_hyphen_values = true)] binding_args: Option<String>,
     num_nccl_streams: Option<u32>,
     gloo: bool,
-    mpi: bool,
-    jsrun: bool,
 }
 
 impl Arguments {
@@ -292,6 +315,12 @@ impl Arguments {
             "CAROLE_INTERFACES",
             (!interfaces.is_empty()).then(|| interfaces.join(",")),
             "--network-interfaces",
+        );
+        add("CAROLE_MPI_THREADS_DISABLE", on(self.native.mpi_threads_disable, "1"), "--mpi-threads-disable");
+        add(
+            "CAROLE_MPI_THREADS_DISABLE",
+            on(self.native.no_mpi_threads_disable, "0"),
+            "--no-mpi-threads-disable",
         );
         add("CAROLE_ELASTIC_TIMEOUT_S", self.elastic.elastic_timeout.clone(), "--elastic-timeout");
         add("CAROLE_LOG_LEVEL", output.log_level.clone(), "--log-level");

@@ -28,14 +28,14 @@ pub fn report() -> String {
     };
     section("Available Frameworks", &frameworks());
     let gloo = "Carole finds and connects its ranks itself".to_owned();
-    section("Available Controllers", &[("MPI", Some(no_mpi())), ("Gloo", Some(gloo)), ("Carole", None)]);
+    section("Available Controllers", &[("MPI", no_mpi()), ("Gloo", Some(gloo)), ("Carole", None)]);
     let cuda = crate::device::cuda::describe();
     section(
         "Available Tensor Operations",
         &[
             ("NCCL", Some("Carole does not use it".to_owned())),
             ("CUDA", Some(cuda.strip_prefix("CUDA: ").unwrap_or(&cuda).trim_end_matches('.').to_owned())),
-            ("MPI", Some(no_mpi())),
+            ("MPI", no_mpi()),
             ("Shared memory", no_shared_memory()),
             ("TCP", no_loopback()),
         ],
@@ -45,14 +45,17 @@ pub fn report() -> String {
         &[
             ("this host", None),
             ("ssh", missing_program("ssh", "install it (Debian: openssh-client), or see --ssh-command")),
+            ("mpirun", missing_program("mpirun", "for --mpi; install an MPI (Debian: openmpi-bin, mpich)")),
+            ("srun", missing_program("srun", "for --slurm")),
         ],
     );
     tell_host(&mut out);
     out
 }
 
-fn no_mpi() -> String {
-    "as a transport it is not built in; under mpirun Carole uses its own".to_owned()
+fn no_mpi() -> Option<String> {
+    let words = "as a transport it is not built in (the cargo feature mpi); under mpirun Carole uses its own";
+    (!cfg!(feature = "mpi")).then(|| words.to_owned())
 }
 
 fn frameworks() -> Vec<Row<'static>> {

@@ -16,6 +16,7 @@ mod guard;
 mod help;
 mod hosts;
 mod link;
+mod native;
 mod output;
 mod processes;
 mod progress;
@@ -112,6 +113,14 @@ fn run(arguments: &Arguments, called: &OsStr) -> Result<i32> {
         return Ok(print(&config.print_config()));
     }
     let is_elastic = elastic::is_elastic(arguments);
+    if native::is_asked(arguments) {
+        return match is_elastic {
+            true => Err(Error::usage(
+                "an elastic job is started by carolerun itself: leave --mpi, --slurm and --jsrun out",
+            )),
+            false => native::run(arguments, &config),
+        };
+    }
     let placements = if is_elastic {
         check_command(arguments, "--min-np 2").map(|()| Vec::new())
     } else {
