@@ -148,6 +148,12 @@ proptest! {
             Message::Heartbeat,
             Message::Goodbye { who: Rank(set), clean: set % 2 == 0 },
             Message::Closed { set: SetId(set), who: Rank(7) },
+            Message::Mark { set: SetId(set), mark: u64::from(set) << 7 },
+            Message::Ballot {
+                verdict: set % 2 == 0,
+                broken: it.clone(),
+                marks: (0..set % 4).map(|place| (SetId(place * 300), u64::from(set / 7))).collect(),
+            },
             Message::Abort(it),
         ];
         let mut bytes = Vec::new();

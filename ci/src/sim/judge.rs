@@ -14,7 +14,12 @@ impl Cluster {
     /// Checks every operation on every live rank.
     pub fn judge(&self) -> Result<Report, String> {
         let injected = self.injected();
-        let mut report = Report { faulty: injected.is_some(), trace: self.trace, ..Report::default() };
+        let mut report = Report {
+            faulty: injected.is_some(),
+            trace: self.trace,
+            uniform: self.uniform,
+            ..Report::default()
+        };
         for (i, planned) in self.program.ops.iter().enumerate() {
             let mut verdicts: Vec<String> = Vec::new();
             for node in self.nodes.iter().filter(|n| self.is_live(n) && n.takes(planned)) {
@@ -39,8 +44,12 @@ impl Cluster {
             let errors = verdicts.iter().filter(|v| *v != "ok").count();
             match (errors, verdicts.len()) {
                 (0, 0) | (0 | 1, 1) => {}
-                // Some had finished when the epoch broke: the verdict round of elastic jobs will settle these.
-                (1 | 2, 2) if injected.is_some() => report.split += 1,
+                (1, 2) if self.may_be_split(planned) => {
+                    report.split += 1;
+                    report.uniform_split += u64::from(self.is_promised(planned));
+                }
+                // Failed everywhere: on some with what the ranks disagreed about, before the epoch broke.
+                (2, 2) if injected.is_some() => {}
                 // Two ranks may be at fault where one direction of a link is lost: each end blames the other.
                 _ if matches!(injected, Some(Fault::HalfOpen(..))) => {}
                 // Who finds the changed bytes ends the link; who sent them sees it end.
@@ -56,6 +65,23 @@ impl Cluster {
         }
         self.check_joins()?;
         Ok(report)
+    }
+
+    /// Whether an operation that one live rank finishes is finished by all.
+    fn is_promised(&self, planned: &Planned) -> bool {
+        // Operations that need a rank that leaves end with `Shutdown`, and no epoch breaks.
+        let breaks = !matches!(self.injected(), Some(Fault::Leave(_)));
+        self.uniform && breaks && !matches!(planned.kind, Kind::Message { .. })
+    }
+
+    /// Whether some live ranks may have finished an operation that others could not when the epoch broke.
+    fn may_be_split(&self, planned: &Planned) -> bool {
+        match self.injected() {
+            None => false,
+            // Whoever is blamed lives, and may not hear the verdict: it is counted.
+            Some(Fault::HalfOpen(..) | Fault::Flip(..)) => true,
+            Some(_) => !self.is_promised(planned),
+        }
     }
 
     fn never_ended(&self, planned: &Planned, node: &Node, i: usize) -> String {

@@ -10,7 +10,7 @@ fn found(sabotage: Sabotage) -> Vec<u64> {
         let order = Order { seed, sabotage: Some(sabotage), ..Order::default() };
         !matches!(catch_unwind(AssertUnwindSafe(|| simulate(order))), Ok(Ok(_)))
     };
-    (1..=200).filter(fails).take(3).collect()
+    (1..=400).filter(fails).take(3).collect()
 }
 
 #[test]
@@ -31,7 +31,7 @@ fn survivors_go_on_in_new_epochs() {
 #[test]
 fn a_set_that_is_not_carried_over_alike_is_found() {
     let found = found(Sabotage::SetsDiffer);
-    assert_eq!(found.len(), 3, "found by {found:?} of 200 seeds");
+    assert_eq!(found.len(), 3, "found by {found:?} of 400 seeds");
 }
 
 #[test]
@@ -44,9 +44,14 @@ fn planted_bugs_are_found() {
         Sabotage::AgreementLost,
         Sabotage::AbortNotFlooded,
         Sabotage::GoodbyeLost,
+        Sabotage::SyncSkipped,
+        Sabotage::StaleEpoch,
+        Sabotage::UntimedTeardown,
+        Sabotage::HeldTooSoon,
+        Sabotage::VerdictLost,
     ] {
         let found = found(sabotage);
         println!("{sabotage:?}: found by seeds {found:?}");
-        assert_eq!(found.len(), 3, "{sabotage:?} was found by {found:?} of 200 seeds");
+        assert_eq!(found.len(), 3, "{sabotage:?} was found by {found:?} of 400 seeds");
     }
 }
