@@ -16,6 +16,7 @@ mod intrude;
 mod job;
 mod matrix;
 mod mpi;
+mod mutants;
 mod oracle;
 mod order;
 mod ptx;
@@ -72,6 +73,8 @@ enum Task {
     Huge(huge::Settings),
     /// Coverage-guided fuzzing of the decoders; installs cargo-fuzz if it is missing.
     Fuzz(fuzz::Settings),
+    /// Mutation testing of the protocol core: a random sample, from a seed.
+    Mutants(mutants::Settings),
     /// Compiles kernels/ to kernels/ptx with NVRTC from PyPI; no device is needed.
     Ptx,
     /// Installs libcarole, carole.h and carole.pc.
@@ -130,6 +133,7 @@ fn main() {
         Task::Figures(settings) => figures::run(&settings),
         Task::Huge(settings) => huge::run(&settings),
         Task::Fuzz(settings) => fuzz::run(&settings),
+        Task::Mutants(settings) => mutants::run(&settings),
         Task::Ptx => ptx::run(),
         Task::InstallC { prefix } => install_c::run(&prefix),
         Task::Rank(rank) => std::process::exit(run_rank(rank)),
