@@ -7,6 +7,7 @@
 mod agreement_sim;
 mod call;
 mod chaos;
+mod churn;
 mod figures;
 mod fuzz;
 mod hosts;
@@ -21,6 +22,7 @@ mod oracle;
 mod order;
 mod ptx;
 mod random;
+mod scarce;
 mod shaped;
 mod sim;
 mod ssh;
@@ -55,6 +57,10 @@ enum Task {
     Order(order::Settings),
     /// Ranks killed and stopped at random moments.
     Chaos(chaos::Settings),
+    /// Ranks killed one after another while the others form new epochs and go on.
+    Churn(churn::Settings),
+    /// Jobs with few file descriptors, or with a full /dev/shm.
+    Scarce(scarce::Settings),
     /// Garbage, scans and half-open connections on the ports of a running job.
     Intrude(intrude::Settings),
     /// Several hosts, as network namespaces around a router; takes root.
@@ -94,6 +100,7 @@ enum Rank {
     Strict(strict::RankSettings),
     Order(order::RankSettings),
     Chaos(chaos::RankSettings),
+    Churn,
     Figures(figures::RankSettings),
     Huge(huge::RankSettings),
     Shaped(shaped::RankSettings),
@@ -124,6 +131,8 @@ fn main() {
         Task::Strict(settings) => strict::run(&settings),
         Task::Order(settings) => order::run(&settings),
         Task::Chaos(settings) => chaos::run(&settings),
+        Task::Churn(settings) => churn::run(&settings),
+        Task::Scarce(settings) => scarce::run(&settings),
         Task::Intrude(settings) => intrude::run(&settings),
         Task::Hosts(settings) => hosts::run(&settings),
         Task::Ssh(settings) => ssh::run(&settings),
@@ -157,6 +166,7 @@ fn run_rank(rank: Rank) -> i32 {
         Rank::Strict(settings) => strict::rank(&settings),
         Rank::Order(settings) => order::rank(&settings),
         Rank::Chaos(settings) => chaos::rank(&settings),
+        Rank::Churn => churn::rank(),
         Rank::Figures(settings) => figures::rank(&settings),
         Rank::Huge(settings) => huge::rank(&settings),
         Rank::Shaped(settings) => shaped::rank(&settings),
