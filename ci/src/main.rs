@@ -8,6 +8,7 @@ mod agreement_sim;
 mod call;
 mod chaos;
 mod churn;
+mod decoders;
 mod figures;
 mod fuzz;
 mod hosts;
@@ -77,6 +78,8 @@ enum Task {
     Figures(figures::Settings),
     /// One tensor of more than 2^31 elements.
     Huge(huge::Settings),
+    /// The decoders on the committed corpus and on changes of it.
+    Decoders(decoders::Settings),
     /// Coverage-guided fuzzing of the decoders; installs cargo-fuzz if it is missing.
     Fuzz(fuzz::Settings),
     /// Mutation testing of the protocol core: a random sample, from a seed.
@@ -141,6 +144,7 @@ fn main() {
         Task::Mpi(settings) => mpi::run(&settings),
         Task::Figures(settings) => figures::run(&settings),
         Task::Huge(settings) => huge::run(&settings),
+        Task::Decoders(settings) => decoders::run(&settings),
         Task::Fuzz(settings) => fuzz::run(&settings),
         Task::Mutants(settings) => mutants::run(&settings),
         Task::Ptx => ptx::run(),

@@ -58,6 +58,7 @@ impl Engine {
             Intent::Heartbeat(to) => self.say(to, &wire::Message::Heartbeat),
             Intent::Goodbye { to, who, clean } => self.say(to, &wire::Message::Goodbye { who, clean }),
             Intent::Abort { to, broken } => self.say(to, &wire::Message::Abort(Broken::clone(&broken))),
+            Intent::Seek(rank) => self.links.request(rank),
             Intent::Ballot { to, verdict, broken, marks } => {
                 let (broken, marks) = (Broken::clone(&broken), marks.to_vec());
                 wire::Message::Ballot { verdict, broken, marks }.encode(&mut self.encoded);

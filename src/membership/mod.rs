@@ -12,6 +12,9 @@
 //! transport reports for a link that ends, the peer *has ended*; a silence is as long as the limit, however
 //! late it was noticed; texts are cut to what the wire carries.
 //!
+//! Where completion is uniform, a verdict round ([`vote`]) follows the settling of the cause; between two ranks, and for
+//! one that fails itself, what the rank knows is the verdict.
+//!
 //! What comes after an epoch is decided by a second machine, [`regroup`], which begins where this one ends.
 #![forbid(unsafe_code)]
 
@@ -27,7 +30,7 @@ use crate::types::{Epoch, Rank, Time};
 use crate::wire::failure::{normalised, put_broken};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use vote::{Marks, PATIENCE_NS, Progress, Vote};
+use vote::{BALLOTS_NS, Marks, Progress, VERDICT_NS, Vote};
 
 const MS: u64 = 1_000_000;
 /// How long a rank that knows that the epoch is over waits for a graver cause.
@@ -64,6 +67,8 @@ pub enum Intent {
         /// Why the epoch is over.
         broken: Arc<Broken>,
     },
+    /// Ask for a link to this rank, whose ballot is waited for: it may have died, too.
+    Seek(Rank),
     /// Send `Message::Ballot` to this rank, over a new link if need be.
     Ballot {
         /// Whom.
@@ -106,8 +111,28 @@ struct Settling {
     gravest: Arc<Broken>,
     /// Unknown until the time is told.
     until: Option<Time>,
-    /// The cause is settled, and the verdict is being made.
-    voting: bool,
+    phase: Phase,
+}
+
+/// What a rank waits for when the epoch is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// A graver cause.
+    Cause,
+    /// The ballots of those below it in the tree.
+    Ballots,
+    /// The verdict.
+    Verdict,
+}
+
+impl Phase {
+    fn patience_ns(self) -> u64 {
+        match self {
+            Phase::Cause => SETTLE_NS,
+            Phase::Ballots => BALLOTS_NS,
+            Phase::Verdict => VERDICT_NS,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -217,30 +242,46 @@ impl Membership {
     }
 
     /// The cause is settled: votes, where completion is uniform.
-    fn begin_vote(&mut self, now: Time) {
+    fn begin_vote(&mut self) {
         let (Some(settling), Some(vote)) = (&mut self.settling, &mut self.vote) else {
             return self.conclude();
         };
-        settling.voting = true;
-        settling.until = Some(now.after_ns(PATIENCE_NS));
+        (settling.phase, settling.until) = (Phase::Ballots, None);
         self.departed.keys().copied().chain(settling.gravest.culprit).for_each(|rank| vote.without(rank));
         self.count_votes();
     }
 
     fn count_votes(&mut self) {
         let Some(vote) = &mut self.vote else { return };
-        let Some(settling) = self.settling.as_ref().filter(|settling| settling.voting && vote.is_sealed())
+        let Some(settling) = self.settling.as_mut().filter(|s| s.phase != Phase::Cause && vote.is_sealed())
         else {
             return;
         };
         match vote.progress() {
-            Progress::Wait => {}
+            Progress::Wait => {
+                let strangers = vote.missing().filter(|rank| !self.neighbours.contains_key(rank));
+                self.intents.extend(strangers.map(Intent::Seek));
+            }
             Progress::Decide => self.conclude(),
             Progress::Rise(to) => {
+                (settling.phase, settling.until) = (Phase::Verdict, None);
                 let (broken, marks) = (settling.gravest.clone(), Arc::new(vote.marks()));
                 self.intents.push_back(Intent::Ballot { to, verdict: false, broken, marks });
             }
         }
+    }
+
+    /// Ballots that have not come will not.
+    fn vote_without_missing(&mut self) {
+        if let Some(vote) = &mut self.vote {
+            for rank in vote.missing().collect::<Vec<Rank>>() {
+                vote.without(rank);
+            }
+        }
+        if let Some(settling) = &mut self.settling {
+            settling.until = None;
+        }
+        self.count_votes();
     }
 
     /// The epoch is over already, and a rank takes no part in its verdict.
@@ -339,11 +380,12 @@ impl Membership {
     /// Lets time pass.
     pub fn handle_timeout(&mut self, now: Time) {
         if let Some(settling) = &mut self.settling {
-            let until = *settling.until.get_or_insert(now.after_ns(SETTLE_NS));
-            match settling.voting {
+            let until = *settling.until.get_or_insert(now.after_ns(settling.phase.patience_ns()));
+            match settling.phase {
                 _ if now < until => {}
-                false => self.begin_vote(now),
-                true => self.conclude(),
+                Phase::Cause => self.begin_vote(),
+                Phase::Ballots => self.vote_without_missing(),
+                Phase::Verdict => self.conclude(),
             }
         }
         if self.is_over() {
@@ -429,7 +471,7 @@ impl Membership {
             }
             settling.gravest = broken.clone();
         } else {
-            self.settling = Some(Settling { gravest: broken.clone(), until: None, voting: false });
+            self.settling = Some(Settling { gravest: broken.clone(), until: None, phase: Phase::Cause });
         }
         let others = self.neighbours.keys().filter(|&&to| Some(to) != from);
         self.intents.extend(others.map(|&to| Intent::Abort { to, broken: broken.clone() }));

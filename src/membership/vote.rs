@@ -5,16 +5,19 @@
 //! Ballots rise along the tree of the global set with the dead left out: whoever has lost its parent turns to the
 //! next ancestor that lives, and where the root is dead the lowest rank that lives takes its place. There the verdict
 //! is made, and comes down to whoever has sent a ballot. Who has died is told with the cause of the end, so all see
-//! the same tree; one that dies in the round is left out by whoever notices. The round waits for nobody longer than
-//! [`PATIENCE_NS`]: a rank that has heard no verdict by then goes by what it knows.
+//! the same tree. Others may have died with it (a host was lost): a rank asks for links to those whose ballots it
+//! waits for, and leaves out whoever has ended or says nothing for [`BALLOTS_NS`]. A rank that has risen and hears no
+//! verdict for [`VERDICT_NS`], which is long enough for some levels of such waits above it, goes by what it knows.
 #![forbid(unsafe_code)]
 
 use crate::types::{Rank, SetId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+/// How long a rank waits for the ballots of others.
+pub const BALLOTS_NS: u64 = 500_000_000;
 /// How long a rank waits for the verdict.
-pub const PATIENCE_NS: u64 = 1_000_000_000;
+pub const VERDICT_NS: u64 = 4 * BALLOTS_NS;
 
 /// Up to where the operations of each process set were released; ascending, sets of which nothing was released left
 /// out.
@@ -86,16 +89,27 @@ impl Vote {
     /// A ballot has come.
     pub fn hear(&mut self, from: Rank, marks: Marks) {
         self.heard.insert(from);
-        self.add(marks);
+        if self.add(marks) {
+            // Whoever was told less is told again.
+            self.sent = None;
+        }
     }
 
-    fn add(&mut self, marks: Marks) {
+    /// Whether it adds anything.
+    fn add(&mut self, marks: Marks) -> bool {
+        let before = self.marks.clone();
         let mut all: BTreeMap<SetId, u64> = std::mem::take(&mut self.marks).into_iter().collect();
         for (set, mark) in marks {
             let greatest = all.entry(set).or_default();
             *greatest = mark.max(*greatest);
         }
         self.marks = all.into_iter().collect();
+        self.marks != before
+    }
+
+    /// Whose ballots are waited for.
+    pub fn missing(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.children.iter().flatten().copied().filter(|child| !self.heard.contains(child))
     }
 
     /// What is known so far.

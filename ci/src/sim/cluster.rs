@@ -74,6 +74,7 @@ pub struct Cluster {
     pub trace: u64,
     /// Whether completion is uniform.
     pub uniform: bool,
+    hosts: Arc<[u32]>,
     epoch: Epoch,
     order: Order,
 }
@@ -106,7 +107,14 @@ pub fn simulate(order: Order) -> Result<Report, String> {
     let mut report = cluster.judge()?;
     if matches!(
         cluster.injected(),
-        Some(Fault::Kill(_) | Fault::Stop(_) | Fault::HalfOpen(..) | Fault::Flip(..) | Fault::Leave(_))
+        Some(
+            Fault::Kill(_)
+                | Fault::KillHost(_)
+                | Fault::Stop(_)
+                | Fault::HalfOpen(..)
+                | Fault::Flip(..)
+                | Fault::Leave(_)
+        )
     ) {
         // The survivors go on, or the processes start again: new engines, the same network.
         let mut random = cluster.random.clone();
@@ -254,6 +262,7 @@ impl Cluster {
             eager_bytes_max,
             trace: 0xCBF2_9CE4_8422_2325,
             uniform,
+            hosts,
             epoch,
             order,
         }
@@ -304,6 +313,18 @@ impl Cluster {
         Ok(())
     }
 
+    /// The ranks whose processes were killed.
+    pub fn killed(&self) -> Vec<Rank> {
+        let host = |rank: Rank| self.hosts[rank.0 as usize];
+        match self.injected() {
+            Some(Fault::KillHost(one)) if self.hosts.iter().any(|&other| other != host(one)) => {
+                (0..self.nodes.len() as u32).map(Rank).filter(|&rank| host(rank) == host(one)).collect()
+            }
+            Some(Fault::Kill(rank) | Fault::KillHost(rank)) => vec![rank],
+            _ => Vec::new(),
+        }
+    }
+
     fn inject(&mut self, now: Time) {
         for node in &mut self.nodes {
             let gone = node.engine.as_ref().is_some_and(Engine::is_gone);
@@ -326,9 +347,11 @@ impl Cluster {
             println!("  {} ns: {fault:?}", now.0);
         }
         match fault {
-            Fault::Kill(rank) => {
-                self.nodes[rank.0 as usize].engine = None;
-                self.network.kill(rank);
+            Fault::Kill(_) | Fault::KillHost(_) => {
+                for rank in self.killed() {
+                    self.nodes[rank.0 as usize].engine = None;
+                    self.network.kill(rank);
+                }
             }
             Fault::Stop(rank) => {
                 self.nodes[rank.0 as usize].stopped_until = Some(Time(u64::MAX));

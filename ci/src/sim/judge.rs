@@ -51,6 +51,8 @@ impl Cluster {
                     report.split += 1;
                     report.uniform_split += u64::from(self.is_promised(planned));
                 }
+                // Who died first differs where no news pass between those who saw it.
+                (_, n) if n == errors && matches!(injected, Some(Fault::KillHost(_))) => {}
                 // Failed everywhere: on some with what the ranks disagreed about, before the epoch broke.
                 (2, 2) if injected.is_some() => {}
                 // Two ranks may be at fault where one direction of a link is lost: each end blames the other.
@@ -202,8 +204,9 @@ impl Cluster {
                 }
             },
             (Error::Usage(_), _) => planned.wrong.is_some(),
-            (Error::Broken(b), Some(Fault::Kill(rank))) => {
-                b.culprit == Some(rank) && matches!(b.cause, Cause::Exited | Cause::Unreachable(_))
+            (Error::Broken(b), Some(Fault::Kill(_) | Fault::KillHost(_))) => {
+                b.culprit.is_some_and(|rank| self.killed().contains(&rank))
+                    && matches!(b.cause, Cause::Exited | Cause::Unreachable(_))
             }
             (Error::Broken(b), Some(Fault::Stop(rank))) => {
                 b.culprit == Some(rank) && matches!(b.cause, Cause::Silent { .. })

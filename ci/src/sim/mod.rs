@@ -71,6 +71,12 @@ fn work(args: &SimArgs, next: &AtomicU64, total: &Mutex<Tally>) {
                 tally.faults += u64::from(report.faulty);
                 tally.split += report.split;
                 tally.uniform_split += report.uniform_split;
+                if report.uniform_split > 0 {
+                    println!(
+                        "sim: seed {seed}: {} operations are not settled alike on a rank that is blamed and lives",
+                        report.uniform_split
+                    );
+                }
                 tally.uniform += u64::from(report.uniform && report.faulty);
                 tally.reformed += u64::from(report.reformed);
                 continue;
@@ -118,7 +124,7 @@ pub fn run(args: &SimArgs) -> i32 {
     let failed = tally.failed;
     let seconds = start.elapsed().as_secs_f64();
     println!(
-        "simulated {} clusters ({} with faults) from seed {}: {} operations ended, {:.0} clusters a minute; {} failed",
+        "sim: {} clusters ({} with faults) from seed {}: {} operations ended, {:.0} clusters a minute; {} failed",
         tally.clusters,
         tally.faults,
         args.seed,
@@ -131,6 +137,6 @@ pub fn run(args: &SimArgs) -> i32 {
          a fault and uniform completion",
         tally.split, tally.uniform_split, tally.uniform
     );
-    println!("epochs that followed a fault: {}", tally.reformed);
+    println!("sim: epochs that followed a fault: {}", tally.reformed);
     i32::from(failed > 0)
 }

@@ -17,8 +17,10 @@ pub struct State {
 }
 
 impl State {
-    pub fn open(long: bool) -> State {
-        State { path: long.then(|| repository().join("target/ci/long-state")), commit: commit() }
+    pub fn open(long: bool, share: u64) -> State {
+        // What was found with other counts is another finding.
+        let name = format!("target/ci/long-state-{share}");
+        State { path: long.then(|| repository().join(name)), commit: commit() }
     }
 
     /// What an earlier run found, if it passed at this commit.
@@ -68,7 +70,7 @@ fn commit() -> String {
 }
 
 /// Writes `ci/EVIDENCE.md`.
-pub fn write(rows: &[Row]) -> std::io::Result<()> {
+pub fn write(rows: &[Row], share: u64) -> std::io::Result<()> {
     let processor = fs::read_to_string("/proc/cpuinfo")
         .ok()
         .and_then(|text| text.lines().find(|l| l.starts_with("model name")).map(str::to_owned))
@@ -79,6 +81,7 @@ pub fn write(rows: &[Row]) -> std::io::Result<()> {
     let _ = writeln!(text, "- commit: {}", commit());
     let _ = writeln!(text, "- date: {}", output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]));
     let _ = writeln!(text, "- machine: {cores} cores, {processor}");
+    let _ = writeln!(text, "- counts of faults, seeds and mutants: {share} % of the full ones");
     let _ = writeln!(text, "- compiler: {}\n", output("rustc", &["--version"]));
     text.push_str("| kind | result |\n| --- | --- |\n");
     for row in rows {

@@ -21,7 +21,10 @@ pub struct Settings {
     /// Full counts; resumes where an earlier run of the same commit ended, and writes ci/EVIDENCE.md.
     #[arg(long)]
     long: bool,
-    /// Only the steps whose names contain this.
+    /// With --long: of a hundred parts of the counts of faults, seeds and mutants, so many.
+    #[arg(long, default_value_t = 100)]
+    share: u64,
+    /// Only the steps whose names contain this; with --long those that have passed stay on the page.
     #[arg(long)]
     only: Option<String>,
 }
@@ -47,14 +50,13 @@ struct Row {
 
 pub fn run(settings: &Settings) -> i32 {
     let begin = Instant::now();
-    let state = evidence::State::open(settings.long);
+    let state = evidence::State::open(settings.long, settings.share);
     let mut rows = Vec::new();
-    for step in steps::all(settings.long) {
-        if settings.only.as_ref().is_some_and(|only| !step.name.contains(only.as_str())) {
-            continue;
-        }
+    for step in steps::all(steps::Scale { long: settings.long, share: settings.share }) {
+        let wanted = settings.only.as_ref().is_none_or(|only| step.name.contains(only.as_str()));
         let row = match state.known(step.name) {
             Some(row) => row,
+            None if !wanted => continue,
             None => {
                 println!("=== {}", step.name);
                 let row = run_step(&step);
@@ -67,7 +69,7 @@ pub fn run(settings: &Settings) -> i32 {
     }
     print_table(&rows, begin.elapsed());
     if settings.long
-        && let Err(error) = evidence::write(&rows)
+        && let Err(error) = evidence::write(&rows, settings.share)
     {
         eprintln!("the evidence cannot be written: {error}");
         return 1;
@@ -171,7 +173,7 @@ fn before(line: &str, word: &str) -> u64 {
 
 /// The lines in which our own tasks say what they found.
 fn remark(output: &str) -> String {
-    const TASKS: [&str; 10] = [
+    const TASKS: [&str; 14] = [
         "matrix: ",
         "strict: ",
         "order: ",
@@ -182,6 +184,10 @@ fn remark(output: &str) -> String {
         "figures: ",
         "huge: ",
         "fuzz: ",
+        "churn: ",
+        "scarce: ",
+        "decoders: ",
+        "mutants: ",
     ];
     let told = output.lines().filter(|line| TASKS.iter().any(|task| line.starts_with(task)));
     told.collect::<Vec<_>>().join("; ")
