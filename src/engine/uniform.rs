@@ -11,6 +11,7 @@ use crate::membership::ledger::{Ledger, Step};
 use crate::membership::vote::Marks;
 use crate::types::{Rank, SetId};
 use crate::wire;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 /// The tree of the global set, as the verdict round wants it.
@@ -27,14 +28,17 @@ impl Engine {
         let Some(set) = self.sets.get(&id).filter(|set| set.size() > 1 && set.departed.is_none()) else {
             return;
         };
-        if !self.ledgers.contains_key(&id) {
-            let Some(coordinator) = &set.coordinator else { return };
-            let rank = |member: crate::types::Member| set.ranks[member.0 as usize];
-            let parent = coordinator.parent();
-            let children = coordinator.neighbours().filter(|&member| Some(member) != parent).map(rank);
-            self.ledgers.insert(id, Ledger::new(parent.map(rank), children));
-        }
-        let place = self.ledgers.get_mut(&id).expect("just made").enter(op);
+        let ledger = match self.ledgers.entry(id) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(place) => {
+                let Some(coordinator) = &set.coordinator else { return };
+                let rank = |member: crate::types::Member| set.ranks[member.0 as usize];
+                let parent = coordinator.parent();
+                let children = coordinator.neighbours().filter(|&member| Some(member) != parent).map(rank);
+                place.insert(Ledger::new(parent.map(rank), children))
+            }
+        };
+        let place = ledger.enter(op);
         if let Some(operation) = op.and_then(|op| self.ops.get_mut(&op)) {
             operation.place = Some(place);
         }

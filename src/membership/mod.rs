@@ -247,7 +247,10 @@ impl Membership {
             return self.conclude();
         };
         (settling.phase, settling.until) = (Phase::Ballots, None);
-        self.departed.keys().copied().chain(settling.gravest.culprit).for_each(|rank| vote.without(rank));
+        // One that has sent what is wrong lives, and has released what it has.
+        let lives = matches!(settling.gravest.cause, Cause::Corrupted(_) | Cause::Misbehaved(_));
+        let culprit = settling.gravest.culprit.filter(|_| !lives);
+        self.departed.keys().copied().chain(culprit).for_each(|rank| vote.without(rank));
         self.count_votes();
     }
 
