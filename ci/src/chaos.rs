@@ -146,7 +146,7 @@ impl Scene {
             ranks: settings.ranks,
             transport: ["shm", "tcp"][(turn % 2) as usize],
             collective: COLLECTIVES[(turn % 6) as usize].0,
-            uniform: turn / 2 % 2 == 0,
+            uniform: (turn / 2).is_multiple_of(2),
             seed: settings.seed.wrapping_mul(1000) + turn,
         }
     }

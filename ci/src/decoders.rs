@@ -26,7 +26,9 @@ pub struct Settings {
 const INPUT_BYTES_MAX: usize = 400;
 const INPUTS_MAX: usize = 500;
 
-pub const TARGETS: [(&str, fn(&[u8])); 4] = [
+type Target = (&'static str, fn(&[u8]));
+
+const TARGETS: [Target; 4] = [
     ("agreement", targets::agreement),
     ("coordinator", targets::coordinator),
     ("message", targets::message),
