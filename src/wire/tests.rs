@@ -289,6 +289,9 @@ fn shapes_whose_product_overflows_do_not_fit() {
     assert!(fits(&tensor(&[1 << 44])).is_ok());
     assert!(fits(&tensor(&[(1 << 44) + 1])).is_err());
     assert!(fits(&tensor(&[1; 65])).is_err());
+    let of = |ranks: &[u32]| Signature { ranks: ranks.iter().copied().map(Rank).collect(), ..tensor(&[1]) };
+    assert!(fits(&of(&[0, RANKS_MAX as u32 - 1])).is_ok());
+    assert!(fits(&of(&[0, RANKS_MAX as u32])).is_err());
 }
 
 #[test]
@@ -298,7 +301,7 @@ fn headers_refuse_flags_that_a_kind_has_not() {
             let mut bytes = Vec::new();
             a::put_header(&mut bytes, kind, flags);
             let allowed = match kind {
-                Kind::Up => flags < 4,
+                Kind::Up => flags < 8,
                 Kind::Cut => flags < 2,
                 _ => flags == 0,
             };

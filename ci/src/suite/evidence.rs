@@ -17,18 +17,18 @@ pub struct State {
 }
 
 impl State {
-    pub fn open(long: bool, share: u64) -> State {
-        // What was found with other counts is another finding.
-        let name = format!("target/ci/long-state-{share}");
-        State { path: long.then(|| repository().join(name)), commit: commit() }
+    pub fn open(long: bool) -> State {
+        State { path: long.then(|| repository().join("target/ci/long-state")), commit: commit() }
     }
 
-    /// What an earlier run found, if it passed at this commit.
-    pub fn known(&self, name: &str) -> Option<Row> {
+    /// What an earlier run found, if it passed at this commit with such a share of the counts; the greatest.
+    pub fn known(&self, name: &str, least: u64) -> Option<Row> {
         let text = fs::read_to_string(self.path.as_ref()?).ok()?;
-        text.lines().find_map(|line| {
+        let rows = text.lines().filter_map(|line| {
             let fields: Vec<&str> = line.split('\t').collect();
-            let &[commit, found, passed, skipped, seconds, remark] = fields.as_slice() else { return None };
+            let &[commit, found, passed, skipped, seconds, share, remark] = fields.as_slice() else {
+                return None;
+            };
             if commit != self.commit || found != name {
                 return None;
             }
@@ -37,9 +37,11 @@ impl State {
                 name: name.to_owned(),
                 ending: Ending::Passed(count),
                 seconds: seconds.parse().ok()?,
+                share: share.parse().ok()?,
                 remark: remark.to_owned(),
             })
-        })
+        });
+        rows.filter(|row| row.share >= least).max_by_key(|row| row.share)
     }
 
     /// Notes a step that passed. A tree with changes is no commit, so nothing is noted there.
@@ -49,8 +51,8 @@ impl State {
             return;
         }
         let line = format!(
-            "{}\t{}\t{}\t{}\t{:.0}\t{}\n",
-            self.commit, row.name, count.passed, count.skipped, row.seconds, row.remark
+            "{}\t{}\t{}\t{}\t{:.0}\t{}\t{}\n",
+            self.commit, row.name, count.passed, count.skipped, row.seconds, row.share, row.remark
         );
         let opened = fs::OpenOptions::new().create(true).append(true).open(path);
         if let Err(error) = opened.and_then(|mut file| file.write_all(line.as_bytes())) {
@@ -70,7 +72,7 @@ fn commit() -> String {
 }
 
 /// Writes `ci/EVIDENCE.md`.
-pub fn write(rows: &[Row], share: u64) -> std::io::Result<()> {
+pub fn write(rows: &[Row]) -> std::io::Result<()> {
     let processor = fs::read_to_string("/proc/cpuinfo")
         .ok()
         .and_then(|text| text.lines().find(|l| l.starts_with("model name")).map(str::to_owned))
@@ -81,11 +83,12 @@ pub fn write(rows: &[Row], share: u64) -> std::io::Result<()> {
     let _ = writeln!(text, "- commit: {}", commit());
     let _ = writeln!(text, "- date: {}", output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]));
     let _ = writeln!(text, "- machine: {cores} cores, {processor}");
-    let _ = writeln!(text, "- counts of faults, seeds and mutants: {share} % of the full ones");
     let _ = writeln!(text, "- compiler: {}\n", output("rustc", &["--version"]));
     text.push_str("| kind | result |\n| --- | --- |\n");
     for row in rows {
-        let _ = writeln!(text, "| {} | {} |", row.name, describe(row).replace('|', "\\|"));
+        let share =
+            if row.share < 100 { format!(" ({} % of the full counts)", row.share) } else { String::new() };
+        let _ = writeln!(text, "| {} | {}{share} |", row.name, describe(row).replace('|', "\\|"));
     }
     text.push('\n');
     for row in rows.iter().filter(|row| !row.remark.is_empty()) {
