@@ -37,7 +37,7 @@ pub struct Settings {
 
 const FOLDERS: [&str; 3] = ["src/coordinator", "src/membership", "src/wire"];
 /// Whoever tests that long hangs.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(240);
 
 /// What is put in the place of what; the first that a place allows is not preferred.
 const TURNS: [(&str, &str); 16] = [
