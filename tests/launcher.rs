@@ -455,10 +455,6 @@ fn what_only_prints_needs_no_job() {
     let titles =
         |out: &str| out.lines().map(|line| line.get(..20).unwrap_or(line).to_owned()).collect::<Vec<_>>();
     assert_eq!(titles(&text(&run(&["-cb"]).stdout)), titles(&out));
-    // How much memory is free changes.
-    let steady =
-        |out: &str| out.lines().filter(|l| !l.contains("free")).map(str::to_owned).collect::<Vec<_>>();
-    assert_eq!(steady(&text(&run(&["-cb"]).stdout)), steady(&out));
 
     let output = carolerun(&["--print-config", "--transport", "tcp"])
         .env("HOROVOD_FUSION_THRESHOLD", "1024")
