@@ -57,7 +57,8 @@
 //! * No byte of a connection is believed before it has proven (job, rank, epoch); no length is believed
 //!   before it was held against [`limits`].
 //! * A failure ends the *epoch*: everybody gets the same [`error::Broken`], the gravest cause of those that were
-//!   noticed at once ([`membership`]), and those that are left form the next one ([`membership::regroup`]). Only a rank to which there is a link is missed, so the ranks hang together
+//!   noticed at once ([`membership`]), and those that are left form the next one ([`membership::regroup`]). Where
+//!   completion is uniform they have the same outcome for every collective ([`membership::ledger`]). Only a rank to which there is a link is missed, so the ranks hang together
 //!   from the first traffic on.
 //! * After a shape is first seen nothing is allocated.
 //! * [`memory`] is the one place where a name of memory becomes an address.
@@ -83,9 +84,13 @@
 //! * *Doors instead of votes by message.* After an epoch the ranks come together at one place, whose machine
 //!   ([`membership::regroup`]) decides: the launcher's rendezvous in an elastic job, else the doors of the lowest rank
 //!   that lives ([`rendezvous::reform`]). Open doors tell that a rank lives, closed ones that it has ended.
-//! * *Not there yet*: uniform completion (held and released marks) and the verdict round that settle what some
-//!   ranks had finished when an epoch broke (changes of process sets excepted, which the next epoch settles); step
-//!   plans (their seam is described in [`coordinator`]).
+//! * *Uniform completion is a knob* (`CAROLE_UNIFORM`), on by itself in elastic jobs only: marks of what is held and
+//!   released travel as messages of the tree ([`membership::ledger`]), which a small operation that is waited for alone
+//!   feels. Marks on boards would make it cheap enough within a host to be always on; they are not there yet.
+//! * *One death at a time is settled for certain.* In the verdict round ([`membership::vote`]) a rank that has heard nothing
+//!   for a second goes by what it knows. Nobody compares verdicts when the next epoch forms, so where several ranks die in
+//!   the same moment two survivors may differ about the last operations; the meeting should exclude the fewer.
+//! * *Not there yet*: step plans (their seam is described in [`coordinator`]).
 //!
 //! # Vocabulary
 //! *rank* a process; *process set* ranks that agree among themselves; *member* a rank's place in a set;

@@ -55,6 +55,8 @@ pub const SPARE_BYTES_MAX: usize = 256 << 20;
 pub const SPARE_BLOCKS_MAX: usize = 64;
 /// Agreement messages kept for process sets that this rank has not made yet.
 pub const EARLY_MESSAGES_MAX: usize = 4096;
+/// Process sets whose marks a ballot carries when an epoch breaks: the lowest ones.
+pub const BALLOT_SETS_MAX: usize = 4096;
 /// Windows of one batch.
 pub const WINDOWS_MAX: u32 = 256;
 /// Reasons and messages that come from a peer are cut to this many bytes.
@@ -80,6 +82,7 @@ const _: () = {
     assert!(EAGER_BYTES_MAX <= FRAME_BYTES_MAX);
     assert!(FRAME_BYTES_MAX < SHM_RING_BYTES);
     assert!(NAME_BYTES_MAX * 4 < CONTROL_BYTES_MAX);
+    assert!(BALLOT_SETS_MAX * 16 + NAME_BYTES_MAX + RANKS_MAX * 5 < CONTROL_BYTES_MAX);
     assert!(HEARTBEAT_MS * 4 < SILENCE_MS);
     assert!(BOARD_SLOT_BYTES / (BOARD_MEMBERS_MAX - 1) >= 4096);
     assert!(SHM_RING_BYTES.is_power_of_two() && SHM_CONTROL_BYTES.is_power_of_two());

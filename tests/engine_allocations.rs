@@ -66,6 +66,7 @@ fn engine(network: &Network, me: u32) -> Engine {
             plans_max: 64,
         },
         membership: membership::Rules::default(),
+        uniform: false,
         sets: Vec::new(),
         next_set: 1,
     };

@@ -3,10 +3,11 @@
 
 mod launched;
 
-use carole::rendezvous::proof::{Handshake, Hello, PROTOCOL, Purpose, SERVICE};
+use carole::rendezvous::proof::{Handshake, Hello, Purpose, SERVICE};
 use carole::rendezvous::secret::Secret;
 use carole::runtime::{self, Options, typed};
 use carole::types::{Epoch, Rank, ReduceOp};
+use carole::wire::PROTOCOL;
 use launched::{Job, kill, until};
 use rustix::process::{Signal, getpid, kill_process};
 use std::io::{Read, Write};

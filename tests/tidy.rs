@@ -30,11 +30,12 @@ const UNSAFE_ALLOWED: [&str; 19] = [
 ];
 
 /// What may stand at the top of the repository.
-const TOP: [&str; 16] = [
+const TOP: [&str; 17] = [
     ".ci",
     ".config",
     ".gitignore",
     "CHANGELOG.md",
+    "SECURITY.md",
     "Cargo.lock",
     "Cargo.toml",
     "LICENSE",

@@ -1,9 +1,10 @@
 //! Ranks killed and stopped at random moments: every survivor ends its calls with the same `Broken` error that
-//! names the culprit, and a stopped rank that resumes finds itself fenced. Also the job that the intruders
-//! knock at: the same loop, but nobody dies.
+//! names the culprit, and a stopped rank that resumes finds itself fenced. Where completion is uniform all survivors
+//! have completed as many operations. Ranks killed while the others start or leave: nobody hangs. Also the job
+//! that the intruders knock at: the same loop, but nobody dies.
 #![forbid(unsafe_code)]
 
-use crate::call::{self, Target, Tensor};
+use crate::call::{self, Operation, Target, Tensor};
 use crate::job::{Job, Plan};
 use crate::random::Random;
 use crate::{Count, Verdict};
@@ -11,7 +12,7 @@ use carole::error::Error;
 use carole::runtime::{self, Request};
 use carole::types::{Collective, DType, ReduceOp};
 use clap::Args;
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, setrlimit};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// What to run.
@@ -23,6 +24,12 @@ pub struct Settings {
     /// Ranks stopped, one a job.
     #[arg(long, default_value_t = 3)]
     stops: u64,
+    /// Ranks killed while the others come together, one a job.
+    #[arg(long, default_value_t = 2)]
+    starts: u64,
+    /// Ranks killed about when all leave, one a job.
+    #[arg(long, default_value_t = 3)]
+    teardowns: u64,
     #[arg(long, default_value_t = 4)]
     ranks: u32,
     #[arg(long, default_value_t = 1)]
@@ -41,7 +48,24 @@ pub struct RankSettings {
     /// Ends in an orderly way after this long.
     #[arg(long, default_value_t = 120_000)]
     for_ms: u64,
+    /// Which collective goes between the sums.
+    #[arg(long, default_value = "allreduce")]
+    collective: String,
+    /// Files that this process may have open.
+    #[arg(long)]
+    descriptors: Option<u64>,
 }
+
+const COLLECTIVES: [(&str, Collective); 6] = [
+    ("allreduce", Collective::Allreduce),
+    ("broadcast", Collective::Broadcast),
+    ("allgather", Collective::Allgather),
+    ("alltoall", Collective::Alltoall),
+    ("reducescatter", Collective::Reducescatter),
+    ("barrier", Collective::Barrier),
+];
+/// Operations that are in flight together.
+const TOGETHER: u64 = 4;
 
 /// Whoever says nothing for so long will never say it.
 const COLLECT: Duration = Duration::from_secs(60);
@@ -62,21 +86,22 @@ pub fn run(settings: &Settings) -> Verdict {
     let mut count = Count::default();
     for (blow, times) in [(Blow::Kill, settings.kills), (Blow::Stop, settings.stops)] {
         let mut delays = Vec::new();
+        let mut uniform = 0;
         for turn in 0..times {
-            let transport = ["shm", "tcp"][(turn % 2) as usize];
-            let seed = settings.seed.wrapping_mul(1000) + turn;
-            let found = strike(settings.ranks, transport, blow, seed);
-            delays.extend(found.map_err(|words| {
-                format!("{words}\n  ({} ranks, {transport}, seed {seed})", settings.ranks)
-            })?);
+            let scene = Scene::new(settings, turn);
+            uniform += u64::from(scene.uniform);
+            let found = scene.strike(blow);
+            delays.extend(found.map_err(|words| format!("{words}\n  ({scene:?})"))?);
             count.passed += 1;
         }
         let late = delays.iter().filter(|&&ms| ms > blow.limit_ms()).count();
         println!(
-            "chaos: {times} ranks {}; {} survivors, all with the same error; the last knew after {:.0} ms; {late} \
-             later than {:.0} ms",
+            "chaos: {times} ranks {}; {} survivors, all with the same error, and in {uniform} jobs with uniform \
+             completion as many operations done; half knew after {:.0} ms, the last after {:.0} ms; {late} later than \
+             {:.0} ms",
             if blow == Blow::Kill { "killed" } else { "stopped" },
             delays.len(),
+            median(&mut delays),
             delays.iter().copied().fold(0.0, f64::max),
             blow.limit_ms()
         );
@@ -84,21 +109,94 @@ pub fn run(settings: &Settings) -> Verdict {
             return Err(format!("{late} verdicts came late"));
         }
     }
+    for (starts, times) in [(true, settings.starts), (false, settings.teardowns)] {
+        let mut longest = 0f64;
+        for turn in 0..times {
+            let scene = Scene::new(settings, turn);
+            longest =
+                longest.max(scene.interrupt(starts).map_err(|words| format!("{words}\n  ({scene:?})"))?);
+            count.passed += 1;
+        }
+        println!(
+            "chaos: {times} ranks killed while the others {}; all ended, the last after {longest:.1} s",
+            if starts { "came together" } else { "left" }
+        );
+    }
     Ok(count)
 }
 
-/// One job, one blow: how many milliseconds each survivor took to know.
-fn strike(ranks: u32, transport: &str, blow: Blow, seed: u64) -> Result<Vec<f64>, String> {
+fn median(delays: &mut [f64]) -> f64 {
+    delays.sort_by(f64::total_cmp);
+    delays.get(delays.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// One job that something happens to.
+#[derive(Debug)]
+struct Scene {
+    ranks: u32,
+    transport: &'static str,
+    collective: &'static str,
+    uniform: bool,
+    seed: u64,
+}
+
+impl Scene {
+    fn new(settings: &Settings, turn: u64) -> Scene {
+        Scene {
+            ranks: settings.ranks,
+            transport: ["shm", "tcp"][(turn % 2) as usize],
+            collective: COLLECTIVES[(turn % 6) as usize].0,
+            uniform: (turn / 2).is_multiple_of(2),
+            seed: settings.seed.wrapping_mul(1000) + turn,
+        }
+    }
+
+    fn plan(&self, more: &[&str]) -> Plan {
+        let seed = self.seed.to_string();
+        let args = ["chaos", "--collective", self.collective, "--seed", &seed];
+        Plan {
+            args: args.iter().chain(more).map(|&arg| arg.to_owned()).collect(),
+            size: self.ranks,
+            hosts: 1,
+            places: Vec::new(),
+            knobs: vec![
+                ("CAROLE_TRANSPORT", self.transport.to_owned()),
+                ("CAROLE_UNIFORM", u8::from(self.uniform).to_string()),
+                silence(),
+            ],
+            limit: Duration::from_secs(180),
+        }
+    }
+
+    /// A rank is killed while the others come together or leave: how many seconds until all had ended.
+    fn interrupt(&self, starts: bool) -> Result<f64, String> {
+        let mut random = Random::new(&[self.seed, 0xC4A06]);
+        let victim = random.below(u64::from(self.ranks)) as u32;
+        let mut plan = self.plan(&["--for-ms", "400"]);
+        plan.knobs.push(("CAROLE_START_TIMEOUT_S", "5".to_owned()));
+        plan.limit = Duration::from_secs(60);
+        let job = plan.start()?;
+        if !starts {
+            wait_until_running(&job, self.ranks)?;
+        }
+        std::thread::sleep(Duration::from_millis(random.below(if starts { 100 } else { 800 })));
+        let struck = Instant::now();
+        // It may have ended in good order already.
+        let _ = job.signal(victim, Signal::KILL);
+        job.finish()?;
+        Ok(struck.elapsed().as_secs_f64())
+    }
+
+    /// One job, one blow: how many milliseconds each survivor took to know.
+    fn strike(&self, blow: Blow) -> Result<Vec<f64>, String> {
+        strike(&self.plan(&[]), blow, self.seed)
+    }
+}
+
+fn strike(plan: &Plan, blow: Blow, seed: u64) -> Result<Vec<f64>, String> {
+    let ranks = plan.size;
     let mut random = Random::new(&[seed, 0xC4A05]);
     let victim = random.below(u64::from(ranks)) as u32;
-    let plan = Plan {
-        args: ["chaos", "--seed"].map(str::to_owned).into_iter().chain([seed.to_string()]).collect(),
-        size: ranks,
-        hosts: 1,
-        places: Vec::new(),
-        knobs: vec![("CAROLE_TRANSPORT", transport.to_owned()), silence()],
-        limit: Duration::from_secs(180),
-    };
     let job = plan.start()?;
     wait_until_running(&job, ranks)?;
     std::thread::sleep(Duration::from_millis(random.below(500)));
@@ -185,7 +283,15 @@ pub fn now_ms() -> f64 {
 
 /// One rank: sums of all sizes until something breaks or the time is over.
 pub fn rank(settings: &RankSettings) -> Result<(), String> {
+    if let Some(most) = settings.descriptors {
+        let limit = Rlimit { current: Some(most), maximum: Some(most) };
+        setrlimit(Resource::Nofile, limit).map_err(|error| error.to_string())?;
+    }
     runtime::init(&runtime::Options::default()).map_err(|error| error.to_string())?;
+    let between = COLLECTIVES.iter().find(|(name, _)| *name == settings.collective);
+    let between = between.ok_or("a collective that is not in the list")?.1;
+    let uniform = std::env::var("CAROLE_UNIFORM").is_ok_and(|value| value == "1");
+    let mut done = 0;
     let begin = Instant::now();
     // All ranks must run equally many, so the seed decides sizes and one of them decides the end.
     let mut random = Random::new(&[settings.seed]);
@@ -193,11 +299,15 @@ pub fn rank(settings: &RankSettings) -> Result<(), String> {
     println!("running");
     for step in 0u64.. {
         let elements = 1 << random.below(18);
-        match one_sum(elements, begin.elapsed() >= Duration::from_millis(settings.for_ms), step) {
+        let end = begin.elapsed() >= Duration::from_millis(settings.for_ms);
+        let outcome = together(between, 1 + random.below(2000), &mut done)
+            .and_then(|()| one_sum(elements, end, step).inspect(|_| done += 1));
+        match outcome {
             Ok(false) => {}
             Ok(true) => break,
             Err(error @ Error::Broken(_)) => {
-                println!("broken {:.3} {error}", now_ms());
+                let after = if uniform { format!("after {done} operations: ") } else { String::new() };
+                println!("broken {:.3} {after}{error}", now_ms());
                 // The group is gone; so that the parent sees all survivors' words, none is waited for.
                 return runtime::shutdown().map_err(|error| error.to_string());
             }
@@ -207,6 +317,28 @@ pub fn rank(settings: &RankSettings) -> Result<(), String> {
     println!("finished");
     call::barrier().map_err(|error| error.to_string())?;
     runtime::shutdown().map_err(|error| error.to_string())
+}
+
+/// Some operations in flight together; counts those that are complete, also when the epoch breaks.
+fn together(collective: Collective, rows: u64, done: &mut u64) -> Result<(), Error> {
+    let rows = rows * u64::from(runtime::world()?.size);
+    let names: Vec<String> = (0..TOGETHER).map(|i| format!("together.{i}.{rows}")).collect();
+    let mut operations = Vec::new();
+    for name in &names {
+        let request = Request { name: Some(name), collective, op: ReduceOp::Sum, ..Request::default() };
+        let input = vec![1; 8 * rows as usize];
+        let tensor = Tensor { dtype: DType::I64, shape: vec![rows], input, place: Target::Engine };
+        let tensors = if collective == Collective::Barrier { Vec::new() } else { vec![tensor] };
+        operations.push(Operation::submit(&request, tensors));
+    }
+    let mut outcome = Ok(());
+    for operation in operations {
+        match operation.and_then(Operation::wait) {
+            Ok(_) => *done += 1,
+            Err(error) => outcome = Err(error),
+        }
+    }
+    outcome
 }
 
 /// One sum; whether some rank wants to end.

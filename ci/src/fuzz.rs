@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::install_c::repository;
-use crate::{Count, Verdict};
+use crate::{Count, Verdict, decoders};
 use clap::Args;
 use std::process::{Command, Stdio};
 
@@ -15,6 +15,9 @@ pub struct Settings {
     /// Only the targets whose names contain this.
     #[arg(long)]
     only: Option<String>,
+    /// Writes the smallest corpus that reaches as much to ci/fuzz/seeds.
+    #[arg(long)]
+    keep: bool,
 }
 
 pub fn run(settings: &Settings) -> Verdict {
@@ -31,10 +34,26 @@ pub fn run(settings: &Settings) -> Verdict {
             continue;
         }
         println!("fuzz: {target} for {} s", settings.seconds);
+        let corpus = repository().join("ci/fuzz/corpus").join(&target);
+        unpack(&target, &corpus)?;
         cargo(&["fuzz", "run", "--fuzz-dir", "ci/fuzz", &target, "--", &seconds, "-print_final_stats=1"])?;
+        if settings.keep {
+            cargo(&["fuzz", "cmin", "--fuzz-dir", "ci/fuzz", &target])?;
+            println!("fuzz: {} inputs of {target} are kept", decoders::keep(&target, &corpus)?);
+        }
         count.passed += 1;
     }
     Ok(count)
+}
+
+/// Lays the committed inputs where the fuzzer looks for them.
+fn unpack(target: &str, corpus: &std::path::Path) -> Result<(), String> {
+    std::fs::create_dir_all(corpus).map_err(|e| format!("{}: {e}", corpus.display()))?;
+    for (number, input) in decoders::seeds(target).unwrap_or_default().iter().enumerate() {
+        let path = corpus.join(format!("kept-{number}"));
+        std::fs::write(&path, input).map_err(|e| format!("{}: {e}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// The targets are the files of the folder, so that a new one cannot be forgotten here.

@@ -7,6 +7,8 @@
 mod agreement_sim;
 mod call;
 mod chaos;
+mod churn;
+mod decoders;
 mod figures;
 mod fuzz;
 mod hosts;
@@ -16,10 +18,12 @@ mod intrude;
 mod job;
 mod matrix;
 mod mpi;
+mod mutants;
 mod oracle;
 mod order;
 mod ptx;
 mod random;
+mod scarce;
 mod shaped;
 mod sim;
 mod ssh;
@@ -54,6 +58,10 @@ enum Task {
     Order(order::Settings),
     /// Ranks killed and stopped at random moments.
     Chaos(chaos::Settings),
+    /// Ranks killed one after another while the others form new epochs and go on.
+    Churn(churn::Settings),
+    /// Jobs with few file descriptors, or with a full /dev/shm.
+    Scarce(scarce::Settings),
     /// Garbage, scans and half-open connections on the ports of a running job.
     Intrude(intrude::Settings),
     /// Several hosts, as network namespaces around a router; takes root.
@@ -70,8 +78,12 @@ enum Task {
     Figures(figures::Settings),
     /// One tensor of more than 2^31 elements.
     Huge(huge::Settings),
+    /// The decoders on the committed corpus and on changes of it.
+    Decoders(decoders::Settings),
     /// Coverage-guided fuzzing of the decoders; installs cargo-fuzz if it is missing.
     Fuzz(fuzz::Settings),
+    /// Mutation testing of the protocol core: a random sample, from a seed.
+    Mutants(mutants::Settings),
     /// Compiles kernels/ to kernels/ptx with NVRTC from PyPI; no device is needed.
     Ptx,
     /// Installs libcarole, carole.h and carole.pc.
@@ -91,6 +103,7 @@ enum Rank {
     Strict(strict::RankSettings),
     Order(order::RankSettings),
     Chaos(chaos::RankSettings),
+    Churn,
     Figures(figures::RankSettings),
     Huge(huge::RankSettings),
     Shaped(shaped::RankSettings),
@@ -121,6 +134,8 @@ fn main() {
         Task::Strict(settings) => strict::run(&settings),
         Task::Order(settings) => order::run(&settings),
         Task::Chaos(settings) => chaos::run(&settings),
+        Task::Churn(settings) => churn::run(&settings),
+        Task::Scarce(settings) => scarce::run(&settings),
         Task::Intrude(settings) => intrude::run(&settings),
         Task::Hosts(settings) => hosts::run(&settings),
         Task::Ssh(settings) => ssh::run(&settings),
@@ -129,7 +144,9 @@ fn main() {
         Task::Mpi(settings) => mpi::run(&settings),
         Task::Figures(settings) => figures::run(&settings),
         Task::Huge(settings) => huge::run(&settings),
+        Task::Decoders(settings) => decoders::run(&settings),
         Task::Fuzz(settings) => fuzz::run(&settings),
+        Task::Mutants(settings) => mutants::run(&settings),
         Task::Ptx => ptx::run(),
         Task::InstallC { prefix } => install_c::run(&prefix),
         Task::Rank(rank) => std::process::exit(run_rank(rank)),
@@ -153,6 +170,7 @@ fn run_rank(rank: Rank) -> i32 {
         Rank::Strict(settings) => strict::rank(&settings),
         Rank::Order(settings) => order::rank(&settings),
         Rank::Chaos(settings) => chaos::rank(&settings),
+        Rank::Churn => churn::rank(),
         Rank::Figures(settings) => figures::rank(&settings),
         Rank::Huge(settings) => huge::rank(&settings),
         Rank::Shaped(settings) => shaped::rank(&settings),

@@ -8,7 +8,7 @@ use crate::error::Cause;
 use crate::limits::{CACHE_KEYS_MAX, IN_FLIGHT_MAX};
 use crate::types::{Member, SharedSignature, Signature, TensorKey, Time};
 use crate::wire::Reader;
-use crate::wire::agreement::{self as wire, Kind, Rows, URGENT, UpItem};
+use crate::wire::agreement::{self as wire, Kind, RENAMED, Rows, URGENT, UpItem};
 use crate::wire::cursor::{Members, put_members, put_varint};
 use crate::wire::signature::fits;
 use std::sync::Arc;
@@ -135,9 +135,13 @@ impl Coordinator {
         if !evicted.is_empty() {
             let mut nack = Vec::new();
             evicted.iter().for_each(|key| put_varint(&mut nack, u64::from(key.0)));
+            self.join.nacked[source] += 1;
             self.tell(self.tree.children[source - 1], Kind::Nack, 0, &nack);
         }
         self.spare.keys = evicted;
+        if flags & RENAMED != 0 {
+            self.take_answer(source, now)?;
+        }
         if self.outbox.len() > before || self.join.outbox.len() > joins || flags & URGENT != 0 {
             self.flush(flags & URGENT != 0, now);
         }
@@ -181,10 +185,13 @@ impl Coordinator {
             UpItem::Joined { members } => {
                 for member in members.iter() {
                     self.belongs(source, member)?;
-                    if self.join.has[member.0 as usize] {
+                    if self.join.has[member.0 as usize] || self.join.behind_nacked.contains(&member) {
                         return Err(misbehaved("a second join of one rank"));
                     }
-                    self.note_join(member);
+                    match self.join.nacked[source] == 0 && evicted.is_empty() {
+                        true => self.note_join(member),
+                        false => self.join.behind_nacked.push(member),
+                    }
                 }
                 if self.all_joined(source) {
                     self.evaluate_all(now);
@@ -197,6 +204,27 @@ impl Coordinator {
             }
             UpItem::Report { query, missing } => self.take_report(source, query, missing, now),
         }
+    }
+
+    /// A child has announced by name what had been refused: now it may have joined.
+    fn take_answer(&mut self, source: usize, now: Time) -> Result<(), Cause> {
+        if self.join.nacked[source] == 0 {
+            return Err(misbehaved("an answer to nothing"));
+        }
+        self.join.nacked[source] -= 1;
+        if self.join.nacked[source] > 0 || self.join.behind_nacked.is_empty() {
+            return Ok(());
+        }
+        let waiting = std::mem::take(&mut self.join.behind_nacked);
+        let (ready, rest) =
+            waiting.into_iter().partition(|&member| self.tree.source_of(member) == Some(source));
+        self.join.behind_nacked = rest;
+        let ready: Vec<Member> = ready;
+        ready.into_iter().for_each(|member| self.note_join(member));
+        if self.all_joined(source) {
+            self.evaluate_all(now);
+        }
+        Ok(())
     }
 
     fn take_ready(
@@ -306,6 +334,7 @@ impl Coordinator {
         if found != keys.len() {
             return Err(misbehaved("a refusal of a key that was not sent"));
         }
+        self.renames = true;
         self.flush(true, now);
         Ok(())
     }
@@ -342,7 +371,8 @@ impl Coordinator {
         for member in &joins {
             wire::put_joined(&mut payload, std::slice::from_ref(member));
         }
-        self.tell(parent, Kind::Up, flags, &payload);
+        let answers = if std::mem::take(&mut self.renames) { RENAMED } else { 0 };
+        self.tell(parent, Kind::Up, flags | answers, &payload);
         outbox.clear();
         self.outbox = outbox;
         self.join.outbox = joins;

@@ -244,6 +244,8 @@ pub struct Coordinator {
     outbox: Vec<u32>,
     outbox_bytes: u64,
     window_ends: Option<Time>,
+    /// What goes up next answers a `Nack`.
+    renames: bool,
     join: Join,
     /// Names in flight that each source has marked.
     marked_by: Vec<usize>,
@@ -271,6 +273,10 @@ struct Join {
     outbox: Vec<Member>,
     /// The last, at the root.
     last: Member,
+    /// Per source, `Nack`s that it has not answered. Its marks come again, and they came before its joins.
+    nacked: Vec<u32>,
+    /// Joins that wait for such an answer.
+    behind_nacked: Vec<Member>,
 }
 
 /// Memory that is used again.
@@ -309,6 +315,7 @@ impl Coordinator {
             outbox: Vec::new(),
             outbox_bytes: 0,
             window_ends: None,
+            renames: false,
             join: Join {
                 op: None,
                 behind_held: false,
@@ -316,6 +323,8 @@ impl Coordinator {
                 count: vec![0; sources],
                 outbox: Vec::new(),
                 last: Member(0),
+                nacked: vec![0; sources],
+                behind_nacked: Vec::new(),
             },
             marked_by: vec![0; sources],
             unfinished: vec![Vec::new(); sources],

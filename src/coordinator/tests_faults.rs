@@ -76,6 +76,40 @@ fn joins_at_random_points() {
     }
 }
 
+/// Joins behind marks whose keys the parent has just evicted: those marks come again, and count.
+#[test]
+fn a_join_does_not_overtake_marks_that_were_refused() {
+    let join = signature(Collective::Join, &[]);
+    let x = signature(Collective::Allreduce, &[1]);
+    let mut refused = 0;
+    for seed in 0..400 {
+        let n = [2, 3, 5, 9][seed as usize % 4];
+        let mut cluster = Cluster::new(&hosts(n, 1), Rules { cache_keys: 2, ..rules() }, seed);
+        let mut ops = vec![Vec::new(); n];
+        for step in 0..3 {
+            let mut turns: Vec<usize> = (0..n).flat_map(|m| vec![m; 5]).collect();
+            cluster.random.shuffle(&mut turns);
+            let mut next = vec![0; n];
+            for m in turns {
+                // Names in another order in each step, so that some are evicted when they are marked.
+                let name = format!("t{}", (next[m] * (step + 1)) % 5);
+                ops[m].push(cluster.try_submit(m, &name, true, &x, &[], None).unwrap());
+                next[m] += 1;
+                if next[m] == 5 {
+                    cluster.submit(m, "", &join);
+                }
+                let until = cluster.now.after_ns(cluster.random.below(40_000));
+                cluster.run(until);
+            }
+            cluster.settle();
+        }
+        check_all_ran(&cluster, &ops);
+        cluster.check_finished();
+        refused += cluster.logs[0].iter().filter(|line| line.contains("Member")).count();
+    }
+    assert_eq!(refused, 0, "nobody was absent");
+}
+
 #[test]
 fn a_joined_root_fails_the_operation_in_clear_words() {
     let mut cluster = Cluster::new(&hosts(3, 0), rules(), 4);

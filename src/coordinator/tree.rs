@@ -69,7 +69,9 @@ impl Tree {
     }
 }
 
-fn parents(hosts: &[u32]) -> Vec<Option<u32>> {
+/// The parent of each member, given the members' hosts; lower than the member.
+#[must_use]
+pub fn parents(hosts: &[u32]) -> Vec<Option<u32>> {
     let mut place: BTreeMap<u32, usize> = BTreeMap::new();
     let mut members_of: Vec<Vec<u32>> = Vec::new();
     for (member, host) in hosts.iter().enumerate() {

@@ -143,6 +143,8 @@ impl Engine {
         for id in concerned {
             let set = self.sets.get_mut(&id).expect("just seen");
             set.departed.get_or_insert(who);
+            self.dissolve_ledger(id);
+            let Some(set) = self.sets.get(&id) else { continue };
             if !clean {
                 // It takes no further part in what had been agreed.
                 self.close_set(id, who, now);
@@ -157,6 +159,7 @@ impl Engine {
     fn close_set(&mut self, id: SetId, who: Rank, now: Time) {
         // What came before the news is run and passed on first.
         self.turn_coordinator(id, now);
+        self.dissolve_ledger(id);
         let Some(set) = self.sets.get_mut(&id) else { return };
         // The first that left may not be the one whose news closes the set: others may have left for its sake.
         let first = self.leavers.iter().map(|&(leaver, _)| leaver).find(|&r| set.member_of(r).is_some());

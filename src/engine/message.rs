@@ -57,6 +57,7 @@ impl Engine {
         operation.set = m.set;
         operation.remaining = 1;
         operation.agreed = true;
+        operation.place = None;
         operation.tensors.clear();
         operation.outcome.tensors.clear();
         if !m.sends {

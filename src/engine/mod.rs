@@ -10,6 +10,7 @@ mod batch;
 mod boards;
 mod departure;
 pub mod driver;
+mod epoch;
 pub mod handles;
 mod inline;
 mod links;
@@ -21,16 +22,18 @@ pub mod passage;
 pub mod plan;
 mod sets;
 mod spin;
+mod uniform;
 
 pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
 
 use crate::coordinator::{self, OpId, Rules};
 use crate::device::host::HostDevice;
-use crate::error::{Broken, Cause, Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::fusion::{self, Fusion};
 use crate::hash::Map;
 use crate::limits;
+use crate::membership::ledger::Ledger;
 use crate::membership::{self, Membership};
 use crate::memory::{Memory, OwnedBytes, Region};
 use crate::run::Order;
@@ -64,6 +67,8 @@ pub struct EngineSetup {
     pub plans: PlanRules,
     /// When silence is taken for death.
     pub membership: membership::Rules,
+    /// Whether an operation that is complete on one rank is so on all, though the epoch breaks (uniform completion).
+    pub uniform: bool,
     /// Process sets of the epoch before, by their numbers, besides the global one.
     pub sets: Vec<(SetId, Vec<Rank>)>,
     /// The number of the next process set; all lower ones were given.
@@ -105,6 +110,8 @@ pub struct Engine {
     sets: BTreeMap<SetId, ProcessSet>,
     next_set: u32,
     membership: Membership,
+    /// Where completion is uniform: the marks of each set.
+    ledgers: BTreeMap<SetId, Ledger>,
     ops: Map<OpId, Operation>,
     /// The algorithm of the batch that was started last.
     last_algorithm: Option<&'static str>,
@@ -152,6 +159,7 @@ impl Engine {
     #[must_use]
     pub fn new(setup: EngineSetup, fabric: Box<dyn Fabric>) -> Engine {
         let size = setup.hosts.len() as u32;
+        let membership = Membership::new(setup.epoch, setup.me, size, setup.membership);
         let mut engine = Engine {
             me: setup.me,
             epoch: setup.epoch,
@@ -163,7 +171,11 @@ impl Engine {
             fusion: Fusion::default(),
             sets: BTreeMap::new(),
             next_set: 0,
-            membership: Membership::new(setup.epoch, setup.me, size, setup.membership),
+            membership: match setup.uniform {
+                true => membership.with_votes(uniform::parents(&setup.hosts)),
+                false => membership,
+            },
+            ledgers: BTreeMap::new(),
             ops: Map::default(),
             last_algorithm: None,
             spare_ops: Vec::new(),
@@ -230,6 +242,7 @@ impl Engine {
         operation.tensors.extend_from_slice(submission.tensors);
         operation.remaining = 0;
         operation.agreed = false;
+        operation.place = None;
         operation.name.clear();
         operation.name.push_str(submission.name);
         self.ops.insert(submission.op, operation);
@@ -291,6 +304,7 @@ impl Engine {
             self.take_seats(now);
             moved |= self.turn_coordinators(now);
             moved |= self.turn_seats();
+            moved |= self.turn_ledgers();
         }
         let settled = !moved && self.departing.is_empty() && self.unmet.is_empty();
         self.quiet_until = settled.then(|| self.poll_timeout().unwrap_or(Time(u64::MAX)));
@@ -340,6 +354,11 @@ impl Engine {
                         self.membership.abort(peer, broken);
                         Ok(())
                     }
+                    Ok(wire::Message::Mark { set, mark }) => self.hear_mark(peer, set, mark),
+                    Ok(wire::Message::Ballot { verdict, broken, marks }) => {
+                        self.membership.ballot(peer, verdict, broken, marks);
+                        Ok(())
+                    }
                     Err(malformed) => Err(Cause::Misbehaved(malformed.0.to_string())),
                 };
                 if let Err(cause) = outcome {
@@ -383,69 +402,20 @@ impl Engine {
         }
     }
 
-    fn turn_membership(&mut self, now: Time) -> bool {
-        for place in 0..self.links.up().len() {
-            let peer = self.links.up()[place];
-            if let Some(heard) = self.links.heard(peer) {
-                self.membership.heard(peer, heard);
-            }
-        }
-        if self.membership.poll_timeout().is_some_and(|at| at <= now) {
-            self.membership.handle_timeout(now);
-        }
-        let mut moved = false;
-        let was_broken = self.broken.is_some();
-        let mut departed = false;
-        while let Some(intent) = self.membership.poll() {
-            moved = true;
-            match intent {
-                membership::Intent::Heartbeat(to) => self.say(to, &wire::Message::Heartbeat),
-                membership::Intent::Goodbye { to, who, clean } => {
-                    self.say(to, &wire::Message::Goodbye { who, clean });
-                }
-                membership::Intent::Abort { to, broken } => {
-                    self.say(to, &wire::Message::Abort(Broken::clone(&broken)));
-                }
-                membership::Intent::Broke(broken) => {
-                    let error = Error::Broken(broken);
-                    self.broken = Some(error.clone());
-                    self.fail_all(&error);
-                }
-                membership::Intent::Departed { who, clean } => {
-                    self.depart(who, clean, now);
-                    departed = true;
-                }
-            }
-        }
-        if departed {
-            // As below: whoever ends its process on the news must have passed it on.
-            self.turn_links(now);
-        }
-        if self.broken.is_some() && !was_broken {
-            // The news leaves before anybody here learns of it: a caller may end the process at once, and its
-            // peers must not take it for the culprit.
-            self.push_out(now);
-        }
-        moved
-    }
-
-    /// Writes what is queued for all links; what they tell meanwhile is of no use any more.
-    fn push_out(&mut self, now: Time) {
-        let mut events = Events::default();
-        let mut changes = Vec::new();
-        for place in (0..self.links.up().len()).rev() {
-            self.links.progress(place, &self.memory, now, &mut events, &mut changes);
-            events.clear();
-        }
-    }
-
     fn say(&mut self, to: Rank, message: &wire::Message<'_>) {
         message.encode(&mut self.encoded);
         self.links.tell_if_known(to, &self.encoded);
     }
 
-    /// Ends an operation.
+    /// Ends an operation; where completion is uniform its caller is told when all have it.
     fn end(&mut self, op: OpId, result: Result<()>) {
+        if !self.hold(op, result.is_ok()) {
+            self.finish(op, result);
+        }
+    }
+
+    /// Tells the end of an operation.
+    fn finish(&mut self, op: OpId, result: Result<()>) {
         let Some(mut operation) = self.ops.remove(&op) else { return };
         let spare = self.spare_outcomes.pop().unwrap_or_default();
         let mut outcome = std::mem::replace(&mut operation.outcome, spare);

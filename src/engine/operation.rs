@@ -64,6 +64,8 @@ pub struct Operation {
     pub stand_ins: Vec<OwnedBytes>,
     /// Whether all members have agreed to run it.
     pub agreed: bool,
+    /// Its place in the log of its set, where completion is uniform.
+    pub place: Option<u64>,
     /// Tensors whose batches are not finished.
     pub remaining: usize,
     /// What to call it in messages.

@@ -143,6 +143,7 @@ impl Engine {
     /// then, and others still wait for what those batches send.
     fn joined(&mut self, id: SetId, op: OpId, last: Rank) {
         self.seek_seat_again(id);
+        self.enter_ledger(id, Some(op));
         let sets = if id == GLOBAL_SET {
             self.sets.iter().map(|(&id, s)| (id, Arc::clone(&s.ranks))).collect()
         } else {
@@ -181,6 +182,7 @@ impl Engine {
                 let operation = self.ops.get_mut(&op).expect("an agreed operation is in flight here");
                 prepare_outcome(operation, agreed, tensors);
             }
+            self.enter_ledger(id, agreed.op);
             match agreed.signature.collective {
                 Collective::AddSet => self.add_agreed_set(agreed, now),
                 Collective::RemoveSet => self.remove_agreed_set(agreed),
@@ -248,6 +250,10 @@ impl Engine {
         if known {
             let error =
                 Error::usage(format!("process set {} was removed while this operation was in flight", id.0));
+            // What is done here is not taken back.
+            self.dissolve_ledger(id);
+            self.turn_ledgers();
+            self.ledgers.remove(&id);
             self.fail_set(id, None, &error);
             self.sets.remove(&id);
         }

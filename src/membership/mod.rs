@@ -12,12 +12,17 @@
 //! transport reports for a link that ends, the peer *has ended*; a silence is as long as the limit, however
 //! late it was noticed; texts are cut to what the wire carries.
 //!
+//! Where completion is uniform, a verdict round ([`vote`]) follows the settling of the cause; between two ranks, and for
+//! one that fails itself, what the rank knows is the verdict.
+//!
 //! What comes after an epoch is decided by a second machine, [`regroup`], which begins where this one ends.
 #![forbid(unsafe_code)]
 
+pub mod ledger;
 pub mod regroup;
 #[cfg(test)]
 mod tests;
+pub mod vote;
 
 use crate::error::{Broken, Cause};
 use crate::limits::{HEARTBEAT_MS, SILENCE_MS};
@@ -25,6 +30,7 @@ use crate::types::{Epoch, Rank, Time};
 use crate::wire::failure::{normalised, put_broken};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use vote::{BALLOTS_NS, Marks, Progress, VERDICT_NS, Vote};
 
 const MS: u64 = 1_000_000;
 /// How long a rank that knows that the epoch is over waits for a graver cause.
@@ -61,6 +67,19 @@ pub enum Intent {
         /// Why the epoch is over.
         broken: Arc<Broken>,
     },
+    /// Ask for a link to this rank, whose ballot is waited for: it may have died, too.
+    Seek(Rank),
+    /// Send `Message::Ballot` to this rank, over a new link if need be.
+    Ballot {
+        /// Whom.
+        to: Rank,
+        /// Whether it is the verdict.
+        verdict: bool,
+        /// Why the epoch is over.
+        broken: Arc<Broken>,
+        /// Up to where operations were released.
+        marks: Arc<Marks>,
+    },
     /// This rank has said goodbye: operations that need it end with `Shutdown`.
     Departed {
         /// Who.
@@ -92,6 +111,28 @@ struct Settling {
     gravest: Arc<Broken>,
     /// Unknown until the time is told.
     until: Option<Time>,
+    phase: Phase,
+}
+
+/// What a rank waits for when the epoch is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// A graver cause.
+    Cause,
+    /// The ballots of those below it in the tree.
+    Ballots,
+    /// The verdict.
+    Verdict,
+}
+
+impl Phase {
+    fn patience_ns(self) -> u64 {
+        match self {
+            Phase::Cause => SETTLE_NS,
+            Phase::Ballots => BALLOTS_NS,
+            Phase::Verdict => VERDICT_NS,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -117,6 +158,8 @@ pub struct Membership {
     /// The epoch is over, and why is about to be settled.
     settling: Option<Settling>,
     broken: Option<Arc<Broken>>,
+    /// Where completion is uniform: this rank's part in the verdict round.
+    vote: Option<Vote>,
     intents: VecDeque<Intent>,
 }
 
@@ -135,7 +178,122 @@ impl Membership {
             unreachable: Vec::new(),
             settling: None,
             broken: None,
+            vote: None,
             intents: VecDeque::new(),
+        }
+    }
+
+    /// Completion is uniform: when the epoch breaks there is a verdict round over the tree in which these are the
+    /// parents of the ranks.
+    #[must_use]
+    pub fn with_votes(mut self, parents: Arc<[Option<Rank>]>) -> Membership {
+        self.vote = Some(Vote::new(self.me, parents));
+        self
+    }
+
+    /// The epoch is over, and this rank releases nothing beyond these marks. Once.
+    pub fn seal(&mut self, marks: Marks) {
+        if let Some(vote) = &mut self.vote {
+            vote.seal(marks);
+        }
+    }
+
+    /// Whether [`Membership::seal`] is to be called.
+    #[must_use]
+    pub fn is_to_seal(&self) -> bool {
+        self.is_over() && self.vote.as_ref().is_some_and(|vote| !vote.is_sealed())
+    }
+
+    /// Up to where operations are complete everywhere, once the epoch is over.
+    #[must_use]
+    pub fn verdict(&self) -> Marks {
+        self.vote.as_ref().map(Vote::marks).unwrap_or_default()
+    }
+
+    /// A rank has sent `Message::Ballot`.
+    pub fn ballot(&mut self, from: Rank, verdict: bool, broken: Broken, marks: Marks) {
+        if broken.epoch != self.epoch || self.vote.is_none() {
+            return;
+        }
+        if let Some(broken) = self.broken.clone() {
+            if !verdict {
+                self.tell_verdict(from, &broken);
+            }
+            return;
+        }
+        if !self.is_over() {
+            self.end(broken.culprit, broken.cause.clone(), Some(from));
+        }
+        let Some(vote) = &mut self.vote else { return };
+        vote.hear(from, marks);
+        let graver = |settling: &Settling| gravity(&broken) < gravity(&settling.gravest);
+        if let Some(settling) = self.settling.as_mut().filter(|settling| verdict || graver(settling)) {
+            settling.gravest = Arc::new(broken);
+        }
+        match verdict {
+            true => self.conclude(),
+            false => self.count_votes(),
+        }
+    }
+
+    fn tell_verdict(&mut self, to: Rank, broken: &Arc<Broken>) {
+        let marks = Arc::new(self.verdict());
+        self.intents.push_back(Intent::Ballot { to, verdict: true, broken: broken.clone(), marks });
+    }
+
+    /// The cause is settled: votes, where completion is uniform.
+    fn begin_vote(&mut self) {
+        let (Some(settling), Some(vote)) = (&mut self.settling, &mut self.vote) else {
+            return self.conclude();
+        };
+        (settling.phase, settling.until) = (Phase::Ballots, None);
+        // One that has sent what is wrong lives, and has released what it has.
+        let lives = matches!(settling.gravest.cause, Cause::Corrupted(_) | Cause::Misbehaved(_));
+        let culprit = settling.gravest.culprit.filter(|_| !lives);
+        self.departed.keys().copied().chain(culprit).for_each(|rank| vote.without(rank));
+        self.count_votes();
+    }
+
+    fn count_votes(&mut self) {
+        let Some(vote) = &mut self.vote else { return };
+        let Some(settling) = self.settling.as_mut().filter(|s| s.phase != Phase::Cause && vote.is_sealed())
+        else {
+            return;
+        };
+        match vote.progress() {
+            Progress::Wait => {
+                let strangers = vote.missing().filter(|rank| !self.neighbours.contains_key(rank));
+                self.intents.extend(strangers.map(Intent::Seek));
+            }
+            Progress::Decide => self.conclude(),
+            Progress::Rise(to) => {
+                (settling.phase, settling.until) = (Phase::Verdict, None);
+                let (broken, marks) = (settling.gravest.clone(), Arc::new(vote.marks()));
+                self.intents.push_back(Intent::Ballot { to, verdict: false, broken, marks });
+            }
+        }
+    }
+
+    /// Ballots that have not come will not.
+    fn vote_without_missing(&mut self) {
+        if let Some(vote) = &mut self.vote {
+            for rank in vote.missing().collect::<Vec<Rank>>() {
+                vote.without(rank);
+            }
+        }
+        if let Some(settling) = &mut self.settling {
+            settling.until = None;
+        }
+        self.count_votes();
+    }
+
+    /// The epoch is over already, and a rank takes no part in its verdict.
+    fn vote_without(&mut self, rank: Rank) {
+        if self.settling.is_some()
+            && let Some(vote) = &mut self.vote
+        {
+            vote.without(rank);
+            self.count_votes();
         }
     }
 
@@ -173,6 +331,7 @@ impl Membership {
         if self.neighbours.remove(&rank).is_none() || self.departed.contains_key(&rank) {
             return;
         }
+        self.vote_without(rank);
         let cause = match cause {
             // A reset, a broken pipe and an end of file are one death, seen at different moments.
             Cause::Exited | Cause::System(_) => Cause::Exited,
@@ -183,6 +342,7 @@ impl Membership {
 
     /// A link to `peer` that is needed could not be made, which is the fault of `culprit`: one of its two ends.
     pub fn unreachable(&mut self, peer: Rank, culprit: Rank, cause: Cause, now: Time) {
+        self.vote_without(peer);
         if !self.departed.contains_key(&peer) && !self.is_over() {
             let at = now.after_ns(BETTER_CAUSE_NS);
             self.unreachable.push(Unreachable { at, peer, culprit, cause });
@@ -223,9 +383,12 @@ impl Membership {
     /// Lets time pass.
     pub fn handle_timeout(&mut self, now: Time) {
         if let Some(settling) = &mut self.settling {
-            let until = *settling.until.get_or_insert(now.after_ns(SETTLE_NS));
-            if until <= now {
-                self.conclude();
+            let until = *settling.until.get_or_insert(now.after_ns(settling.phase.patience_ns()));
+            match settling.phase {
+                _ if now < until => {}
+                Phase::Cause => self.begin_vote(),
+                Phase::Ballots => self.vote_without_missing(),
+                Phase::Verdict => self.conclude(),
             }
         }
         if self.is_over() {
@@ -311,7 +474,7 @@ impl Membership {
             }
             settling.gravest = broken.clone();
         } else {
-            self.settling = Some(Settling { gravest: broken.clone(), until: None });
+            self.settling = Some(Settling { gravest: broken.clone(), until: None, phase: Phase::Cause });
         }
         let others = self.neighbours.keys().filter(|&&to| Some(to) != from);
         self.intents.extend(others.map(|&to| Intent::Abort { to, broken: broken.clone() }));
@@ -325,6 +488,8 @@ impl Membership {
     fn conclude(&mut self) {
         if let Some(Settling { gravest, .. }) = self.settling.take() {
             self.broken = Some(gravest.clone());
+            let voters: Vec<Rank> = self.vote.iter().flat_map(Vote::voters).collect();
+            voters.into_iter().for_each(|to| self.tell_verdict(to, &gravest));
             self.intents.push_back(Intent::Broke(gravest));
         }
     }

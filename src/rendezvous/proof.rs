@@ -19,10 +19,9 @@ use super::codec::{Malformed, Reader, Writer};
 use super::secret::{JobId, Secret};
 use crate::limits::HANDSHAKE_BYTES_MAX;
 use crate::types::{Epoch, Rank};
+use crate::wire::PROTOCOL;
 use std::fmt;
 
-/// The protocol that this build speaks. Any change of the bytes between ranks raises it.
-pub const PROTOCOL: u32 = 2;
 /// The rank that the rendezvous service goes by.
 pub const SERVICE: Rank = Rank(u32::MAX);
 /// Bytes of a build's name in a hello.
@@ -40,7 +39,7 @@ pub enum Purpose {
     /// To register with the rendezvous service.
     Register,
     /// To meet again after an epoch. Whoever asks has the numbers of that epoch, which mean nothing in a later one, so
-    /// the acceptor takes over whom it was looking for.
+    /// the acceptor takes over whom it was looking for; what is registered then must be of the same rank and epoch.
     Regroup,
     /// To ask the peer to connect.
     Knock,

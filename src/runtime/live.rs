@@ -425,6 +425,7 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
             silence_ns: config.timeout_ms * MS,
             heartbeat_ns: config.timeout_ms * MS / 6,
         },
+        uniform: config.uniform.unwrap_or(config.worker.is_some()),
         sets: joined.table.sets.list.clone(),
         next_set: joined.table.sets.next,
     }

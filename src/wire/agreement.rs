@@ -37,6 +37,8 @@ pub enum Kind {
 pub const MORE: u8 = 1;
 /// Somebody waits: send on at once what you hold back.
 pub const URGENT: u8 = 2;
+/// Flag of `Up`: with this the sender has announced by name what a `Nack` had refused.
+pub const RENAMED: u8 = 4;
 
 /// Bytes before the items.
 pub const HEADER_BYTES: usize = 2;
@@ -65,7 +67,7 @@ pub fn header(reader: &mut Reader<'_>) -> Result<(Kind, u8), Malformed> {
     };
     let flags = reader.u8()?;
     let allowed = match kind {
-        Kind::Up => MORE | URGENT,
+        Kind::Up => MORE | URGENT | RENAMED,
         Kind::Cut => MORE,
         _ => 0,
     };

@@ -3,8 +3,8 @@
 
 use super::cursor::{Malformed, Reader, put_text, put_varint};
 use crate::error::{Broken, Cause};
-use crate::limits::{NAME_BYTES_MAX, RANKS_MAX, REASON_BYTES_MAX};
-use crate::types::{Epoch, Rank};
+use crate::limits::{BALLOT_SETS_MAX, NAME_BYTES_MAX, RANKS_MAX, REASON_BYTES_MAX};
+use crate::types::{Epoch, Rank, SetId};
 
 /// What an [`Broken`] becomes when it crosses the wire: texts cut to their limits. The one who notices applies
 /// it too, so that all ranks have the same words.
@@ -88,4 +88,28 @@ pub fn broken(reader: &mut Reader<'_>) -> Result<Broken, Malformed> {
         _ => return Err(Malformed("a cause that does not exist")),
     };
     Ok(Broken { epoch, culprit, cause })
+}
+
+/// Appends marks of process sets, as many as a ballot carries: those of the lowest sets.
+pub fn put_marks(out: &mut Vec<u8>, marks: &[(SetId, u64)]) {
+    let marks = &marks[..marks.len().min(BALLOT_SETS_MAX)];
+    put_varint(out, marks.len() as u64);
+    for (set, mark) in marks {
+        put_varint(out, u64::from(set.0));
+        put_varint(out, *mark);
+    }
+}
+
+/// Reads marks of process sets.
+pub fn marks(reader: &mut Reader<'_>) -> Result<Vec<(SetId, u64)>, Malformed> {
+    let count = reader.count(BALLOT_SETS_MAX, 2, "a ballot above BALLOT_SETS_MAX")?;
+    let mut marks = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (set, mark) = (SetId(reader.varint_u32()?), reader.varint()?);
+        if marks.last().is_some_and(|&(last, _)| last >= set) {
+            return Err(Malformed("the sets of a ballot are out of order"));
+        }
+        marks.push((set, mark));
+    }
+    Ok(marks)
 }

@@ -21,7 +21,7 @@ use crate::types::{Rank, SetId};
 
 /// The version of everything in this module and of the frames of `transport`. The handshake compares it; a
 /// change of any encoding increments it.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 3;
 
 /// Everything that one engine tells another over a link.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,6 +53,23 @@ pub enum Message<'a> {
     },
     /// The epoch is broken, and why. Passed on by everyone who hears it first.
     Abort(Broken),
+    /// Uniform completion: of the agreed operations of this set, so many are held by the sender and those below it
+    /// in the tree, or may be released.
+    Mark {
+        /// The set.
+        set: SetId,
+        /// How many.
+        mark: u64,
+    },
+    /// Uniform completion, when the epoch is broken: up to where operations were released.
+    Ballot {
+        /// Whether this is what all together have found.
+        verdict: bool,
+        /// Why the epoch is over.
+        broken: Broken,
+        /// For each set, ascending, how many.
+        marks: Vec<(SetId, u64)>,
+    },
 }
 
 const COORDINATION: u8 = 1;
@@ -60,6 +77,8 @@ const HEARTBEAT: u8 = 2;
 const GOODBYE: u8 = 3;
 const ABORT: u8 = 4;
 const CLOSED: u8 = 5;
+const MARK: u8 = 6;
+const BALLOT: u8 = 7;
 
 /// Bytes that the envelope of [`Message::Coordination`] takes before its body.
 pub const ENVELOPE_BYTES: usize = 5;
@@ -95,6 +114,16 @@ impl<'a> Message<'a> {
                 out.push(ABORT);
                 failure::put_broken(out, broken);
             }
+            Message::Mark { set, mark } => {
+                out.push(MARK);
+                out.extend_from_slice(&set.0.to_le_bytes());
+                out.extend_from_slice(&mark.to_le_bytes());
+            }
+            Message::Ballot { verdict, broken, marks } => {
+                out.extend_from_slice(&[BALLOT, u8::from(*verdict)]);
+                failure::put_broken(out, broken);
+                failure::put_marks(out, marks);
+            }
         }
     }
 
@@ -127,6 +156,15 @@ impl<'a> Message<'a> {
                 let broken = failure::broken(&mut reader)?;
                 reader.end()?;
                 Ok(Message::Abort(broken))
+            }
+            MARK => {
+                let (set, mark) = (SetId(reader.u32()?), reader.u64()?);
+                reader.end().map(|()| Message::Mark { set, mark })
+            }
+            BALLOT => {
+                let verdict = reader.bool()?;
+                let (broken, marks) = (failure::broken(&mut reader)?, failure::marks(&mut reader)?);
+                reader.end().map(|()| Message::Ballot { verdict, broken, marks })
             }
             _ => Err(Malformed("a control message of unknown kind")),
         }

@@ -148,6 +148,12 @@ proptest! {
             Message::Heartbeat,
             Message::Goodbye { who: Rank(set), clean: set % 2 == 0 },
             Message::Closed { set: SetId(set), who: Rank(7) },
+            Message::Mark { set: SetId(set), mark: u64::from(set) << 7 },
+            Message::Ballot {
+                verdict: set % 2 == 0,
+                broken: it.clone(),
+                marks: (0..set % 4).map(|place| (SetId(place * 300), u64::from(set / 7))).collect(),
+            },
             Message::Abort(it),
         ];
         let mut bytes = Vec::new();
@@ -283,6 +289,9 @@ fn shapes_whose_product_overflows_do_not_fit() {
     assert!(fits(&tensor(&[1 << 44])).is_ok());
     assert!(fits(&tensor(&[(1 << 44) + 1])).is_err());
     assert!(fits(&tensor(&[1; 65])).is_err());
+    let of = |ranks: &[u32]| Signature { ranks: ranks.iter().copied().map(Rank).collect(), ..tensor(&[1]) };
+    assert!(fits(&of(&[0, RANKS_MAX as u32 - 1])).is_ok());
+    assert!(fits(&of(&[0, RANKS_MAX as u32])).is_err());
 }
 
 #[test]
@@ -292,7 +301,7 @@ fn headers_refuse_flags_that_a_kind_has_not() {
             let mut bytes = Vec::new();
             a::put_header(&mut bytes, kind, flags);
             let allowed = match kind {
-                Kind::Up => flags < 4,
+                Kind::Up => flags < 8,
                 Kind::Cut => flags < 2,
                 _ => flags == 0,
             };

@@ -25,6 +25,10 @@ pub struct Report {
     pub operations: u64,
     pub faulty: bool,
     pub split: u64,
+    /// Of those, how many where this was not to be (see `judge`).
+    pub uniform_split: u64,
+    /// Whether completion was uniform in an epoch.
+    pub uniform: bool,
     /// Whether an epoch followed.
     pub reformed: bool,
     /// A hash of what ended when, where and how.
@@ -68,6 +72,10 @@ pub struct Cluster {
     pub fault: Option<(u64, Fault)>,
     pub eager_bytes_max: usize,
     pub trace: u64,
+    /// Whether completion is uniform.
+    pub uniform: bool,
+    hosts: Arc<[u32]>,
+    epoch: Epoch,
     order: Order,
 }
 
@@ -99,7 +107,14 @@ pub fn simulate(order: Order) -> Result<Report, String> {
     let mut report = cluster.judge()?;
     if matches!(
         cluster.injected(),
-        Some(Fault::Kill(_) | Fault::Stop(_) | Fault::HalfOpen(..) | Fault::Flip(..) | Fault::Leave(_))
+        Some(
+            Fault::Kill(_)
+                | Fault::KillHost(_)
+                | Fault::Stop(_)
+                | Fault::HalfOpen(..)
+                | Fault::Flip(..)
+                | Fault::Leave(_)
+        )
     ) {
         // The survivors go on, or the processes start again: new engines, the same network.
         let mut random = cluster.random.clone();
@@ -107,18 +122,26 @@ pub fn simulate(order: Order) -> Result<Report, String> {
             true => Some((size, none)),
             false => regroup(&cluster, &mut random, end)?,
         };
-        let Some((size, carried)) = follows else { return Ok(report) };
+        let Some((size, carried)) = follows else {
+            cluster.tear_down(end)?;
+            return Ok(report);
+        };
         report.reformed = true;
         let Cluster { network, nodes, .. } = cluster;
         drop(nodes);
         network.forget_faults();
         let mut again = Cluster::new(random, order, network, size, Epoch(2), end, &carried);
-        again.fault = None;
-        again.run(end)?;
-        let second = again.judge().map_err(|found| format!("in the second epoch: {found}"))?;
+        let in_second = |found| format!("in the second epoch: {found}");
+        let end = again.run(end).map_err(in_second)?;
+        let second = again.judge().map_err(in_second)?;
+        again.tear_down(end).map_err(in_second)?;
         report.operations += second.operations;
+        report.uniform |= second.uniform;
+        report.split += second.split;
         report.trace ^= second.trace.rotate_left(1);
+        return Ok(report);
     }
+    cluster.tear_down(end)?;
     Ok(report)
 }
 
@@ -187,6 +210,7 @@ impl Cluster {
         let cache_keys = random.pick(&[0, 4, 1024]);
         let eager_bytes_max = random.pick(&[0, 64, 8 << 10]);
         let window_bytes = random.pick(&[4096, 1 << 20]);
+        let uniform = random.once_in(2);
         let fault = fault(&mut random, size);
         // Every other cluster has links as between hosts; where bits are flipped, they must be such.
         let checksums = random.once_in(2) || matches!(fault, Some((_, Fault::Flip(..))));
@@ -194,7 +218,10 @@ impl Cluster {
             .map(|r| {
                 let setup = EngineSetup {
                     me: Rank(r),
-                    epoch,
+                    epoch: match order.sabotage {
+                        Some(Sabotage::StaleEpoch) if r == 1 => Epoch(1),
+                        _ => epoch,
+                    },
                     hosts: Arc::clone(&hosts),
                     agreement: coordinator::Rules { fusion_bytes, cache_keys, ..Default::default() },
                     fusion: fusion::Rules { fusion_bytes },
@@ -206,6 +233,7 @@ impl Cluster {
                         plans_max: 16,
                     },
                     membership: membership::Rules::default(),
+                    uniform,
                     sets: carried_by(r, carried, order.sabotage),
                     next_set: carried.next,
                 };
@@ -220,7 +248,7 @@ impl Cluster {
             .collect();
         if order.verbose {
             println!(
-                "seed {}: {size} ranks, hosts {hosts:?}, sets {:?}, algorithm {forced:?}, strict {strict}, fault {fault:?}",
+                "seed {}: {size} ranks, hosts {hosts:?}, sets {:?}, algorithm {forced:?}, strict {strict}, uniform {uniform}, fault {fault:?}",
                 order.seed, program.sets
             );
         }
@@ -233,6 +261,9 @@ impl Cluster {
             fault,
             eager_bytes_max,
             trace: 0xCBF2_9CE4_8422_2325,
+            uniform,
+            hosts,
+            epoch,
             order,
         }
     }
@@ -260,6 +291,40 @@ impl Cluster {
         self.fault.filter(|(at, _)| *at == u64::MAX).map(|(_, fault)| fault)
     }
 
+    /// Everybody leaves at once, and must be gone in time; where nothing has failed, without having to give up.
+    fn tear_down(&mut self, now: Time) -> Result<(), String> {
+        let waits = self.order.sabotage == Some(Sabotage::UntimedTeardown);
+        let limit = now.after_ns(SHUTDOWN_MS * 1_000_000);
+        for node in self.nodes.iter_mut().filter(|n| !n.left && n.stopped_until.is_none()) {
+            let Some(engine) = &mut node.engine else { continue };
+            (node.left, node.gone_at) = (true, (!waits).then_some(limit));
+            if !waits {
+                engine.leave();
+            }
+        }
+        let end = self.run(now)?;
+        let stays = |node: &&Node| node.engine.is_some() && node.left;
+        if let Some(node) = self.nodes.iter().find(stays) {
+            return Err(format!("{} never ended its teardown", node.rank));
+        }
+        if self.injected().is_none() && end >= limit {
+            return Err("a teardown in which nobody had failed took as long as it may".into());
+        }
+        Ok(())
+    }
+
+    /// The ranks whose processes were killed.
+    pub fn killed(&self) -> Vec<Rank> {
+        let host = |rank: Rank| self.hosts[rank.0 as usize];
+        match self.injected() {
+            Some(Fault::KillHost(one)) if self.hosts.iter().any(|&other| other != host(one)) => {
+                (0..self.nodes.len() as u32).map(Rank).filter(|&rank| host(rank) == host(one)).collect()
+            }
+            Some(Fault::Kill(rank) | Fault::KillHost(rank)) => vec![rank],
+            _ => Vec::new(),
+        }
+    }
+
     fn inject(&mut self, now: Time) {
         for node in &mut self.nodes {
             let gone = node.engine.as_ref().is_some_and(Engine::is_gone);
@@ -282,9 +347,11 @@ impl Cluster {
             println!("  {} ns: {fault:?}", now.0);
         }
         match fault {
-            Fault::Kill(rank) => {
-                self.nodes[rank.0 as usize].engine = None;
-                self.network.kill(rank);
+            Fault::Kill(_) | Fault::KillHost(_) => {
+                for rank in self.killed() {
+                    self.nodes[rank.0 as usize].engine = None;
+                    self.network.kill(rank);
+                }
             }
             Fault::Stop(rank) => {
                 self.nodes[rank.0 as usize].stopped_until = Some(Time(u64::MAX));
@@ -329,8 +396,16 @@ impl Cluster {
         Ok(moved)
     }
 
+    /// The planted bug of a rank that does without what the others begin an epoch with.
+    fn skipped_sync(&self) -> Option<usize> {
+        let planted = self.order.sabotage == Some(Sabotage::SyncSkipped) && self.epoch > Epoch(1);
+        let begins = |op: &Planned| op.set == 0 && op.kind == Kind::Collective;
+        self.program.ops.iter().position(begins).filter(|_| planted)
+    }
+
     /// Submits what is due on a rank and can be submitted.
     fn submit_due(&mut self, i: usize, now: Time) -> Result<bool, String> {
+        let skipped = self.skipped_sync();
         let (node, program) = (&mut self.nodes[i], &self.program);
         let mut moved = false;
         let mut at = node.plan.len();
@@ -343,6 +418,7 @@ impl Cluster {
             match node.may_submit(program, op) {
                 Some(false) => continue,
                 None => node.skipped[op] = true,
+                Some(true) if i == 1 && skipped == Some(op) => node.skipped[op] = true,
                 Some(true) => {
                     let alone = program.sets[program.ops[op].set].len() == 1;
                     let twice = !alone && self.random.once_in(16);
@@ -429,9 +505,11 @@ impl Cluster {
     fn is_over(&self) -> bool {
         let pending_fault = self.fault.is_some_and(|(at, _)| at != u64::MAX);
         let paused = self.nodes.iter().any(|n| n.stopped_until.is_some_and(|t| t.0 != u64::MAX));
+        let leaving = self.nodes.iter().any(|n| n.left && n.engine.is_some());
         let live = self.nodes.iter().filter(|n| self.is_live(n));
         !pending_fault
             && !paused
+            && !leaving
             && live.map(|n| (n, &self.program.ops)).all(|(n, ops)| {
                 (0..ops.len()).all(|i| n.results[i].is_some() || n.skipped[i] || !n.takes(&ops[i]))
             })

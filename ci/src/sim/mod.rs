@@ -45,6 +45,10 @@ pub struct Tally {
     pub faults: u64,
     /// Operations that some live ranks had finished when the epoch broke, and others not.
     pub split: u64,
+    /// Of those, how many where completion is uniform: none, unless a rank that is blamed lives.
+    pub uniform_split: u64,
+    /// Clusters in which completion is uniform and a fault happened.
+    pub uniform: u64,
     /// Clusters in which an epoch followed a fault, with the survivors or with all.
     pub reformed: u64,
     /// Seeds that found something.
@@ -66,6 +70,14 @@ fn work(args: &SimArgs, next: &AtomicU64, total: &Mutex<Tally>) {
                 tally.operations += report.operations;
                 tally.faults += u64::from(report.faulty);
                 tally.split += report.split;
+                tally.uniform_split += report.uniform_split;
+                if report.uniform_split > 0 {
+                    println!(
+                        "sim: seed {seed}: {} operations are not settled alike on a rank that is blamed and lives",
+                        report.uniform_split
+                    );
+                }
+                tally.uniform += u64::from(report.uniform && report.faulty);
                 tally.reformed += u64::from(report.reformed);
                 continue;
             }
@@ -112,7 +124,7 @@ pub fn run(args: &SimArgs) -> i32 {
     let failed = tally.failed;
     let seconds = start.elapsed().as_secs_f64();
     println!(
-        "simulated {} clusters ({} with faults) from seed {}: {} operations ended, {:.0} clusters a minute; {} failed",
+        "sim: {} clusters ({} with faults) from seed {}: {} operations ended, {:.0} clusters a minute; {} failed",
         tally.clusters,
         tally.faults,
         args.seed,
@@ -120,7 +132,11 @@ pub fn run(args: &SimArgs) -> i32 {
         tally.clusters as f64 / seconds * 60.0,
         failed
     );
-    println!("operations finished on some live ranks only when an epoch broke: {}", tally.split);
-    println!("epochs that followed a fault: {}", tally.reformed);
+    println!(
+        "sim: operations finished on some live ranks only when an epoch broke: {}; of those {} in the {} clusters with \
+         a fault and uniform completion",
+        tally.split, tally.uniform_split, tally.uniform
+    );
+    println!("sim: epochs that followed a fault: {}", tally.reformed);
     i32::from(failed > 0)
 }

@@ -381,6 +381,8 @@ fn keep_order(ops: &mut [Planned], size: u32) {
 pub enum Fault {
     /// The process ends.
     Kill(Rank),
+    /// All processes of this rank's host end; if there is one host only, this one.
+    KillHost(Rank),
     /// The process stops, for ever.
     Stop(Rank),
     /// The process stops for a while, less than the limit on silence.
@@ -400,8 +402,9 @@ pub fn fault(random: &mut Random, size: u32) -> Option<(u64, Fault)> {
     }
     let rank = Rank(random.below(u64::from(size)) as u32);
     let other = Rank((rank.0 + 1 + random.below(u64::from(size) - 1) as u32) % size);
-    let fault = match random.below(6) {
+    let fault = match random.below(7) {
         0 => Fault::Kill(rank),
+        6 => Fault::KillHost(rank),
         1 => Fault::Stop(rank),
         2 => Fault::Pause(rank, random.below(2_000_000_000)),
         3 => Fault::HalfOpen(rank, other),

@@ -43,7 +43,9 @@ pub fn regroup(cluster: &Cluster, random: &mut Random, now: Time) -> Result<Opti
         if place == 0 {
             // A knock at its doors finds out what nobody was told.
             match cluster.injected() {
-                Some(Fault::Kill(rank)) => meeting.dead(rank),
+                Some(Fault::Kill(_) | Fault::KillHost(_)) => {
+                    cluster.killed().into_iter().for_each(|rank| meeting.dead(rank));
+                }
                 Some(Fault::Stop(rank)) => meeting.suspected(rank),
                 Some(Fault::Leave(rank)) => meeting.left(rank),
                 _ => {}

@@ -28,12 +28,28 @@ pub enum Sabotage {
     GoodbyeLost,
     /// A rank carries a process set into the next epoch without one of its members.
     SetsDiffer,
+    /// A rank does without the first operation of an epoch that the others begin with (horovod#3494: the sync).
+    SyncSkipped,
+    /// A rank goes on under the number of the epoch before.
+    StaleEpoch,
+    /// Whoever tears down waits for all others to have done so first, however long it takes.
+    UntimedTeardown,
+    /// A rank says that it holds the results of operations that are under way.
+    HeldTooSoon,
+    /// The verdict of an epoch that broke is not passed on.
+    VerdictLost,
 }
 
 impl Sabotage {
     /// News that one rank does not pass on mostly come another way.
     pub fn is_everywhere(self) -> bool {
-        matches!(self, Sabotage::AbortNotFlooded | Sabotage::GoodbyeLost)
+        matches!(
+            self,
+            Sabotage::AbortNotFlooded
+                | Sabotage::GoodbyeLost
+                | Sabotage::UntimedTeardown
+                | Sabotage::VerdictLost
+        )
     }
 }
 
@@ -97,6 +113,12 @@ impl Link for BadLink {
             (Ok(Message::Abort(_)), Sabotage::AbortNotFlooded) => true,
             (Ok(Message::Goodbye { .. } | Message::Closed { .. }), Sabotage::GoodbyeLost) => true,
             (Ok(Message::Coordination { .. }), Sabotage::AgreementLost) => self.strikes(),
+            (Ok(Message::Ballot { .. }), Sabotage::VerdictLost) => true,
+            (Ok(Message::Mark { set, mark }), Sabotage::HeldTooSoon) => {
+                let mut more = Vec::new();
+                Message::Mark { set, mark: mark + 1 }.encode(&mut more);
+                return self.link.tell(&more);
+            }
             _ => false,
         };
         if !lost {

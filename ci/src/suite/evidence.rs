@@ -21,12 +21,14 @@ impl State {
         State { path: long.then(|| repository().join("target/ci/long-state")), commit: commit() }
     }
 
-    /// What an earlier run found, if it passed at this commit.
-    pub fn known(&self, name: &str) -> Option<Row> {
+    /// What an earlier run found, if it passed at this commit with such a share of the counts; the greatest.
+    pub fn known(&self, name: &str, least: u64) -> Option<Row> {
         let text = fs::read_to_string(self.path.as_ref()?).ok()?;
-        text.lines().find_map(|line| {
+        let rows = text.lines().filter_map(|line| {
             let fields: Vec<&str> = line.split('\t').collect();
-            let &[commit, found, passed, skipped, seconds, remark] = fields.as_slice() else { return None };
+            let &[commit, found, passed, skipped, seconds, share, remark] = fields.as_slice() else {
+                return None;
+            };
             if commit != self.commit || found != name {
                 return None;
             }
@@ -35,9 +37,11 @@ impl State {
                 name: name.to_owned(),
                 ending: Ending::Passed(count),
                 seconds: seconds.parse().ok()?,
+                share: share.parse().ok()?,
                 remark: remark.to_owned(),
             })
-        })
+        });
+        rows.filter(|row| row.share >= least).max_by_key(|row| row.share)
     }
 
     /// Notes a step that passed. A tree with changes is no commit, so nothing is noted there.
@@ -47,8 +51,8 @@ impl State {
             return;
         }
         let line = format!(
-            "{}\t{}\t{}\t{}\t{:.0}\t{}\n",
-            self.commit, row.name, count.passed, count.skipped, row.seconds, row.remark
+            "{}\t{}\t{}\t{}\t{:.0}\t{}\t{}\n",
+            self.commit, row.name, count.passed, count.skipped, row.seconds, row.share, row.remark
         );
         let opened = fs::OpenOptions::new().create(true).append(true).open(path);
         if let Err(error) = opened.and_then(|mut file| file.write_all(line.as_bytes())) {
@@ -82,7 +86,9 @@ pub fn write(rows: &[Row]) -> std::io::Result<()> {
     let _ = writeln!(text, "- compiler: {}\n", output("rustc", &["--version"]));
     text.push_str("| kind | result |\n| --- | --- |\n");
     for row in rows {
-        let _ = writeln!(text, "| {} | {} |", row.name, describe(row).replace('|', "\\|"));
+        let share =
+            if row.share < 100 { format!(" ({} % of the full counts)", row.share) } else { String::new() };
+        let _ = writeln!(text, "| {} | {}{share} |", row.name, describe(row).replace('|', "\\|"));
     }
     text.push('\n');
     for row in rows.iter().filter(|row| !row.remark.is_empty()) {

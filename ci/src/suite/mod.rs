@@ -21,7 +21,10 @@ pub struct Settings {
     /// Full counts; resumes where an earlier run of the same commit ended, and writes ci/EVIDENCE.md.
     #[arg(long)]
     long: bool,
-    /// Only the steps whose names contain this.
+    /// With --long: of a hundred parts of the counts of faults, seeds and mutants, so many.
+    #[arg(long, default_value_t = 100)]
+    share: u64,
+    /// Only the steps whose names contain this; with --long those that have passed stay on the page.
     #[arg(long)]
     only: Option<String>,
 }
@@ -43,21 +46,27 @@ struct Row {
     seconds: f64,
     /// What the step said about itself.
     remark: String,
+    /// Of a hundred parts of the full counts, how many.
+    share: u64,
 }
 
 pub fn run(settings: &Settings) -> i32 {
     let begin = Instant::now();
     let state = evidence::State::open(settings.long);
+    let full = steps::all(steps::Scale { long: settings.long, share: 100 });
     let mut rows = Vec::new();
-    for step in steps::all(settings.long) {
-        if settings.only.as_ref().is_some_and(|only| !step.name.contains(only.as_str())) {
-            continue;
-        }
-        let row = match state.known(step.name) {
+    for (step, whole) in
+        steps::all(steps::Scale { long: settings.long, share: settings.share }).iter().zip(&full)
+    {
+        let share = if step.commands == whole.commands { 100 } else { settings.share };
+        let wanted = settings.only.as_ref().is_none_or(|only| step.name.contains(only.as_str()));
+        // What has passed with more counts need not be run again; what is not asked for stays as it is.
+        let row = match state.known(step.name, if wanted { share } else { 0 }) {
             Some(row) => row,
+            None if !wanted => continue,
             None => {
                 println!("=== {}", step.name);
-                let row = run_step(&step);
+                let row = Row { share, ..run_step(step) };
                 println!("    {}", describe(&row));
                 state.remember(&row);
                 row
@@ -84,7 +93,7 @@ fn run_step(step: &Step) -> Row {
             Err(words) => (Ending::Failed(words), String::new()),
         },
     };
-    Row { name: step.name.to_owned(), ending, seconds: begin.elapsed().as_secs_f64(), remark }
+    Row { name: step.name.to_owned(), ending, seconds: begin.elapsed().as_secs_f64(), remark, share: 100 }
 }
 
 /// Runs the commands of a step, all output to its log, and gives the log back.
@@ -171,7 +180,7 @@ fn before(line: &str, word: &str) -> u64 {
 
 /// The lines in which our own tasks say what they found.
 fn remark(output: &str) -> String {
-    const TASKS: [&str; 10] = [
+    const TASKS: [&str; 14] = [
         "matrix: ",
         "strict: ",
         "order: ",
@@ -182,6 +191,10 @@ fn remark(output: &str) -> String {
         "figures: ",
         "huge: ",
         "fuzz: ",
+        "churn: ",
+        "scarce: ",
+        "decoders: ",
+        "mutants: ",
     ];
     let told = output.lines().filter(|line| TASKS.iter().any(|task| line.starts_with(task)));
     told.collect::<Vec<_>>().join("; ")

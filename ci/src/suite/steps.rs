@@ -92,8 +92,23 @@ impl Step {
     }
 }
 
-/// All steps. The long suite does the same with full counts.
-pub fn all(long: bool) -> Vec<Step> {
+/// How much of everything.
+#[derive(Clone, Copy)]
+pub struct Scale {
+    pub long: bool,
+    /// Of a hundred parts of the full counts, where they can be shared out: those of faults and mutants.
+    pub share: u64,
+}
+
+impl Scale {
+    fn of(self, short: u64, full: u64) -> u64 {
+        if self.long { (full * self.share).div_ceil(100) } else { short }
+    }
+}
+
+/// All steps. The long suite does the same with full counts, or a share of them.
+pub fn all(scale: Scale) -> Vec<Step> {
+    let long = scale.long;
     let pick = |short: &'static str, full: &'static str| if long { full } else { short };
     let mut steps = vec![
         Step::new("rustfmt", "cargo fmt --all -- --check"),
@@ -108,10 +123,11 @@ pub fn all(long: bool) -> Vec<Step> {
             .with("CARGO_TARGET_DIR", "target/loom"),
     );
     steps.push(
-        Step::task("simulator", pick("sim --seeds 2000", "sim --seeds 200000"))
-            .within(Duration::from_secs(if long { 8 * 3600 } else { 1800 })),
+        Step::task("simulator", &format!("sim --seeds {}", scale.of(2000, 1_000_000)))
+            .within(Duration::from_secs(if long { 48 * 3600 } else { 1800 })),
     );
     steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));
+    steps.extend(faults(scale));
     steps.extend(processes(long));
     steps.extend(
         [("Open MPI", "mpirun.openmpi", "mpicc.openmpi"), ("MPICH", "mpirun.mpich", "mpicc.mpich")]
@@ -167,6 +183,33 @@ fn rust_tests() -> Vec<Step> {
     ]
 }
 
+/// Faults of real processes, hostile bytes, and bugs planted at random.
+fn faults(scale: Scale) -> Vec<Step> {
+    let hours = |n: u64| Duration::from_secs(n * 3600);
+    let chaos = format!(
+        "chaos --kills {} --stops {} --starts {} --teardowns {}",
+        scale.of(6, 500),
+        scale.of(2, 50),
+        scale.of(2, 200),
+        scale.of(3, 500)
+    );
+    // One alone says nothing about a share.
+    let percent = if scale.long { 90 } else { 0 };
+    let mutants = format!("mutants --sample {} --percent {percent}", scale.of(1, 150));
+    let mut steps = vec![
+        Step::task("killed and stopped ranks", &chaos).within(hours(4)),
+        Step::task("churn of ranks", &format!("churn --seconds {}", scale.of(10, 600))),
+        Step::task("too little of everything", "scarce"),
+        Step::task("decoders", &format!("decoders --changes {}", scale.of(300, 30_000))).within(hours(2)),
+        Step::task("mutants", &mutants).within(hours(24)),
+    ];
+    if scale.long {
+        let seconds = format!("fuzz --seconds {}", scale.of(0, 600));
+        steps.push(Step::task("fuzzed decoders", &seconds).within(hours(2)));
+    }
+    steps
+}
+
 /// Real processes on this host.
 fn processes(long: bool) -> Vec<Step> {
     let pick = |short: &'static str, full: &'static str| if long { full } else { short };
@@ -175,11 +218,6 @@ fn processes(long: bool) -> Vec<Step> {
         Step::task("result matrix", pick("matrix", "matrix --full")).within(hours(if long { 12 } else { 1 })),
         Step::task("strict mode", pick("strict --runs 20", "strict --runs 20 --full")).within(hours(6)),
         Step::task("random orders", pick("order --steps 1000", "order --steps 20000")).within(hours(6)),
-        Step::task(
-            "killed and stopped ranks",
-            pick("chaos --kills 6 --stops 2", "chaos --kills 200 --stops 50"),
-        )
-        .within(hours(4)),
         Step::task("intruders", pick("intrude", "intrude --connections 300")),
         Step::task("several hosts", "hosts"),
         with_launcher("several hosts over ssh", pick("ssh", "ssh --hosts 2,3,4 --kills 60")).within(hours(2)),
@@ -192,7 +230,6 @@ fn processes(long: bool) -> Vec<Step> {
     ];
     if long {
         steps.push(Step::task("more than 2^31 elements", "huge"));
-        steps.push(Step::task("fuzzed decoders", "fuzz --seconds 600").within(hours(2)));
     }
     steps
 }

@@ -8,6 +8,7 @@ use super::{Arrivals, Door, Litter, ServerOptions};
 use crate::limits::{HANDSHAKE_MS, SHUTDOWN_MS, UNAUTHENTICATED_MAX};
 use crate::rendezvous::card::{Answer, LENGTH_BYTES, News, REGISTRATION_BYTES_MAX, Registration, frame};
 use crate::rendezvous::channel::{Channel, Stream};
+use crate::rendezvous::past::Past;
 use crate::rendezvous::proof::{Accept, Handshake, Purpose, SERVICE};
 use crate::rendezvous::reactor::Reactor;
 use crate::transport::wake::Waker;
@@ -55,12 +56,10 @@ struct Connection {
 enum Stage {
     Proving(Box<Handshake>),
     Length {
-        rank: Rank,
-        epoch: Epoch,
+        who: Proven,
     },
     Body {
-        rank: Rank,
-        epoch: Epoch,
+        who: Proven,
         len: usize,
     },
     Registered {
@@ -71,6 +70,14 @@ enum Stage {
         worker: Worker,
     },
     Closing,
+}
+
+/// What a connection has proven to be.
+#[derive(Clone, Copy)]
+struct Proven {
+    rank: Rank,
+    epoch: Epoch,
+    regroups: bool,
 }
 
 impl Service {
@@ -390,32 +397,38 @@ impl Connection {
                     }
                     let peer = handshake.proven().expect("just proven");
                     let regroups = peer.purpose == Purpose::Regroup;
-                    self.stage = Stage::Length { rank: peer.rank, epoch: peer.epoch };
+                    self.stage =
+                        Stage::Length { who: Proven { rank: peer.rank, epoch: peer.epoch, regroups } };
                     if regroups {
                         self.channel.queue(&frame(&Answer::Come.encode()));
                         self.channel.flush().map_err(|_| None)?;
                     }
                 }
-                Stage::Length { rank, epoch } => {
+                Stage::Length { who } => {
                     let Some(bytes) = self.channel.fill(LENGTH_BYTES).map_err(|_| None)? else {
                         return Ok(None);
                     };
                     let len = u32::from_le_bytes(bytes.try_into().expect("four bytes")) as usize;
                     if len > REGISTRATION_BYTES_MAX {
-                        return Err(Some(format!("{rank} sent a registration of {len} bytes")));
+                        return Err(Some(format!("{} sent a registration of {len} bytes", who.rank)));
                     }
-                    let (rank, epoch) = (*rank, *epoch);
+                    let who = *who;
                     self.channel.taken();
-                    self.stage = Stage::Body { rank, epoch, len };
+                    self.stage = Stage::Body { who, len };
                 }
-                Stage::Body { rank, epoch, len } => {
+                Stage::Body { who, len } => {
+                    let Proven { rank, epoch, regroups } = *who;
                     let Some(bytes) = self.channel.fill(*len).map_err(|_| None)? else { return Ok(None) };
                     let registration = Registration::decode(bytes)
                         .map_err(|e| Some(format!("{rank} sent a malformed registration: {}", e.0)))?;
-                    if registration.card.rank != *rank {
+                    if registration.card.rank != rank {
                         return Err(Some(format!("{rank} sent the card of {}", registration.card.rank)));
                     }
-                    let epoch = *epoch;
+                    // What it wants to go on from is bound to what it has proven.
+                    let same = |past: &Past| past.epoch == epoch && past.rank == rank;
+                    if regroups && !registration.past.as_ref().is_some_and(same) {
+                        return Err(Some(format!("{rank} comes with the past of another")));
+                    }
                     self.channel.taken();
                     self.stage = Stage::Registered { worker: registration.card.rank.0 };
                     return Ok(Some((epoch, registration)));
