@@ -123,6 +123,8 @@ struct Staged {
     stage: Arc<Stage>,
     /// The inputs have come when the stream is past it.
     come: Mark,
+    /// Whether there are inputs here: what only receives is ready at once.
+    has_inputs: bool,
     staging: Option<Staging>,
     /// For each tensor, where the caller wants the result; none where the runtime allocates it.
     landings: Vec<Option<Landing>>,
@@ -180,10 +182,15 @@ impl Staged {
         // SAFETY: the caller's promise; the staging memory is parked where it is dropped too early.
         let copied = unsafe { accelerator.transfer(Direction::ToHost, &transfers) };
         let come = copied.and_then(|()| accelerator.mark());
-        match come.and_then(|come| inner.accelerator.wake_when_over().map(|()| come)) {
+        let come = come.and_then(|come| match transfers.is_empty() {
+            true => Ok(come),
+            false => inner.accelerator.wake_when_over().map(|()| come),
+        });
+        match come {
             Ok(come) => {
                 drop(inner);
-                Ok(Box::new(Staged { stage: Arc::clone(stage), come, staging: Some(staging), landings }))
+                let (stage, has_inputs) = (Arc::clone(stage), !transfers.is_empty());
+                Ok(Box::new(Staged { stage, come, has_inputs, staging: Some(staging), landings }))
             }
             Err(cause) => {
                 inner.park_behind_all(staging);
@@ -195,7 +202,7 @@ impl Staged {
 
 impl Passage for Staged {
     fn has_come(&mut self) -> Result<bool, Cause> {
-        self.come.0.is_over()
+        Ok(!self.has_inputs || self.come.0.is_over()?)
     }
 
     fn go_back(&mut self, outcome: &mut Outcome) -> Result<(), Cause> {
