@@ -141,8 +141,8 @@ def renew() -> None:
 def add_process_set(process_set: Union[ProcessSet, Sequence[int]]) -> ProcessSet:
     """Makes a process set known to the job.
 
-    All ranks must call it, members or not, with the same ranks. Calls match by their order on each rank (those of
-    `remove_process_set` among them), so one thread should make them.
+    All ranks must call it, members or not, with the same ranks. Calls match by these, so that ranks may add several sets in
+    different orders (and remove others in between).
 
     Args:
         process_set: a `ProcessSet`, or its ranks.
@@ -150,7 +150,7 @@ def add_process_set(process_set: Union[ProcessSet, Sequence[int]]) -> ProcessSet
         The set, ready for use.
     Raises:
         UsageError: for a rank that does not exist, for no ranks, or for a set that is known already.
-        MismatchError: on all ranks, when they named different ranks, or one of them had such a UsageError.
+        MismatchError: on the other ranks, when one of them had such a UsageError.
     """
     added = as_set(process_set)
     if added.process_set_id is not None and _native.is_initialized():
