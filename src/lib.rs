@@ -80,6 +80,8 @@
 //!   verbs: its reduction writes to where its operands lay, which no verb can say.
 //! * *Values with the marks.* An allreduce of a few bytes is agreed on together with its values (`engine/inline.rs`):
 //!   what is left to do is to reduce them.
+//! * *Tensors of a device come to the host first.* They are copied when they are submitted ([`engine::passage`],
+//!   `runtime/staged.rs`), so that links and boards see host memory alone; orders are not lowered to device × link.
 //! * *A closing order.* A rank that leaves may not make what was agreed before fail; see `engine/departure.rs`.
 //! * *Doors instead of votes by message.* After an epoch the ranks come together at one place, whose machine
 //!   ([`membership::regroup`]) decides: the launcher's rendezvous in an elastic job, else the doors of the lowest rank
