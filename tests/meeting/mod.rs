@@ -11,7 +11,7 @@ use carole::transport::{Events, Fabric, FabricEvent, Link, LinkEvent};
 use carole::types::{Epoch, Rank, Time};
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Descriptors are counted, so the tests of this file run one after the other.
@@ -162,6 +162,17 @@ pub fn stop(nodes: Vec<Node>) {
     }
 }
 
+/// A port that nobody listens on. The kernel gives those from 32768 on to whatever connects or binds to port 0, at any
+/// moment; it never gives one of these.
 pub fn free_port(loopback: &str) -> u16 {
-    std::net::TcpListener::bind((loopback, 0)).unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let turn = NEXT.fetch_add(1, Ordering::Relaxed);
+        // Test processes run side by side: each has its own places in the range.
+        let place = std::process::id().wrapping_mul(37).wrapping_add(u32::from(turn));
+        let port = 10_000 + (place % 22_000) as u16;
+        if std::net::TcpListener::bind((loopback, port)).is_ok() {
+            return port;
+        }
+    }
 }

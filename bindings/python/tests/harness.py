@@ -18,7 +18,9 @@ import importlib.util
 import json
 import os
 import pickle
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,23 @@ PRELOADED = (
     "torch", "torch.distributed", "carole", "carole.torch", "torch.optim", "torch._dynamo", "torch.distributed.tensor",
     "torch.distributed.fsdp", "torch.distributed.checkpoint",
 )  # fmt: skip
+
+
+# The kernel gives ports from 32768 on to whatever connects or binds to port 0, at any moment; never these.
+PORTS = range(10000, 32000)
+
+
+def free_port(count: int = 16) -> int:
+    """A port that nobody listens on, nor on those after it, and that no connection is given meanwhile."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with contextlib.ExitStack() as probes:
+            try:
+                for offset in range(count):
+                    probes.enter_context(socket.socket()).bind(("127.0.0.1", port + offset))
+            except OSError:
+                continue
+        return port
 
 
 class Failed(AssertionError):

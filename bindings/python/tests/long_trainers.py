@@ -12,8 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: no trainer is tested")
 
 import torch.distributed as dist  # noqa: E402
-from harness import run  # noqa: E402
-from test_torch_backend import free_port  # noqa: E402
+from harness import free_port, run  # noqa: E402
 
 SIZE = 2
 STEPS = 6

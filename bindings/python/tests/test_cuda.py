@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from harness import run
+from harness import free_port, run
 
 torch = pytest.importorskip("torch", reason="torch is not installed: nothing on a device is tested")
 
@@ -198,8 +198,6 @@ def dies(victim):
 
 
 def rendezvous():
-    from test_torch_backend import free_port
-
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
 
 

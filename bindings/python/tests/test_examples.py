@@ -1,12 +1,12 @@
 """The examples for torch, made small, on two ranks. SKIPPED AS A WHOLE where torch is not installed."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from harness import free_port
 
 torch = pytest.importorskip("torch", reason="torch is not installed: its examples are NOT run")
 
@@ -18,9 +18,7 @@ def start(example, *arguments, ranks=2, flags=()):
     program = [sys.executable, str(EXAMPLES / example), *arguments]
     command = [sys.executable, "-c", LAUNCH, "-np", str(ranks), *flags, *program]
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("CAROLE_", "HOROVOD_"))}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        variables["MASTER_PORT"] = str(probe.getsockname()[1])
+    variables["MASTER_PORT"] = str(free_port())
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout

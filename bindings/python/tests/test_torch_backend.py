@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import socket
 import time
 
 import pytest
@@ -10,17 +9,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: carole.torch_backend is NOT tested")
 
 import torch.distributed as dist  # noqa: E402
-from harness import catch  # noqa: E402
+from harness import catch, free_port  # noqa: E402
 from harness import run_forked as run  # noqa: E402
 
 OLD = torch.__version__.startswith("1.")
 new_only = pytest.mark.skipif(OLD, reason=f"torch {torch.__version__}: a Python process group has no such methods")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def begin(timeout_s=120):
