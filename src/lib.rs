@@ -92,6 +92,9 @@
 //! * *One death at a time is settled for certain.* In the verdict round ([`membership::vote`]) a rank that has heard nothing
 //!   for a second goes by what it knows. Nobody compares verdicts when the next epoch forms, so where several ranks die in
 //!   the same moment two survivors may differ about the last operations; the meeting should exclude the fewer.
+//! * *Persistent collectives beside the log.* A plan is agreed on (`engine/persistent.rs`), its starts are not: within a
+//!   host each has a [`engine::channel`] to itself, which waiters turn without the engine's baton. They are outside
+//!   uniform completion, so in elastic jobs, as between hosts, a start is an ordinary operation of the plan's name.
 //! * *Not there yet*: step plans (their seam is described in [`coordinator`]).
 //!
 //! # Vocabulary
@@ -99,7 +102,9 @@
 //! *collective* a kind of operation; *tensor*; *batch* fused tensors; *chunk* of a schedule; *window* of a buffer;
 //! *extent* and *piece* runs of memory; *lane* of a link; *stream* what matches a send with its receive; *cut* a
 //! portion of the agreed log; *epoch* an agreement about who takes part; *handle* an operation in flight;
-//! *board* memory of one rank that all ranks of its host map, with *seats* for process sets; *tick* a window's turn there;
+//! *board* memory of one rank that all ranks of its host map, with *seats* for process sets and an *arena* of *blocks*;
+//! *tick* a window's turn there; *plan* how a shape is run: kept for batches, made beforehand for
+//! a persistent collective, whose starts go through a *channel*;
 //! *rendezvous*; *porter* the thread that connects; *slot* a place for a rank on a host; *worker* a process of an
 //! elastic job, whose rank changes with the epochs; *re-form* to begin the epoch that follows.
 

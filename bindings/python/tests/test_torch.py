@@ -371,3 +371,21 @@ def test_arguments():
         assert "process_sets" in catch(carole.UsageError, lambda: hvd.init(comm=[0]))
     finally:
         hvd.shutdown()
+
+
+def body_persistent():
+    """What is planned once runs on torch's tensors, too, in place and into new ones."""
+    me, size = hvd.rank(), hvd.size()
+    x = torch.empty(1000, dtype=torch.bfloat16)
+    mean, rows = hvd.allreduce_init(x, out=x), hvd.allgather_init(torch.full((me + 1,), me))
+    for turn in range(3):
+        x.fill_(me + turn)
+        assert mean() is x and (x == turn + (size - 1) / 2).all()
+        assert rows().tolist() == [r for r in range(size) for _ in range(r + 1)] and isinstance(rows.result, torch.Tensor)
+    mean.close()
+    rows.close()
+    return "ok"
+
+
+def test_persistent():
+    assert run(2, body_persistent) == ["ok"] * 2

@@ -3,6 +3,15 @@
 from .. import cross_rank, cross_size, is_homogeneous, is_initialized, local_rank, local_size, rank, shutdown
 from .. import size
 from .._errors import HorovodInternalError, HostsUpdatedInterrupt
+from .._persistent import (
+    allgather_init,
+    allreduce_init,
+    alltoall_init,
+    broadcast_init,
+    grouped_allreduce_init,
+    reduce_init,
+    reducescatter_init,
+)
 from .._sets import ProcessSet, add_process_set, global_process_set, remove_process_set
 from . import elastic
 from .basics import (
@@ -58,7 +67,11 @@ __all__ = [
     "ProcessSet",
     "SyncBatchNorm",
     "add_process_set",
+    "allgather_init",
     "allgather_object",
+    "allreduce_init",
+    "alltoall_init",
+    "broadcast_init",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
@@ -71,6 +84,7 @@ __all__ = [
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
+    "grouped_allreduce_init",
     "init",
     "is_homogeneous",
     "is_initialized",
@@ -81,6 +95,8 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "rank",
+    "reduce_init",
+    "reducescatter_init",
     "remove_process_set",
     "rocm_built",
     "shutdown",
