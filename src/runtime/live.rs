@@ -108,11 +108,6 @@ impl Live {
         EPOCH.store(epoch.0 + 1, Ordering::SeqCst);
         let world = world(&joined);
         log::set_rank(world.rank);
-        if world.rank == 0 {
-            for words in &joined.topology.contradictions {
-                log::warn(format_args!("{words}"));
-            }
-        }
         let level = Level::from_code(joined.table.simd).unwrap_or(Level::Baseline);
         host::set_level(level)?;
         let setup = setup(&config, &joined, epoch);
