@@ -244,7 +244,7 @@ impl Live {
         let mut submitted = Submitted::default();
         request::fill(request, set, &mut submitted)?;
         // SAFETY: what the caller of `submit` promised.
-        unsafe { self.stages.stage(&mut submitted, stream) }?;
+        unsafe { self.stages.stage(&mut submitted, stream, request.device) }?;
         Ok(submitted)
     }
 
@@ -309,7 +309,7 @@ impl Live {
                 let mut staged = Submitted::default();
                 fill(&mut staged);
                 // SAFETY: as above.
-                unsafe { self.stages.stage(&mut staged, stream) }.map_err(Error::usage)?;
+                unsafe { self.stages.stage(&mut staged, stream, None) }.map_err(Error::usage)?;
                 self.driver.submit(keep, false, |submitted| *submitted = staged)?
             }
         };
