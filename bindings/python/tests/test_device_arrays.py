@@ -160,7 +160,7 @@ def outputs():
     flat = device.from_dlpack(output.as_uint8())
     assert taken.address == interface["data"][0] and flat.shape == (48,)
     # The memory lives as long as the last who sees it.
-    del output, capsule
+    output = capsule = None
     again = carole.allreduce(device.Loner(values(1, (6, 2))), carole.Sum)
     assert (taken.get() == expected).all() and (flat.get().view("float32") == expected.ravel()).all()
     # A result is an input again.
