@@ -259,7 +259,7 @@ fn raw(py: Python<'_>, outcome: Outcome, stream: Option<u64>) -> PyResult<Bound<
 }
 
 /// Which array type the caller gets is decided in Python, where NumPy is an optional import.
-fn wrap<'py>(
+pub fn wrap<'py>(
     py: Python<'py>,
     output: impl IntoPyObject<'py, Error: Into<PyErr>>,
     like: Option<&Py<PyType>>,

@@ -10,23 +10,23 @@ use carole::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId
 use pyo3::prelude::*;
 use std::any::Any;
 
-/// Arguments that both entries share, as Python gave them.
-struct Call<'a, 'py> {
-    collective: u8,
-    name: Option<&'a str>,
-    set: u32,
-    op: &'a Bound<'py, PyAny>,
-    pre: &'a Bound<'py, PyAny>,
-    post: &'a Bound<'py, PyAny>,
-    root: &'a Bound<'py, PyAny>,
-    join_average: &'a Bound<'py, PyAny>,
-    splits: Option<&'a Bound<'py, PyAny>>,
+/// Arguments that all entries share, as Python gave them.
+pub(crate) struct Call<'a, 'py> {
+    pub(crate) collective: u8,
+    pub(crate) name: Option<&'a str>,
+    pub(crate) set: u32,
+    pub(crate) op: &'a Bound<'py, PyAny>,
+    pub(crate) pre: &'a Bound<'py, PyAny>,
+    pub(crate) post: &'a Bound<'py, PyAny>,
+    pub(crate) root: &'a Bound<'py, PyAny>,
+    pub(crate) join_average: &'a Bound<'py, PyAny>,
+    pub(crate) splits: Option<&'a Bound<'py, PyAny>>,
     /// Whether the caller waits at once, so that no other thread need be woken to drive.
-    waits: bool,
+    pub(crate) waits: bool,
 }
 
 /// The same arguments, understood.
-struct Understood {
+pub(crate) struct Understood {
     collective: Collective,
     op: ReduceOp,
     scale: Scale,
@@ -235,8 +235,8 @@ pub fn transfer_raw(
     Ok(Handle::new(handle, None, Finish::Raw).on(Some(told(py, streams))))
 }
 
-impl Call<'_, '_> {
-    fn understand(&self) -> Result<Understood, String> {
+impl<'a> Call<'a, '_> {
+    pub(crate) fn understand(&self) -> Result<Understood, String> {
         let collective = Collective::from_code(self.collective)
             .ok_or_else(|| format!("the collective {} is unknown", self.collective))?;
         let op = self.op.extract::<u8>().ok().and_then(ReduceOp::from_code).ok_or_else(|| {
@@ -264,15 +264,16 @@ impl Call<'_, '_> {
     }
 
     /// `place`: of tensors on a CUDA device, the stream that makes them and the device's number.
-    fn post(
-        &self,
-        py: Python<'_>,
-        understood: &Understood,
-        tensors: &[TensorArg<'_>],
-        keep: Box<dyn Any + Send>,
+    pub(crate) fn request<'b>(
+        &'b self,
+        understood: &'b Understood,
+        tensors: &'b [TensorArg<'b>],
         place: Option<(u64, Option<i32>)>,
-    ) -> PyResult<runtime::Handle> {
-        let request = Request {
+    ) -> Request<'b>
+    where
+        'a: 'b,
+    {
+        Request {
             name: self.name,
             set: SetId(self.set),
             collective: understood.collective,
@@ -285,7 +286,18 @@ impl Call<'_, '_> {
             stream: place.map(|(stream, _)| stream),
             device: place.and_then(|(_, device)| device),
             refused: None,
-        };
+        }
+    }
+
+    fn post(
+        &self,
+        py: Python<'_>,
+        understood: &Understood,
+        tensors: &[TensorArg<'_>],
+        keep: Box<dyn Any + Send>,
+        place: Option<(u64, Option<i32>)>,
+    ) -> PyResult<runtime::Handle> {
+        let request = self.request(understood, tensors, place);
         // SAFETY: `keep` holds all memory where it is until the operation has an outcome (and the streams that may use
         // it next wait for the results); that Python code does not write inputs or touch outputs meanwhile is its
         // documented duty.
@@ -297,6 +309,18 @@ impl Call<'_, '_> {
             }
         };
         handle.map_err(|error| errors::to_python(py, &error))
+    }
+}
+
+/// Tells the other ranks that this one could not accept a plan, and makes the exception for this one.
+pub(crate) fn refuse_plan(py: Python<'_>, call: &Call<'_, '_>, reason: &str) -> PyErr {
+    let Some(collective) = Collective::from_code(call.collective) else { return errors::usage(py, reason) };
+    let (name, set) = (call.name, SetId(call.set));
+    let request = Request { name, set, collective, refused: Some(reason), ..Request::default() };
+    // SAFETY: a refused request names no memory.
+    match unsafe { runtime::plan(&request, None) } {
+        Ok(_) => errors::usage(py, reason),
+        Err(error) => errors::to_python(py, &error),
     }
 }
 
@@ -337,13 +361,13 @@ fn splits_from(splits: &Bound<'_, PyAny>) -> Result<Vec<u64>, String> {
 
 /// The memory of one call.
 #[derive(Default)]
-struct Views {
-    inputs: Vec<Array>,
+pub(crate) struct Views {
+    pub(crate) inputs: Vec<Array>,
     /// Null where the engine is to allocate; empty where it allocates all.
-    outputs: Vec<*mut u8>,
-    keeps: Vec<Keep>,
+    pub(crate) outputs: Vec<*mut u8>,
+    pub(crate) keeps: Vec<Keep>,
     /// Where they are, if not on the host.
-    device: Option<OnDevice>,
+    pub(crate) device: Option<OnDevice>,
 }
 
 impl Views {
@@ -366,7 +390,7 @@ impl Views {
     }
 }
 
-fn view_all(
+pub(crate) fn view_all(
     py: Python<'_>,
     tensors: &[Bound<'_, PyAny>],
     outs: &[Option<Bound<'_, PyAny>>],

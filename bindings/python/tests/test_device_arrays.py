@@ -199,6 +199,7 @@ def refusals():
         else:
             told.append(catch(carole.MismatchError, lambda name=name: carole.allreduce(good, name=name)))
             assert word in told[-1] and "rank 0" in told[-1], told
+    assert "host memory" in catch(carole.UsageError, lambda: carole.allreduce_init(good, carole.Sum, name="planned"))
     # Host and device do not meet, and the group goes on.
     words = catch(carole.MismatchError, lambda: carole.allreduce(good if rank else np.ones((4, 4), "f4"), name="mixed"))
     assert "host memory" in words and "CUDA" in words, words
