@@ -27,6 +27,14 @@ want_sshd() {
     fi
 }
 
+# For ranks under Slurm, whose daemons take root and are started by the test itself.
+want_slurm() {
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/slurmd ] && [ -x /usr/sbin/munged ] && command -v srun >/dev/null ||
+            install_package slurm-wlm munge || say "no Slurm: its tests are skipped"
+    fi
+}
+
 # For MPI as a transport: two implementations, and what their crate is built with.
 want_mpi() {
     if command -v apt-get >/dev/null; then

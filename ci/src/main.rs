@@ -26,6 +26,7 @@ mod random;
 mod scarce;
 mod shaped;
 mod sim;
+mod slurm;
 mod ssh;
 mod startup;
 mod strict;
@@ -68,6 +69,8 @@ enum Task {
     Hosts(hosts::Settings),
     /// The launcher over ssh between namespaces with an sshd each: results, failures, mistakes; takes root.
     Ssh(ssh::Settings),
+    /// Ranks under a real Slurm, whose daemons the task starts: results, failures, mistakes; takes root.
+    Slurm(slurm::Settings),
     /// From the launcher's start to the first barrier; the rendezvous of many ranks; jobs started and killed.
     Startup(startup::Settings),
     /// Algorithms on links of a set rate between namespaces: regret of the choice, cost of checksums; takes root.
@@ -139,6 +142,7 @@ fn main() {
         Task::Intrude(settings) => intrude::run(&settings),
         Task::Hosts(settings) => hosts::run(&settings),
         Task::Ssh(settings) => ssh::run(&settings),
+        Task::Slurm(settings) => slurm::run(&settings),
         Task::Startup(settings) => startup::run(&settings),
         Task::Shaped(settings) => shaped::run(&settings),
         Task::Mpi(settings) => mpi::run(&settings),

@@ -16,7 +16,7 @@ pub struct RankSettings {
 const WEIGHTS: usize = 1000;
 const ROWS: usize = 32;
 
-/// Trains, and prints the bits of the weights' sum and whether the loss fell.
+/// Trains, and prints a word when the first step is done, then the bits of the weights' sum and whether the loss fell.
 pub fn rank(settings: &RankSettings) -> Result<(), String> {
     let fail = |error: carole::error::Error| error.to_string();
     runtime::init(&Options::default()).map_err(fail)?;
@@ -40,6 +40,9 @@ pub fn rank(settings: &RankSettings) -> Result<(), String> {
         typed::allreduce("gradient", &mut gradient, ReduceOp::Average).map_err(fail)?;
         typed::allreduce("loss", &mut loss, ReduceOp::Average).map_err(fail)?;
         weights.iter_mut().zip(&gradient).for_each(|(w, g)| *w -= 0.005 * g);
+        if step == 0 {
+            println!("all have joined");
+        }
         (first, last) = (if step == 0 { loss[0] } else { first }, loss[0]);
     }
     if last.is_nan() || last > first / 2.0 {

@@ -130,7 +130,8 @@ fn compose(
             file.iter().for_each(|path| add(&["-f", path]));
         }
         Flavour::Slurm => {
-            add(&["--ntasks", &size, "--export", "ALL"]);
+            // A rank that fails ends the job, as everywhere; srun by itself lets the others wait for it.
+            add(&["--ntasks", &size, "--export", "ALL", "--kill-on-bad-exit=1"]);
             if hosts.is_some() || file.is_some() {
                 return Err(Error::usage(
                     "with --slurm Slurm chooses the hosts: leave -H and --hostfile out",
@@ -181,7 +182,7 @@ mod tests {
         );
         assert_eq!(
             line(Flavour::Slurm, "carolerun --slurm -np 4 x").unwrap(),
-            "srun --ntasks 4 --export ALL x"
+            "srun --ntasks 4 --export ALL --kill-on-bad-exit=1 x"
         );
         assert_eq!(
             line(Flavour::Jsrun, "carolerun --jsrun -np 4 x").unwrap(),

@@ -240,10 +240,15 @@ impl Family {
             true => tasks_on_this_node(environment),
             false => number(environment, self.local_size)?,
         };
+        // A PMI that srun serves says nothing of nodes; Slurm does, where the ranks are its own tasks.
+        let by_slurm = self.mpi && number(environment, "SLURM_PROCID").is_ok_and(|task| task == Some(rank));
+        let local_rank = match number(environment, self.local_rank)? {
+            None if by_slurm && local_size.is_none() => number(environment, "SLURM_LOCALID")?,
+            told => told,
+        };
         let hints = Hints {
-            local_rank: number(environment, self.local_rank)?,
-            // A PMI that srun serves says nothing of nodes; Slurm does.
-            local_size: local_size.or_else(|| tasks_on_this_node(environment).filter(|_| self.mpi)),
+            local_rank,
+            local_size: local_size.or_else(|| tasks_on_this_node(environment).filter(|_| by_slurm)),
             cross_rank: number(environment, self.cross_rank)?,
             cross_size: number(environment, self.cross_size)?,
         };

@@ -159,8 +159,12 @@ fn slurms_list_of_tasks_is_read() {
         let text = format!("SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE={list} SLURM_NODEID={node}");
         assert_eq!(tasks_on_this_node(&environment(&text)), size, "{text}");
         // srun's PMI says nothing of nodes.
-        let text = format!("{text} PMI_RANK=0 PMI_SIZE=7");
-        assert_eq!(place(&text).unwrap().hints.local_size, size);
+        let text = format!("{text} PMI_RANK=0 PMI_SIZE=7 SLURM_PROCID=0 SLURM_LOCALID=0");
+        let hints = Hints { local_rank: Some(0), local_size: size, ..Hints::default() };
+        assert_eq!(place(&text).unwrap().hints, hints);
+        // The tasks of the step may be another launcher's helpers, which started the ranks.
+        let text = text.replace("PMI_RANK=0", "PMI_RANK=3");
+        assert_eq!(place(&text).unwrap().hints, Hints::default());
     }
     assert_eq!(tasks_on_this_node(&environment("SLURM_STEP_TASKS_PER_NODE=4")), None, "not a step");
 }

@@ -87,18 +87,15 @@ impl Topology {
 fn local_ranks(table: &Table, members: &[Rank], contradictions: &mut Vec<String>) -> Vec<(Rank, u32)> {
     let hint = |rank: &Rank| table.cards[rank.0 as usize].hints;
     let mut taken = vec![false; members.len()];
-    let fits = members.iter().all(|rank| {
+    // Not to be told is no contradiction: some launchers say only how many there are.
+    let wrong = members.iter().find(|rank| {
         let hints = hint(rank);
-        let slot = hints.local_rank.and_then(|local| taken.get_mut(local as usize));
-        hints.local_size.is_none_or(|size| size as usize == members.len())
-            && slot.is_some_and(|slot| !std::mem::replace(slot, true))
+        let fits =
+            |local: u32| taken.get_mut(local as usize).is_some_and(|slot| !std::mem::replace(slot, true));
+        hints.local_size.is_some_and(|size| size as usize != members.len())
+            || !hints.local_rank.is_none_or(fits)
     });
-    if fits {
-        return members.iter().map(|rank| (*rank, hint(rank).local_rank.expect("it fits"))).collect();
-    }
-    if let Some(rank) =
-        members.iter().find(|rank| hint(rank).local_rank.is_some() || hint(rank).local_size.is_some())
-    {
+    if let Some(rank) = wrong {
         let hints = hint(rank);
         let text = |v: Option<u32>| v.map_or("unset".to_owned(), |v| v.to_string());
         contradictions.push(format!(
@@ -109,6 +106,8 @@ fn local_ranks(table: &Table, members: &[Rank], contradictions: &mut Vec<String>
             members.len(),
             table.cards[rank.0 as usize].hostname,
         ));
+    } else if let Some(told) = members.iter().map(|rank| Some((*rank, hint(rank).local_rank?))).collect() {
+        return told;
     }
     members.iter().enumerate().map(|(i, rank)| (*rank, i as u32)).collect()
 }
@@ -170,6 +169,18 @@ mod tests {
         let topology = Topology::of(&table);
         assert_eq!(topology.ranks[0].local_rank, 1);
         assert!(topology.contradictions.is_empty());
+    }
+
+    #[test]
+    fn who_is_told_only_how_many_share_its_host_is_not_contradicted() {
+        let mut table = table(&["a", "a"]);
+        for card in &mut table.cards {
+            card.hints = Hints { local_size: Some(2), ..Hints::default() };
+        }
+        table.cards[0].hints.local_rank = Some(1);
+        let topology = Topology::of(&table);
+        assert_eq!((topology.ranks[0].local_rank, topology.ranks[1].local_rank), (0, 1));
+        assert!(topology.contradictions.is_empty(), "{:?}", topology.contradictions);
     }
 
     #[test]

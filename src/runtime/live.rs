@@ -111,11 +111,6 @@ impl Live {
         EPOCH.store(epoch.0 + 1, Ordering::SeqCst);
         let world = world(&joined);
         log::set_rank(world.rank);
-        if world.rank == 0 {
-            for words in &joined.topology.contradictions {
-                log::warn(format_args!("{words}"));
-            }
-        }
         let level = Level::from_code(joined.table.simd).unwrap_or(Level::Baseline);
         host::set_level(level)?;
         let setup = setup(&config, &joined, epoch);
@@ -285,7 +280,7 @@ impl Live {
         let mut submitted = Submitted::default();
         request::fill(request, set, &mut submitted)?;
         // SAFETY: what the caller of `submit` promised.
-        unsafe { self.stages.stage(&mut submitted, stream) }?;
+        unsafe { self.stages.stage(&mut submitted, stream, request.device) }?;
         Ok(submitted)
     }
 
@@ -350,7 +345,7 @@ impl Live {
                 let mut staged = Submitted::default();
                 fill(&mut staged);
                 // SAFETY: as above.
-                unsafe { self.stages.stage(&mut staged, stream) }.map_err(Error::usage)?;
+                unsafe { self.stages.stage(&mut staged, stream, None) }.map_err(Error::usage)?;
                 self.driver.submit(keep, false, |submitted| *submitted = staged)?
             }
         };

@@ -89,6 +89,8 @@ pub struct Request<'a> {
     /// The tensors lie on a CUDA device, and this is the stream (a `CUstream`) that has been given what makes the
     /// inputs. Outputs that the runtime allocates lie there, too.
     pub stream: Option<u64>,
+    /// With a stream: the device's number, which counts where all tensors are empty, so that no memory tells.
+    pub device: Option<i32>,
     /// The binding could not accept the call (a bad buffer, say): the other ranks are told this reason and
     /// no payload is sent. `submit` then returns a handle whose wait fails with it.
     pub refused: Option<&'a str>,
@@ -107,6 +109,7 @@ impl Default for Request<'_> {
             tensors: &[],
             splits: &[],
             stream: None,
+            device: None,
             refused: None,
         }
     }

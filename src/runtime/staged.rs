@@ -76,20 +76,21 @@ impl Stages {
     }
 
     /// Lets the tensors of a submission come to the host: from then on it names their places there. The error is the
-    /// reason why that cannot be.
+    /// reason why that cannot be. `device` is the number that counts where no memory tells.
     ///
     /// # Safety
     /// The submission's memory must be device memory that stays valid until the operation has an outcome and its copies
     /// are over, and `stream` a live stream of that device or one of its default streams.
-    pub(super) unsafe fn stage(&self, submitted: &mut Submitted, stream: u64) -> Result<(), String> {
+    pub(super) unsafe fn stage(
+        &self,
+        submitted: &mut Submitted,
+        stream: u64,
+        device: Option<i32>,
+    ) -> Result<(), String> {
         submitted.signature.place = Place::Cuda;
-        let regions = submitted.tensors.iter().flat_map(|(input, output)| [Some(*input), *output]);
-        let Some(first) = regions.flatten().find(|region| !region.is_empty()) else { return Ok(()) };
         // SAFETY: the caller's promise.
-        let arrival = unsafe { cuda::arrival(first.as_ptr() as u64, stream) };
-        let arrival = arrival.map_err(|cause| cause.to_string())?.ok_or_else(|| {
-            format!("the memory at {:p} lies on no CUDA device; call without a stream", first.as_ptr())
-        })?;
+        let arrival = unsafe { arrival(submitted, stream, device) }?;
+        let Some(arrival) = arrival else { return Ok(()) };
         let stage = self.of_device(arrival.device).map_err(|cause| cause.to_string())?;
         // SAFETY: the caller's promise.
         let passage = unsafe { Staged::begin(&stage, &arrival, submitted) };
@@ -107,6 +108,37 @@ impl Stages {
         known.insert(number, Arc::clone(&stage));
         Ok(stage)
     }
+}
+
+/// Where the tensors of a submission lie; none where nothing tells, since they are all empty.
+///
+/// # Safety
+/// As [`Stages::stage`].
+unsafe fn arrival(
+    submitted: &Submitted,
+    stream: u64,
+    device: Option<i32>,
+) -> Result<Option<Arrival>, String> {
+    let regions = || submitted.tensors.iter().flat_map(|(input, output)| [Some(*input), *output]).flatten();
+    let of = |region: Region| {
+        // SAFETY: the caller's promise.
+        unsafe { cuda::arrival(region.as_ptr() as u64, stream) }.map_err(|cause| cause.to_string())
+    };
+    if let Some(first) = regions().find(|region| !region.is_empty()) {
+        let found = of(first)?;
+        return found.map(Some).ok_or_else(|| {
+            format!("the memory at {:p} lies on no CUDA device; call without a stream", first.as_ptr())
+        });
+    }
+    // What is only to be received, as of a broadcast, tells where the result is wanted.
+    for region in regions().filter(|region| !region.as_ptr().is_null()) {
+        if let Some(found) = of(region)? {
+            return Ok(Some(found));
+        }
+    }
+    // SAFETY: the caller's promise.
+    let told = device.map(|device| unsafe { cuda::arrival_on(device, stream) });
+    told.transpose().map_err(|cause| cause.to_string())
 }
 
 /// Where a result goes from its place on the host.

@@ -18,6 +18,12 @@ const MAJOR: u32 = 1;
 const FLAG_READ_ONLY: u64 = 1;
 /// `kDLCPU`, and `kDLCUDAHost` (page-locked host memory): what the processor can read.
 const HOST_DEVICES: [i32; 2] = [1, 3];
+/// `kDLCPU`, the first one.
+pub const HOST: (i32, i32) = (1, 0);
+/// `kDLCUDA`.
+pub const CUDA: i32 = 2;
+/// That, and `kDLCUDAManaged`.
+const CUDA_DEVICES: [i32; 2] = [CUDA, 13];
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -120,6 +126,7 @@ struct ManagedVersioned {
 /// A tensor lent to us; its deleter runs on drop, which must happen while attached to the interpreter.
 pub struct Borrowed {
     managed: Lent,
+    device_type: i32,
     /// The first byte.
     pub data: *mut u8,
     /// Element type.
@@ -161,28 +168,50 @@ impl Drop for Lent {
     }
 }
 
-/// Borrows the memory of `object`, which has `__dlpack__`.
-pub fn borrow(object: &Bound<'_, PyAny>) -> Result<Borrowed, String> {
-    let text = |error: PyErr| error.to_string();
-    if let Ok(device) = object.call_method0("__dlpack_device__") {
-        let (device_type, _): (i32, i32) = device.extract().map_err(text)?;
-        if !HOST_DEVICES.contains(&device_type) {
-            return Err(format!(
-                "its memory is on a device (DLPack device type {device_type}); copy it to the host first"
-            ));
-        }
+/// The CUDA device that the memory of `object` is on, which has `__dlpack__`; none for memory of the host.
+pub fn cuda_device(object: &Bound<'_, PyAny>) -> Result<Option<i32>, String> {
+    let Ok(device) = object.call_method0("__dlpack_device__") else { return Ok(None) };
+    // The type may be an enumeration of Python's.
+    let (device_type, number): (i32, i32) = device.extract().map_err(|error: PyErr| error.to_string())?;
+    match device_type {
+        host if HOST_DEVICES.contains(&host) => Ok(None),
+        cuda if CUDA_DEVICES.contains(&cuda) => Ok(Some(number)),
+        other => Err(foreign(other)),
     }
-    let capsule = capsule_of(object).map_err(|error| {
-        format!("its __dlpack__ failed with {error} (a tensor that requires grad must be detached)")
-    })?;
-    take(&capsule)
 }
 
-fn capsule_of<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+fn foreign(device_type: i32) -> String {
+    format!(
+        "its memory is on a device (DLPack device type {device_type}), and only host memory and CUDA devices are \
+         taken; copy it to the host first"
+    )
+}
+
+/// Borrows the memory of `object`, which has `__dlpack__`: memory of the host, or with a stream, which then waits for
+/// whatever makes the values, of a CUDA device.
+pub fn borrow(object: &Bound<'_, PyAny>, stream: Option<i64>) -> Result<Borrowed, String> {
+    let capsule = capsule_of(object, stream).map_err(|error| {
+        format!("its __dlpack__ failed with {error} (a tensor that requires grad must be detached)")
+    })?;
+    let borrowed = take(&capsule)?;
+    let wanted = if stream.is_some() { CUDA_DEVICES } else { HOST_DEVICES };
+    match borrowed.device_type {
+        found if wanted.contains(&found) => Ok(borrowed),
+        found => Err(foreign(found)),
+    }
+}
+
+fn capsule_of<'py>(object: &Bound<'py, PyAny>, stream: Option<i64>) -> PyResult<Bound<'py, PyAny>> {
     let options = PyDict::new(object.py());
-    options.set_item("max_version", (MAJOR, 1))?;
-    match object.call_method("__dlpack__", (), Some(&options)) {
-        Err(error) if error.is_instance_of::<PyTypeError>(object.py()) => object.call_method0("__dlpack__"),
+    if let Some(stream) = stream {
+        options.set_item("stream", stream)?;
+    }
+    let newer = options.copy()?;
+    newer.set_item("max_version", (MAJOR, 1))?;
+    match object.call_method("__dlpack__", (), Some(&newer)) {
+        Err(error) if error.is_instance_of::<PyTypeError>(object.py()) => {
+            object.call_method("__dlpack__", (), Some(&options))
+        }
         result => result,
     }
 }
@@ -218,9 +247,7 @@ fn take(capsule: &Bound<'_, PyAny>) -> Result<Borrowed, String> {
 /// # Safety
 /// `tensor` is the tensor that `managed` lends, as its lender filled it.
 unsafe fn read(managed: Lent, tensor: &Tensor, read_only: Option<bool>) -> Result<Borrowed, String> {
-    if !HOST_DEVICES.contains(&tensor.device.device_type) {
-        return Err("its memory is on a device; copy it to the host first".to_owned());
-    }
+    let device_type = tensor.device.device_type;
     let dtype = dtype_from(tensor.dtype).ok_or_else(|| {
         let DataType { code, bits, lanes } = tensor.dtype;
         format!("its DLPack type (code {code}, {bits} bits, {lanes} lanes) has no counterpart")
@@ -239,7 +266,7 @@ unsafe fn read(managed: Lent, tensor: &Tensor, read_only: Option<bool>) -> Resul
         .collect::<Result<Vec<u64>, String>>()?;
     let strides = (!tensor.strides.is_null()).then(|| list(tensor.strides).to_vec());
     let data = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
-    Ok(Borrowed { managed, data, dtype, shape, strides, read_only })
+    Ok(Borrowed { managed, device_type, data, dtype, shape, strides, read_only })
 }
 
 impl Borrowed {
@@ -279,11 +306,12 @@ struct Context<T> {
     _owner: T,
 }
 
-/// A capsule that lends `data`, which `owner` keeps alive. The owner is dropped by the consumer, on any
+/// A capsule that lends `data` on `device` (its type and number), which `owner` keeps alive. The owner is dropped by the consumer, on any
 /// thread and perhaps detached from the interpreter: it must not be a Python object.
 pub fn lend<'py, T: Send + 'static>(
     py: Python<'py>,
     owner: T,
+    (device_type, device_id): (i32, i32),
     data: *mut u8,
     dtype: DType,
     shape: &[u64],
@@ -300,7 +328,7 @@ pub fn lend<'py, T: Send + 'static>(
     let shape_pointer = context.lists.as_mut_ptr();
     let dl_tensor = Tensor {
         data: data.cast(),
-        device: Device { device_type: 1, device_id: 0 },
+        device: Device { device_type, device_id },
         ndim: ndim as i32,
         dtype: dtype_to(dtype),
         shape: shape_pointer,

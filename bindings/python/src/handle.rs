@@ -135,9 +135,10 @@ impl Handle {
         raise: fn(Python<'_>, &Error) -> PyErr,
     ) -> PyResult<Bound<'py, PyAny>> {
         let finish = self.take_finish();
+        let mut stream = None;
         if let (Some(device), Ok(Outcome { arrives: Some(arrives), .. })) = (&self.device, &completion.result)
         {
-            device.hold(py, arrives)?;
+            stream = device.hold(py, arrives)?;
         }
         drop(completion.keep);
         if let Some(Finish::Made { ended: Some(ended), .. }) = &finish {
@@ -147,10 +148,10 @@ impl Handle {
         match finish {
             Some(Finish::Tensors { result }) => Ok(result.into_bound(py)),
             Some(Finish::Arrays { outs, like, single, with_splits }) => {
-                arrays(py, outcome, outs, like.as_ref(), single, with_splits)
+                arrays(py, outcome, stream, outs, like.as_ref(), single, with_splits)
             }
-            Some(Finish::Raw) => raw(py, outcome),
-            Some(Finish::Made { finish, .. }) => finish.bind(py).call1((raw(py, outcome)?,)),
+            Some(Finish::Raw) => raw(py, outcome, stream),
+            Some(Finish::Made { finish, .. }) => finish.bind(py).call1((raw(py, outcome, stream)?,)),
             None => {
                 let message = format!("{} was waited for by two threads", self.describe());
                 Err(errors::usage(py, &message))
@@ -195,9 +196,11 @@ impl Drop for Handle {
     }
 }
 
+/// `stream`: one that waits for results on a device; none where they are there.
 fn arrays<'py>(
     py: Python<'py>,
     outcome: Outcome,
+    stream: Option<u64>,
     outs: Vec<Option<Py<PyAny>>>,
     like: Option<&Py<PyType>>,
     single: bool,
@@ -212,10 +215,14 @@ fn arrays<'py>(
     let mut outs = outs.into_iter();
     let mut results = Vec::with_capacity(outcome.tensors.len());
     for tensor in outcome.tensors {
-        let result = match (outs.next().flatten(), tensor.memory) {
-            (Some(out), _) => out.into_bound(py),
-            (None, Some(memory)) => wrap(py, Output::new(memory, tensor.dtype, tensor.shape), like)?,
-            (None, None) => py.None().into_bound(py),
+        let result = match (outs.next().flatten(), tensor.memory, tensor.on_device) {
+            (Some(out), _, _) => out.into_bound(py),
+            (None, Some(memory), _) => wrap(py, Output::new(memory, tensor.dtype, tensor.shape), like)?,
+            (None, None, Some(memory)) => {
+                let arrives = outcome.arrives.clone();
+                wrap(py, DeviceOutput::new(memory, tensor.dtype, tensor.shape, arrives, stream), like)?
+            }
+            (None, None, None) => py.None().into_bound(py),
         };
         results.push(result);
     }
@@ -232,7 +239,7 @@ fn arrays<'py>(
     Ok(result)
 }
 
-fn raw(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
+fn raw(py: Python<'_>, outcome: Outcome, stream: Option<u64>) -> PyResult<Bound<'_, PyAny>> {
     let mut outputs: Vec<Option<Py<PyAny>>> = Vec::with_capacity(outcome.tensors.len());
     for tensor in outcome.tensors {
         outputs.push(match (tensor.memory, tensor.on_device) {
@@ -240,7 +247,9 @@ fn raw(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
                 Some(Py::new(py, Output::new(memory, tensor.dtype, tensor.shape))?.into_any())
             }
             (None, Some(memory)) => {
-                Some(Py::new(py, DeviceOutput::new(memory, tensor.dtype, tensor.shape))?.into_any())
+                let arrives = outcome.arrives.clone();
+                let output = DeviceOutput::new(memory, tensor.dtype, tensor.shape, arrives, stream);
+                Some(Py::new(py, output)?.into_any())
             }
             (None, None) => None,
         });
@@ -250,7 +259,11 @@ fn raw(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
 }
 
 /// Which array type the caller gets is decided in Python, where NumPy is an optional import.
-pub fn wrap<'py>(py: Python<'py>, output: Output, like: Option<&Py<PyType>>) -> PyResult<Bound<'py, PyAny>> {
+pub fn wrap<'py>(
+    py: Python<'py>,
+    output: impl IntoPyObject<'py, Error: Into<PyErr>>,
+    like: Option<&Py<PyType>>,
+) -> PyResult<Bound<'py, PyAny>> {
     static WRAP: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let wrap =
         WRAP.get_or_try_init(py, || Ok::<_, PyErr>(py.import("carole._arrays")?.getattr("wrap")?.unbind()))?;

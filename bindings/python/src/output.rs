@@ -82,17 +82,17 @@ impl Output {
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let _ = stream;
-        if copy == Some(true) || dl_device.is_some_and(|device| device != (1, 0)) {
+        if copy == Some(true) || dl_device.is_some_and(|device| device != dlpack::HOST) {
             let message = "this memory is on the host and is lent without a copy";
             return Err(pyo3::exceptions::PyBufferError::new_err(message));
         }
         let versioned = max_version.is_some_and(|(major, _)| major >= 1);
         let owner = Arc::clone(&self.memory);
-        dlpack::lend(py, owner, self.memory.as_ptr(), self.dtype, &self.shape, versioned)
+        dlpack::lend(py, owner, dlpack::HOST, self.memory.as_ptr(), self.dtype, &self.shape, versioned)
     }
     /// DLPack: host memory.
     fn __dlpack_device__(&self) -> (i32, i32) {
-        (1, 0)
+        dlpack::HOST
     }
     fn __repr__(&self) -> String {
         format!("<carole output {}{:?}>", self.dtype.name(), self.shape)

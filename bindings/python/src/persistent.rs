@@ -42,8 +42,8 @@ pub fn plan<'py>(
     splits: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Persistent> {
     let size = pyo3::types::PyString::new(py, "size").into_any();
-    let (join_average, waits, stream) = (&size, true, None);
-    let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits, stream };
+    let (join_average, waits) = (&size, true);
+    let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits };
     let understood = call.understand().map_err(|reason| refuse_plan(py, &call, &reason))?;
     let outs = match outs {
         Some(outs) if outs.len() != tensors.len() => {
@@ -53,7 +53,12 @@ pub fn plan<'py>(
         outs => outs.unwrap_or_default(),
     };
     let views =
-        view_all(&tensors, &outs, &understood, set).map_err(|reason| refuse_plan(py, &call, &reason))?;
+        view_all(py, &tensors, &outs, &understood, set).map_err(|reason| refuse_plan(py, &call, &reason))?;
+    if views.device.is_some() {
+        let reason =
+            "persistent collectives are of arrays in host memory; use the ordinary ones on a CUDA device";
+        return Err(refuse_plan(py, &call, reason));
+    }
     let arguments: Vec<TensorArg<'_>> = views
         .inputs
         .iter()
@@ -65,7 +70,7 @@ pub fn plan<'py>(
             shape: &input.shape,
         })
         .collect();
-    let request = call.request(&understood, &arguments);
+    let request = call.request(&understood, &arguments, None);
     let keep: Box<dyn std::any::Any + Send> = Box::new(views.keeps);
     // The addresses in the request are of memory that `keep` holds where it is.
     let request = Planned(&request);

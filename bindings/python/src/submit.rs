@@ -2,7 +2,7 @@
 //! ranks learn the reason and do not wait.
 
 use crate::array::{self, Array, Keep};
-use crate::device::OnDevice;
+use crate::device::{OnDevice, Source};
 use crate::errors;
 use crate::handle::{Finish, Handle, release_finished};
 use carole::runtime::{self, Request, TensorArg};
@@ -23,8 +23,6 @@ pub(crate) struct Call<'a, 'py> {
     pub(crate) splits: Option<&'a Bound<'py, PyAny>>,
     /// Whether the caller waits at once, so that no other thread need be woken to drive.
     pub(crate) waits: bool,
-    /// The stream that makes the tensors, where they lie on a CUDA device.
-    pub(crate) stream: Option<u64>,
 }
 
 /// The same arguments, understood.
@@ -58,7 +56,7 @@ pub fn submit<'py>(
     refused: Option<&str>,
     waits: bool,
 ) -> PyResult<Handle> {
-    let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits, stream: None };
+    let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits };
     release_finished();
     if let Some(reason) = refused {
         return Err(refuse(py, &call, reason));
@@ -71,7 +69,9 @@ pub fn submit<'py>(
         }
         outs => outs.unwrap_or_default(),
     };
-    let views = view_all(&tensors, &outs, &understood, set).map_err(|reason| refuse(py, &call, &reason))?;
+    let views =
+        view_all(py, &tensors, &outs, &understood, set).map_err(|reason| refuse(py, &call, &reason))?;
+    let place = views.place().map_err(|reason| refuse(py, &call, &reason))?;
     let arguments: Vec<TensorArg<'_>> = views
         .inputs
         .iter()
@@ -83,18 +83,19 @@ pub fn submit<'py>(
             shape: &input.shape,
         })
         .collect();
-    let handle = call.post(py, &understood, &arguments, Box::new(views.keeps))?;
+    let handle = call.post(py, &understood, &arguments, Box::new(views.keeps), place)?;
     let like = tensors.first().map(|tensor| tensor.get_type().unbind());
     let outs = outs.into_iter().map(|out| out.map(Bound::unbind)).collect();
     let with_splits = splits.is_some();
-    Ok(Handle::new(handle, name.map(str::to_owned), Finish::Arrays { outs, like, single, with_splits }))
+    let finish = Finish::Arrays { outs, like, single, with_splits };
+    Ok(Handle::new(handle, name.map(str::to_owned), finish).on(views.device))
 }
 
 /// Submits an operation on memory that the caller vouches for: each tensor is (input address, output address or
 /// 0, type code, shape), and `keep` keeps all of them alive. The handle gives what `finish` makes of the raw outcome
 /// (without it: the raw outcome); `ended` is called before, with whether the operation failed. Tensors on a CUDA device
-/// come with `streams`: the stream that makes them (as a number), and what gives the stream that is to wait for the
-/// results when they are taken.
+/// come with `streams`: the stream that makes them (as a number), what gives the stream that is to wait for the results
+/// when they are taken, and the device's number.
 #[pyfunction]
 #[pyo3(signature = (collective, tensors, keep, name, set, op, pre, post, root, splits, refused=None, waits=false, finish=None, ended=None, streams=None))]
 #[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
@@ -114,16 +115,13 @@ pub fn submit_raw<'py>(
     waits: bool,
     finish: Option<Py<PyAny>>,
     ended: Option<Py<PyAny>>,
-    streams: Option<(u64, Py<PyAny>)>,
+    streams: Option<(u64, Py<PyAny>, i32)>,
 ) -> PyResult<Handle> {
     let finish = finish.map_or(Finish::Raw, |finish| Finish::Made { finish, ended });
     let size = pyo3::types::PyString::new(py, "size").into_any();
-    let (stream, device) = match streams {
-        Some((stream, now)) => (Some(stream), Some(OnDevice::new(stream, now))),
-        None => (None, None),
-    };
-    let call =
-        Call { collective, name, set, op, pre, post, root, join_average: &size, splits, waits, stream };
+    let place = streams.as_ref().map(|(stream, _, device)| (*stream, Some(*device)));
+    let device = streams.map(|streams| told(py, streams));
+    let call = Call { collective, name, set, op, pre, post, root, join_average: &size, splits, waits };
     release_finished();
     if let Some(reason) = refused {
         return Err(refuse(py, &call, reason));
@@ -140,8 +138,15 @@ pub fn submit_raw<'py>(
             shape,
         });
     }
-    let handle = call.post(py, &understood, &arguments, Box::new(keep))?;
+    let handle = call.post(py, &understood, &arguments, Box::new(keep), place)?;
     Ok(Handle::new(handle, name.map(str::to_owned), finish).on(device))
+}
+
+/// Arrays of a framework that says which stream it works on.
+fn told(py: Python<'_>, (stream, now, device): (u64, Py<PyAny>, i32)) -> OnDevice {
+    let mut place = OnDevice::default();
+    place.add(py, Source::told(device, stream, now)).expect("the first is where it is");
+    place
 }
 
 /// Sends to, or receives from, one rank.
@@ -164,7 +169,14 @@ pub fn transfer<'py>(
     let tag = tag
         .extract::<u32>()
         .map_err(|_| refusal(format!("tag={} is not a whole number from 0 to 2**32 - 1", text(tag))))?;
-    let (array, keep) = array::view(&tensor).map_err(|reason| errors::usage(py, &reason))?;
+    let (mut array, keep) = array::view(&tensor).map_err(|reason| errors::usage(py, &reason))?;
+    let device = array.source.take().map(|source| {
+        let mut place = OnDevice::default();
+        place.add(py, source).map(|()| place)
+    });
+    let device = device.transpose().map_err(|reason| errors::usage(py, &reason))?;
+    let stream = device.as_ref().map(OnDevice::gather).transpose();
+    let stream = stream.map_err(|reason| errors::usage(py, &reason))?;
     if !sending && array.read_only {
         return Err(errors::usage(py, "recv writes into its array, and this one is read-only"));
     }
@@ -177,19 +189,19 @@ pub fn transfer<'py>(
     };
     let keep: Option<Box<dyn Any + Send>> = Some(Box::new(keep));
     let (set, peer) = (SetId(set), Rank(peer));
-    // SAFETY: `keep` holds the memory where it is until the operation has an outcome; that Python code does
-    // not write it meanwhile is its documented duty.
+    // SAFETY: `keep` holds the memory where it is until the operation has an outcome (and the streams that may use it
+    // next wait for the results); that Python code does not write it meanwhile is its documented duty.
     let handle = unsafe {
         if sending {
-            runtime::send(set, peer, tag, argument, None, keep)
+            runtime::send(set, peer, tag, argument, stream, keep)
         } else {
-            runtime::recv(set, peer, tag, argument, None, keep)
+            runtime::recv(set, peer, tag, argument, stream, keep)
         }
     };
     let handle = handle.map_err(|error| errors::to_python(py, &error))?;
     let outs = if sending { Vec::new() } else { vec![Some(tensor.unbind())] };
     let finish = Finish::Arrays { outs, like: None, single: true, with_splits: false };
-    Ok(Handle::new(handle, None, finish))
+    Ok(Handle::new(handle, None, finish).on(device))
 }
 
 /// Sends or receives bytes that lie on a CUDA device and that the caller vouches for.
@@ -204,10 +216,10 @@ pub fn transfer_raw(
     peer: u32,
     tag: u32,
     set: u32,
-    streams: (u64, Py<PyAny>),
+    streams: (u64, Py<PyAny>, i32),
 ) -> PyResult<Handle> {
     release_finished();
-    let (stream, now) = streams;
+    let stream = streams.0;
     let shape = [nbytes];
     let memory: *mut u8 = std::ptr::with_exposed_provenance_mut(address);
     let argument = TensorArg { input: memory, output: memory, dtype: DType::U8, shape: &shape };
@@ -220,7 +232,7 @@ pub fn transfer_raw(
         }
     };
     let handle = handle.map_err(|error| errors::to_python(py, &error))?;
-    Ok(Handle::new(handle, None, Finish::Raw).on(Some(OnDevice::new(stream, now))))
+    Ok(Handle::new(handle, None, Finish::Raw).on(Some(told(py, streams))))
 }
 
 impl<'a> Call<'a, '_> {
@@ -251,10 +263,12 @@ impl<'a> Call<'a, '_> {
         Ok(Understood { collective, op, scale, root: Rank(root), join_average, splits })
     }
 
+    /// `place`: of tensors on a CUDA device, the stream that makes them and the device's number.
     pub(crate) fn request<'b>(
         &'b self,
         understood: &'b Understood,
         tensors: &'b [TensorArg<'b>],
+        place: Option<(u64, Option<i32>)>,
     ) -> Request<'b>
     where
         'a: 'b,
@@ -269,7 +283,8 @@ impl<'a> Call<'a, '_> {
             join_average: understood.join_average,
             tensors,
             splits: &understood.splits,
-            stream: self.stream,
+            stream: place.map(|(stream, _)| stream),
+            device: place.and_then(|(_, device)| device),
             refused: None,
         }
     }
@@ -280,8 +295,9 @@ impl<'a> Call<'a, '_> {
         understood: &Understood,
         tensors: &[TensorArg<'_>],
         keep: Box<dyn Any + Send>,
+        place: Option<(u64, Option<i32>)>,
     ) -> PyResult<runtime::Handle> {
-        let request = self.request(understood, tensors);
+        let request = self.request(understood, tensors, place);
         // SAFETY: `keep` holds all memory where it is until the operation has an outcome (and the streams that may use
         // it next wait for the results); that Python code does not write inputs or touch outputs meanwhile is its
         // documented duty.
@@ -350,9 +366,32 @@ pub(crate) struct Views {
     /// Null where the engine is to allocate; empty where it allocates all.
     pub(crate) outputs: Vec<*mut u8>,
     pub(crate) keeps: Vec<Keep>,
+    /// Where they are, if not on the host.
+    pub(crate) device: Option<OnDevice>,
+}
+
+impl Views {
+    /// Notes where one more array is.
+    fn add(&mut self, py: Python<'_>, source: Option<Source>, is_first: bool) -> Result<(), String> {
+        match (source, &mut self.device) {
+            (None, None) => Ok(()),
+            (Some(source), Some(device)) => device.add(py, source),
+            (Some(source), device) if is_first => device.insert(OnDevice::default()).add(py, source),
+            _ => Err("one array is in host memory, another on a CUDA device; an operation is in one place, \
+                      with the arrays for its results"
+                .to_owned()),
+        }
+    }
+
+    /// The stream that makes them, and the number of the device.
+    fn place(&self) -> Result<Option<(u64, Option<i32>)>, String> {
+        let Some(device) = &self.device else { return Ok(None) };
+        Ok(Some((device.gather()?, device.device())))
+    }
 }
 
 pub(crate) fn view_all(
+    py: Python<'_>,
     tensors: &[Bound<'_, PyAny>],
     outs: &[Option<Bound<'_, PyAny>>],
     call: &Understood,
@@ -360,12 +399,14 @@ pub(crate) fn view_all(
 ) -> Result<Views, String> {
     let mut views = Views::default();
     for (i, tensor) in tensors.iter().enumerate() {
-        let (input, keep) = array::view(tensor)?;
+        let (mut input, keep) = array::view(tensor)?;
+        views.add(py, input.source.take(), i == 0)?;
         views.keeps.push(keep);
         if let Some(out) = outs.get(i) {
             let mut data = std::ptr::null_mut();
             if let Some(out) = out {
-                let (output, keep) = array::view(out)?;
+                let (mut output, keep) = array::view(out)?;
+                views.add(py, output.source.take(), false)?;
                 check_output(&output, &input, call.collective, set)?;
                 data = writable(output.data);
                 views.keeps.push(keep);

@@ -39,8 +39,10 @@ class OldDlpack(Dlpack):
 
 
 class Elsewhere(Dlpack):
+    """On a device of ROCm."""
+
     def __dlpack_device__(self):
-        return (2, 0)
+        return (10, 0)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,73 @@ def order():
     return wrong
 
 
+class ByInterface:
+    """A tensor of torch that is seen by `__cuda_array_interface__` alone, as an array of CuPy is."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    @property
+    def __cuda_array_interface__(self):
+        stream = torch.cuda.current_stream(self.tensor.device).cuda_stream
+        return {**self.tensor.__cuda_array_interface__, "version": 3, "stream": stream or 1}
+
+
+class ByOldInterface(ByInterface):
+    @property
+    def __cuda_array_interface__(self):
+        return {**self.tensor.__cuda_array_interface__, "version": 2}
+
+
+class ByDlpack:
+    """The same by DLPack alone."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__(**options)
+
+
+def plain_arrays(kind):
+    """`carole` without `carole.torch`, on tensors as they are or as another library's arrays."""
+    import carole
+
+    rank, size = carole.rank(), carole.size()
+    wrap = {"torch": lambda tensor: tensor}.get(kind) or globals()[kind]
+    # Version 2 says nothing of streams, so its arrays are made on the default stream.
+    stream = torch.cuda.default_stream() if kind == "ByOldInterface" else torch.cuda.Stream()
+
+    def tensor_of(result):
+        if kind == "torch":
+            assert isinstance(result, torch.Tensor)
+            return result
+        assert isinstance(result, carole.DeviceOutput)
+        taken = torch.from_dlpack(result)
+        assert taken.data_ptr() == result.__cuda_array_interface__["data"][0]
+        return taken
+
+    with torch.cuda.stream(stream):
+        for step in range(10):
+            values = [torch.arange(30_000.0).reshape(-1, 3) % 100 + member + step for member in range(size)]
+            torch.cuda._sleep(5_000_000)
+            x = values[rank].cuda(non_blocking=True)
+            same("sum", tensor_of(carole.allreduce(wrap(x), carole.Sum)), sum(values))
+            same("input", x, values[rank])
+            same("broadcast", tensor_of(carole.broadcast(wrap(x), size - 1)), values[-1])
+            rows = [part[: 5 * (member < size - 1)] for member, part in enumerate(values)]
+            same("gathered", tensor_of(carole.allgather(wrap(x[: len(rows[rank])]))), torch.cat(rows))
+            out = torch.empty_like(x)
+            assert carole.grouped_allreduce([wrap(x)], carole.Sum, out=[wrap(out)])
+            same("out", out, sum(values))
+            carole.allreduce_async_(wrap(out), carole.Max, name="later").wait()
+            same("in place", out, sum(values))
+    return True
+
+
 def c10d():
     """torch.distributed on device tensors, DDP among them, against one process."""
     import torch.distributed as dist
@@ -211,6 +278,11 @@ def test_every_collective_gives_what_torch_gives(size, transport):
 @pytest.mark.parametrize("size", SIZES)
 def test_streams_are_waited_for(size):
     assert run(size, order) == [0] * size
+
+
+@pytest.mark.parametrize("kind", ["torch", "ByInterface", "ByOldInterface", "ByDlpack"])
+def test_plain_carole_takes_arrays_of_a_device(kind):
+    assert run(2, plain_arrays, kind) == [True] * 2
 
 
 def test_handles_may_be_given_up():

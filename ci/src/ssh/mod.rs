@@ -9,8 +9,8 @@ mod site;
 use crate::hosts::network::Family;
 use crate::{Count, Verdict, matrix};
 use clap::Args;
-pub use site::program;
-use site::{Ended, Site};
+use site::Site;
+pub use site::{Ended, PATIENCE, Running, program, start};
 
 /// What to run.
 #[derive(Args, Clone)]

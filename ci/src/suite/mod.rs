@@ -180,13 +180,14 @@ fn before(line: &str, word: &str) -> u64 {
 
 /// The lines in which our own tasks say what they found.
 fn remark(output: &str) -> String {
-    const TASKS: [&str; 14] = [
+    const TASKS: [&str; 15] = [
         "matrix: ",
         "strict: ",
         "order: ",
         "chaos: ",
         "intrude: ",
         "sim: ",
+        "slurm: ",
         "agreement: ",
         "figures: ",
         "huge: ",

@@ -223,6 +223,7 @@ fn processes(long: bool) -> Vec<Step> {
         Step::task("intruders", pick("intrude", "intrude --connections 300")),
         Step::task("several hosts", "hosts"),
         with_launcher("several hosts over ssh", pick("ssh", "ssh --hosts 2,3,4 --kills 60")).within(hours(2)),
+        with_launcher("Slurm", "slurm"),
         with_launcher(
             "start-up",
             pick("startup --ranks 32 --simulated 64,256 --cycles 10", "startup --ranks 128 --cycles 200"),

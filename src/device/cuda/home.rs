@@ -96,6 +96,15 @@ impl Home {
 /// `stream` must be a live stream of that device, or 0, 1 or 2: its default streams.
 pub unsafe fn arrival(address: u64, stream: u64) -> Result<Option<Arrival>, Cause> {
     let Some(number) = Context::number_of(address)? else { return Ok(None) };
+    // SAFETY: the caller's promise.
+    unsafe { arrival_on(number, stream) }.map(Some)
+}
+
+/// The point up to which a stream of the device of this number has been given work.
+///
+/// # Safety
+/// `stream` must be a live stream of that device, or 0, 1 or 2: its default streams.
+pub unsafe fn arrival_on(number: i32, stream: u64) -> Result<Arrival, Cause> {
     let home = Home::of_device(number)?;
     let stream = stream as usize as sys::CUstream;
     let current = home.context.enter()?;
@@ -110,7 +119,7 @@ pub unsafe fn arrival(address: u64, stream: u64) -> Result<Option<Arrival>, Caus
     drop(current);
     // SAFETY: as above.
     let mark = unsafe { home.mark(stream)? };
-    Ok(Some(Arrival { device: number, mark }))
+    Ok(Arrival { device: number, mark })
 }
 
 /// An event that goes back to where it came from.

@@ -79,6 +79,33 @@ pub unsafe fn arrival(address: u64, stream: u64) -> Result<Option<Arrival>, Caus
     }
 }
 
+/// The point up to which a stream of the device of this number has been given work. An error without a driver.
+///
+/// # Safety
+/// `stream` must be a live stream of that device, or 0, 1 or 2: its default streams.
+pub unsafe fn arrival_on(number: i32, stream: u64) -> Result<Arrival, Cause> {
+    #[cfg(feature = "cuda")]
+    // SAFETY: the caller's promise.
+    return unsafe { home::arrival_on(number, stream) };
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (number, stream);
+        Err(Cause::System(NOT_BUILT.to_owned()))
+    }
+}
+
+/// The number of the device that memory at `address` lies on; none where it is no device memory. An error without a
+/// driver.
+pub fn number_of(address: u64) -> Result<Option<i32>, Cause> {
+    #[cfg(feature = "cuda")]
+    return driver::Context::number_of(address);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = address;
+        Err(Cause::System(NOT_BUILT.to_owned()))
+    }
+}
+
 /// What a build without this feature says.
 #[cfg(not(feature = "cuda"))]
 const NOT_BUILT: &str = "CUDA is not built in (the cargo feature cuda)";

@@ -15,8 +15,16 @@ array.array), with `__array_interface__` (NumPy arrays of ml_dtypes.bfloat16) or
 They must be C-contiguous, and are read where they are, without a copy. Until an operation is over its inputs
 must not be written, nor its outputs touched.
 
+Arrays may also be on a CUDA device: anything with `__cuda_array_interface__` (CuPy, Numba) or with DLPack (torch,
+JAX). All arrays of an operation are then on one device. An operation waits for the stream that makes its inputs: torch's
+current one, that of the interface's version 3, else the legacy default stream, with which DLPack's producers are asked
+to order themselves. `wait` lets the stream that torch or the interface then names wait for the results, and returns at
+once; where nobody names one, it returns when they are there. They go through pinned memory of the host.
+
 Results are new NumPy arrays (torch tensors for torch tensors; memoryviews where NumPy is not installed), or the
-caller's array where one is given: `out=`, and every function whose name ends with an underscore.
+caller's array where one is given: `out=`, and every function whose name ends with an underscore. On a device they are
+arrays of the inputs' library (CuPy, JAX, Numba, torch, or another with `from_dlpack`); where it has none, a
+`DeviceOutput`, which has both protocols: `cupy.asarray`, `torch.from_dlpack`.
 
 Names: an operation meets those of the other ranks that have the same name and process set. Without a name,
 operations meet in their order of submission per process set and collective, which is safe only from one thread.
@@ -75,7 +83,7 @@ from ._movements import (
     send,
     send_async,
 )
-from ._native import Handle, Output, Persistent, __version__
+from ._native import DeviceOutput, Handle, Output, Persistent, __version__
 from ._persistent import (
     allgather_init,
     allreduce_init,
@@ -130,6 +138,7 @@ __all__ = [
     "BitAnd",
     "BitOr",
     "BrokenError",
+    "DeviceOutput",
     "Error",
     "Handle",
     "HorovodInternalError",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import sys
 from typing import Any, Callable, Optional, Tuple, Union
 
 from ._native import DeviceOutput, Output
@@ -15,11 +17,14 @@ _FORMATS = {
 }  # fmt: skip
 
 
-def wrap(output: Output, like: Optional[type] = None) -> Any:
+def wrap(output: Union[Output, DeviceOutput], like: Optional[type] = None) -> Any:
     """The memory of `output` as a torch tensor where `like` is torch's, else as a NumPy array, or as a
-    memoryview where there is no NumPy."""
-    if like is not None and like.__module__.partition(".")[0] == "torch":
+    memoryview where there is no NumPy; on a device, as an array of the library that `like` is of."""
+    library = "" if like is None else like.__module__.partition(".")[0]
+    if library == "torch":
         return to_torch(output)
+    if isinstance(output, DeviceOutput):
+        return _of_library(output, library)
     try:
         import numpy
     except ImportError:
@@ -32,6 +37,26 @@ def wrap(output: Output, like: Optional[type] = None) -> Any:
             return array.view(numpy.uint16)
         return array.view(ml_dtypes.bfloat16)
     return array
+
+
+# How libraries take arrays of others on a device, where it is not by the `from_dlpack` of their main module.
+_TAKERS = {"jax": ("jax.numpy", "from_dlpack"), "jaxlib": ("jax.numpy", "from_dlpack"),
+           "numba": ("numba.cuda", "as_cuda_array")}  # fmt: skip
+
+
+def _of_library(output: DeviceOutput, library: str) -> Any:
+    """`output` as an array of this library, or as it is where the library does not take it: it may have no such
+    type."""
+    module, name = _TAKERS.get(library, (library, "from_dlpack"))
+    if library not in sys.modules:
+        return output
+    take = getattr(importlib.import_module(module), name, None)
+    if take is None:
+        return output
+    try:
+        return take(output)
+    except Exception:  # noqa: BLE001 (each library has errors of its own for this)
+        return output
 
 
 def to_torch(output: Union[Output, DeviceOutput]) -> Any:
@@ -65,9 +90,9 @@ def to_memoryview(output: Output) -> memoryview:
     return view.cast(code, shape)
 
 
-def cuda_streams(held: Any) -> Optional[Tuple[int, Callable[[], int]]]:
-    """Of a torch tensor on a CUDA device, or the first of several: the stream that makes it, and what gives the stream
-    that is to wait for the results. None on the host."""
+def cuda_streams(held: Any) -> Optional[Tuple[int, Callable[[], int], int]]:
+    """Of a torch tensor on a CUDA device, or the first of several: the stream that makes it, what gives the stream
+    that is to wait for the results, and the device's number. None on the host."""
     while isinstance(held, (list, tuple)):
         held = next((part for part in held if part is not None), None)
     device = getattr(held, "device", None)
@@ -78,4 +103,6 @@ def cuda_streams(held: Any) -> Optional[Tuple[int, Callable[[], int]]]:
     def now() -> int:
         return torch.cuda.current_stream(device).cuda_stream
 
-    return now(), now
+    # A tensor of a device always knows the number; only a name without one means the current device.
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return now(), now, number
