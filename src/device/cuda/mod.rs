@@ -48,6 +48,8 @@ pub mod home;
 #[cfg(feature = "cuda")]
 pub mod memory;
 #[cfg(feature = "cuda")]
+pub mod peers;
+#[cfg(feature = "cuda")]
 pub mod ptx;
 #[cfg(feature = "cuda")]
 pub mod registered;

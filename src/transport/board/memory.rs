@@ -1,28 +1,43 @@
 //! The memory of a board, and what lies where in it.
 
+use crate::device::accelerator::{OFFER_WORDS, Offer};
 use crate::error::Cause;
 use crate::limits::{BOARD_SEATS, BOARD_SLOT_BYTES, BOARD_SLOTS};
 use crate::transport::shm::{Budget, Share, sealed};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"carole\x00\x02");
+const MAGIC: u64 = u64::from_le_bytes(*b"carole\x00\x03");
 /// The words in front of the slots.
 const HEAD_BYTES: usize = 4096;
 /// All of it.
 pub const BOARD_BYTES: usize = HEAD_BYTES + BOARD_SEATS * BOARD_SLOTS * BOARD_SLOT_BYTES;
 /// Two cache lines: the hardware fetches them in pairs.
 const LINE_BYTES: usize = 128;
-/// Words of a seat, each on lines of its own.
-const SEAT_WORDS: usize = 3;
+/// Words of a seat, each on lines of its own. The last line holds several: what the owner offers of its device.
+const SEAT_WORDS: usize = 7;
+/// Words of a line.
+const LINE_WORDS: usize = LINE_BYTES / 8;
 const SEATS_AT: usize = 4 * LINE_BYTES;
 
 const _: () = {
     assert!(SEATS_AT + BOARD_SEATS * SEAT_WORDS * LINE_BYTES <= HEAD_BYTES);
     assert!(BOARD_SLOT_BYTES.is_multiple_of(4096));
+    assert!(OFFER_WORDS < LINE_WORDS);
 };
+
+/// Stages of a tick on devices; see [`super::device`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// What the others need is in the owner's slot.
+    Packed,
+    /// The owner's part of the vector is reduced.
+    Reduced,
+    /// The owner needs nothing more of the others' slots.
+    Taken,
+}
 
 const WORDS: [u64; 2] = [MAGIC, BOARD_BYTES as u64];
 
@@ -65,7 +80,7 @@ impl BoardMemory {
         let base = sealed::map(fd, BOARD_BYTES)?;
         let board = BoardMemory { base, kind: Kind::Mapped(share) };
         for (at, expected) in WORDS.iter().enumerate() {
-            let found = board.word(8 * at).load(std::sync::atomic::Ordering::Acquire);
+            let found = board.word(8 * at).load(Ordering::Acquire);
             if found != *expected {
                 return Err(Cause::Misbehaved(format!(
                     "a board that has {found:#x} where {expected:#x} belongs"
@@ -107,6 +122,31 @@ impl BoardMemory {
     /// Ticks for which the owner needs nothing more of the others' slots.
     pub fn taken(&self, seat: usize) -> &AtomicU64 {
         self.seat_word(seat, 2)
+    }
+
+    /// Ticks of the owner's device that have come past a stage.
+    pub fn device_ticks(&self, seat: usize, stage: Stage) -> &AtomicU64 {
+        self.seat_word(seat, 3 + stage as usize)
+    }
+
+    /// A word of the line that says what the owner offers of its device; the first one says whether it does.
+    fn offer_word(&self, seat: usize, word: usize) -> &AtomicU64 {
+        assert!(seat < BOARD_SEATS && word < LINE_WORDS, "an offer lies on its line");
+        self.word(SEATS_AT + (seat * SEAT_WORDS + SEAT_WORDS - 1) * LINE_BYTES + 8 * word)
+    }
+
+    /// The owner says how its device's memory is opened.
+    pub fn make_offer(&self, seat: usize, offer: &Offer) {
+        for (at, word) in offer.0.iter().enumerate() {
+            self.offer_word(seat, 1 + at).store(*word, Ordering::Relaxed);
+        }
+        self.offer_word(seat, 0).store(1, Ordering::Release);
+    }
+
+    /// How the owner's device memory is opened, once it has said so.
+    pub fn offer(&self, seat: usize) -> Option<Offer> {
+        let made = self.offer_word(seat, 0).load(Ordering::Acquire) == 1;
+        made.then(|| Offer(std::array::from_fn(|at| self.offer_word(seat, 1 + at).load(Ordering::Relaxed))))
     }
 
     /// The first byte of a slot.
