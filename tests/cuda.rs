@@ -5,12 +5,14 @@
 use assert_cmd::cargo::cargo_bin;
 use carole::device::cuda::home::Home;
 use carole::device::cuda::memory::DeviceBytes;
+use carole::device::cuda::source;
 use carole::error::Result;
 use carole::runtime::{self, Handle, Options, Outcome, Request, TensorArg, typed};
 use carole::types::{Collective, DType, GLOBAL_SET, Rank, ReduceOp};
 use cudarc::driver::sys;
 use std::ffi::c_void;
-use std::path::Path;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -294,26 +296,39 @@ fn dies(device: &Device, me: u32) {
     }
 }
 
-/// Where the stand-in lies; none where there is a real driver. The reason why neither is there.
-fn driver(folder: &Path) -> std::result::Result<Option<&Path>, String> {
+/// The folder of the stand-in, which is compiled once; none where there is a real driver. The reason why neither is there.
+fn driver() -> std::result::Result<Option<PathBuf>, String> {
     if Path::new("/dev/nvidiactl").exists() {
         return Ok(None);
     }
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_driver/driver.cpp");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources = [root.join("tests/cuda_driver/driver.cpp"), root.join("kernels/host_form.cpp")];
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-    let library = folder.join("libcuda.so");
-    let flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", "-o"];
+    let flags = "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -shared -fPIC -pthread";
+    let mut hash = std::hash::DefaultHasher::new();
+    let texts = sources.each_ref().map(|path| std::fs::read_to_string(path).expect("a source"));
+    (source::SOURCES, texts, &compiler, flags).hash(&mut hash);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let lock = std::fs::File::create(folder.join("driver.lock")).expect("a file to lock");
+    lock.lock().expect("a file can be locked");
+    let place = folder.join(format!("driver-{:016x}", hash.finish()));
+    let library = place.join("libcuda.so");
+    if library.exists() {
+        return Ok(Some(place));
+    }
+    std::fs::create_dir_all(&place).expect("a folder can be made");
+    let part = place.join("part");
     let mut command = Command::new(&compiler);
-    let built = command.args(flags).arg(&library).arg(source).output();
+    let built = command.args(flags.split(' ')).arg("-o").arg(&part).args(&sources).output();
     let output =
         built.map_err(|_| format!("skipped: no device, and no C++ compiler ({compiler}) for a stand-in"))?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(Some(folder))
+    std::fs::rename(part, library).expect("a file can be renamed");
+    Ok(Some(place))
 }
 
 fn ranks(role: &str, size: u32, knobs: &[(&str, &str)]) -> Option<Output> {
-    let folder = tempfile::tempdir().unwrap();
-    let place = match driver(folder.path()) {
+    let place = match driver() {
         Ok(place) => place,
         Err(why) => {
             eprintln!("{why}");

@@ -129,8 +129,8 @@ pub const OFFER_WORDS: usize = 12;
 pub struct Offer(pub [u64; OFFER_WORDS]);
 
 /// Memory of a device that other processes of the host read, theirs, and orders over both. The orders run one after
-/// another on a stream of their own, and the waker is called when one is over. Dropped, it waits until none runs; the
-/// memory stays allocated, since a peer that has not heard of the end may still read it.
+/// another on a stream of their own, and the waker is called when one is over. Dropped, it waits until none runs. The memory
+/// stays allocated for the next who wants as much.
 pub trait Peers: Device {
     /// How the others open this process's memory.
     fn offer(&self) -> Offer;
@@ -140,6 +140,8 @@ pub trait Peers: Device {
     fn open(&mut self, offer: &Offer) -> Result<Region, Cause>;
     /// The end of all orders so far.
     fn mark(&mut self) -> Result<Mark, Cause>;
+    /// Others may read this process's memory even after the end: nobody gets it any more.
+    fn retire(&mut self);
 }
 
 /// An accelerator of this process.

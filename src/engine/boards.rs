@@ -124,7 +124,7 @@ impl Engine {
             Seating::Missed(_) => None,
             _ => return true,
         };
-        let signature = signature();
+        let signature = call_signature();
         let set = self.sets.get_mut(&id).expect("it was just there");
         let Some(coordinator) = &mut set.coordinator else { return true };
         let submission = Submission {
@@ -257,7 +257,7 @@ impl Engine {
 }
 
 /// What the call looks like to the coordinator.
-fn signature() -> Signature {
+pub(super) fn call_signature() -> Signature {
     Signature {
         collective: Collective::Barrier,
         op: ReduceOp::Sum,

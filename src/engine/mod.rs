@@ -9,6 +9,7 @@
 mod batch;
 mod boards;
 mod departure;
+mod direct;
 pub mod driver;
 mod epoch;
 pub mod handles;
@@ -20,11 +21,14 @@ mod message;
 mod operation;
 pub mod passage;
 pub mod plan;
+mod rounds;
 mod sets;
 mod spin;
 mod uniform;
 
 pub use message::MessageSubmission;
+pub use direct::Direct;
+pub(crate) use rounds::serves as devices_serve;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
 
 use crate::coordinator::{self, OpId, Rules};
@@ -42,8 +46,10 @@ use crate::types::{Epoch, GLOBAL_SET, Rank, SetId, Signature, Time};
 use crate::wire;
 use batch::{BatchFlight, Flight};
 use boards::Boards;
+use direct::Devices;
 use links::{LinkChange, Links};
 use operation::Operation;
+use passage::OnDevice;
 use plan::{PlanRules, Plans};
 use sets::ProcessSet;
 use std::collections::{BTreeMap, HashMap};
@@ -67,6 +73,8 @@ pub struct EngineSetup {
     pub plans: PlanRules,
     /// When silence is taken for death.
     pub membership: membership::Rules,
+    /// Which tensors stay on their devices.
+    pub direct: Direct,
     /// Whether an operation that is complete on one rank is so on all, though the epoch breaks (uniform completion).
     pub uniform: bool,
     /// Process sets of the epoch before, by their numbers, besides the global one.
@@ -94,6 +102,8 @@ pub struct Submission<'a> {
     pub tensors: &'a [TensorMemory],
     /// Why this rank cannot take part.
     pub refused: Option<&'a str>,
+    /// Where the tensors are on a device, if they are: then the engine may leave them there.
+    pub on_device: Option<&'a Arc<OnDevice>>,
 }
 
 /// One process's engine.
@@ -103,6 +113,7 @@ pub struct Engine {
     epoch: Epoch,
     links: Links,
     boards: Boards,
+    devices: Devices,
     memory: Memory,
     device: HostDevice,
     plans: Plans,
@@ -164,6 +175,7 @@ impl Engine {
             me: setup.me,
             epoch: setup.epoch,
             boards: Boards::new(fabric.board()),
+            devices: Devices::default(),
             links: Links::new(fabric, size),
             memory: Memory::default(),
             device: HostDevice::default(),
@@ -240,6 +252,7 @@ impl Engine {
         operation.set = submission.set;
         operation.tensors.clear();
         operation.tensors.extend_from_slice(submission.tensors);
+        operation.on_device = submission.on_device.cloned();
         operation.remaining = 0;
         operation.agreed = false;
         operation.place = None;
@@ -265,6 +278,7 @@ impl Engine {
         let mut moved = self.links.poll_fabric(&mut self.changes);
         moved |= self.turn_links(now);
         moved |= self.turn_seats();
+        moved |= self.turn_devices();
         let mut changes = std::mem::take(&mut self.changes);
         if self.left.is_some() {
             self.linger(&mut changes);
@@ -302,8 +316,10 @@ impl Engine {
         self.close_departed();
         if self.agrees() {
             self.take_seats(now);
+            self.take_device_seats(now);
             moved |= self.turn_coordinators(now);
             moved |= self.turn_seats();
+            moved |= self.turn_devices();
             moved |= self.turn_ledgers();
         }
         let settled = !moved && self.departing.is_empty() && self.unmet.is_empty();
@@ -423,6 +439,7 @@ impl Engine {
             outcome.tensors.clear();
         }
         operation.stand_ins.clear();
+        operation.on_device = None;
         self.spare_ops.push(operation);
         self.ended.push(Ended { op, result: result.map(|()| outcome) });
     }
@@ -488,7 +505,7 @@ impl Engine {
         let mut changes = std::mem::take(&mut self.changes);
         let busy = self.links.arm(&mut changes);
         self.changes = changes;
-        busy || !self.changes.is_empty() || self.seats_have_news()
+        busy || !self.changes.is_empty() || self.seats_have_news() || self.devices_have_news()
     }
 
     /// Awake again.

@@ -4,6 +4,7 @@
 use super::Engine;
 use super::batch::Flight;
 use super::boards::{self, Seating};
+use super::direct::{self, AtDevices};
 use super::operation::Operation;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
 use crate::error::Error;
@@ -28,6 +29,8 @@ pub(super) struct ProcessSet {
     pub(super) departed: Option<Rank>,
     /// Where it exchanges over boards, if it does.
     pub(super) seating: Seating,
+    /// Where its devices exchange among themselves, if they do.
+    pub(super) at_devices: AtDevices,
 }
 
 impl ProcessSet {
@@ -75,6 +78,7 @@ impl Engine {
             next_batch: 0,
             departed: None,
             seating,
+            at_devices: AtDevices::Unsought,
         };
         self.sets.insert(id, set);
         id
@@ -143,6 +147,7 @@ impl Engine {
     /// then, and others still wait for what those batches send.
     fn joined(&mut self, id: SetId, op: OpId, last: Rank) {
         self.seek_seat_again(id);
+        self.call_to_devices_again(id);
         self.enter_ledger(id, Some(op));
         let sets = if id == GLOBAL_SET {
             self.sets.iter().map(|(&id, s)| (id, Arc::clone(&s.ranks))).collect()
@@ -175,6 +180,10 @@ impl Engine {
         for agreed in cut {
             if boards::is_call_to_boards(agreed) {
                 self.sit_down(id, agreed);
+                continue;
+            }
+            if direct::is_call_to_devices(agreed) {
+                self.sit_down_at_devices(id, agreed);
                 continue;
             }
             let tensors = agreed.signature.tensors.len();
@@ -255,6 +264,7 @@ impl Engine {
             self.turn_ledgers();
             self.ledgers.remove(&id);
             self.fail_set(id, None, &error);
+            self.leave_devices(id);
             self.sets.remove(&id);
         }
         if let Some(operation) = agreed.op.and_then(|op| self.ops.get_mut(&op)) {
@@ -321,6 +331,7 @@ fn prepare_outcome(operation: &mut Operation, agreed: &Agreed, tensors: usize) {
         output.dtype = signature.dtype;
         output.shape.clear();
         output.memory = None;
+        output.direct = false;
     }
 }
 

@@ -31,7 +31,7 @@ pub struct Home {
     bells: Mutex<Vec<Stream>>,
     /// Staging memory that nobody uses.
     pinned: Mutex<Vec<PinnedBytes>>,
-    /// Memory that other processes have opened, or had: never freed, for one that lags behind may still read it.
+    /// Memory for other processes to open that nobody uses; it is not freed, since they may have it open.
     shared: Mutex<Vec<DeviceBytes>>,
 }
 

@@ -32,6 +32,7 @@ pub struct CudaPeers {
 /// Memory that goes back to its list, and is never freed.
 struct Shared {
     memory: Option<DeviceBytes>,
+    retired: bool,
     home: Arc<Home>,
 }
 
@@ -46,8 +47,11 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.home.keep_shared(memory);
+        match self.memory.take() {
+            // Somebody may still read it, and nobody knows until when.
+            Some(memory) if self.retired => std::mem::forget(memory),
+            Some(memory) => self.home.keep_shared(memory),
+            None => {}
         }
     }
 }
@@ -56,7 +60,7 @@ impl CudaPeers {
     /// `bytes` of the device's memory, made ready to be opened.
     pub fn new(home: &Arc<Home>, bytes: usize, wake: Wake) -> Result<CudaPeers, Cause> {
         let memory = home.share(bytes)?;
-        let own = Shared { memory: Some(memory), home: Arc::clone(home) };
+        let own = Shared { memory: Some(memory), retired: false, home: Arc::clone(home) };
         let exported = Exports::new(1).export(&home.context, own.region().as_ptr() as u64)?;
         Ok(CudaPeers {
             device: CudaDevice::new(Arc::clone(&home.context))?,
@@ -126,6 +130,10 @@ impl Peers for CudaPeers {
     fn mark(&mut self) -> Result<Mark, Cause> {
         // SAFETY: our own stream.
         unsafe { self.home.mark(self.device.stream().raw) }
+    }
+
+    fn retire(&mut self) {
+        self.own.retired = true;
     }
 }
 

@@ -92,6 +92,15 @@ pub struct DeviceSeat {
     published: bool,
 }
 
+impl Drop for DeviceSeat {
+    fn drop(&mut self) {
+        // A member that lags behind may still read this one's slots, and take what it finds for the result.
+        if self.least(Stage::Taken) < self.end {
+            self.peers.retire();
+        }
+    }
+}
+
 impl std::fmt::Debug for DeviceSeat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "a seat at devices, at {:?} of {} ticks", self.stages, self.end)
