@@ -8,17 +8,17 @@
 //! Behind the call in the agreed log every batch of at least [`Direct::bytes`] goes from device to device. So a tensor
 //! of that size need not come to the host, once its rank has seen the call: it stands in such a batch on every rank.
 
+use super::Engine;
 use super::batch::{BatchFlight, Flight};
 use super::boards::{Seating, call_signature};
+use super::operation::Sizes;
 use super::passage::Gate;
 use super::rounds::serves;
-use super::operation::Sizes;
-use super::Engine;
 use crate::coordinator::{Agreed, ENGINE_NAMES, OpId, Submission};
 use crate::device::accelerator::Mark;
 use crate::error::Cause;
-use crate::limits::DEVICE_SLOTS;
 use crate::fusion::Part;
+use crate::limits::DEVICE_SLOTS;
 use crate::log;
 use crate::memory::{Region, RunId};
 use crate::transport::board::device::{DeviceSeat, Rounds};
@@ -100,7 +100,8 @@ impl Engine {
 
     /// Offers memory of the device that an operation's tensors lie on.
     fn seek_devices(&mut self, id: SetId, op: Option<OpId>) {
-        let gate = op.and_then(|op| self.ops.get(&op)?.on_device.as_ref()).map(|there| Arc::clone(&there.gate));
+        let gate =
+            op.and_then(|op| self.ops.get(&op)?.on_device.as_ref()).map(|there| Arc::clone(&there.gate));
         // A rank that has joined looks for them when it is back.
         let Some(gate) = gate else { return };
         let slot_bytes = self.setup.direct.slot_bytes;

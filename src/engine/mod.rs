@@ -26,10 +26,10 @@ mod sets;
 mod spin;
 mod uniform;
 
-pub use message::MessageSubmission;
 pub use direct::Direct;
-pub(crate) use rounds::serves as devices_serve;
+pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
+pub(crate) use rounds::serves as devices_serve;
 
 use crate::coordinator::{self, OpId, Rules};
 use crate::device::host::HostDevice;

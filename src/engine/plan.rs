@@ -138,7 +138,13 @@ impl Plans {
     /// An empty cache.
     #[must_use]
     pub fn new(rules: PlanRules) -> Plans {
-        Plans { rules, plans: Map::default(), exchanges: Map::default(), rounds: Map::default(), key: Vec::new() }
+        Plans {
+            rules,
+            plans: Map::default(),
+            exchanges: Map::default(),
+            rounds: Map::default(),
+            key: Vec::new(),
+        }
     }
 
     /// The plan of a shape, which is made when it is first seen. `set` distinguishes sets whose hosts differ.

@@ -80,7 +80,8 @@ impl Maker<'_> {
             _ => {
                 // A part is as long on all members, also where this one has no tensor.
                 let result = self.slot(me, me, self.input(me));
-                let gather = self.copy(members.clone().map(|by| (self.output(by), self.slot(by, by, self.output(by)))));
+                let gather = self
+                    .copy(members.clone().map(|by| (self.output(by), self.slot(by, by, self.output(by)))));
                 let gather = gather.filter(|_| !self.absent);
                 [self.pack_parts(), self.reduce(self.input(me), result), gather]
             }

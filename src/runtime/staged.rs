@@ -108,7 +108,8 @@ impl Stages {
         let for_devices = submitted.message.is_none() && devices_serve(&submitted.signature);
         if for_devices {
             let tensors = submitted.tensors.iter().map(|&(input, output)| TensorMemory { input, output });
-            submitted.on_device = Some(Arc::new(OnDevice { tensors: tensors.collect(), gate: stage.clone() }));
+            submitted.on_device =
+                Some(Arc::new(OnDevice { tensors: tensors.collect(), gate: stage.clone() }));
         }
         let stays = for_devices && lock(&self.taken).contains(&submitted.set);
         let direct_bytes = if stays { self.direct_bytes } else { u64::MAX };

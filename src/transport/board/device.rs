@@ -187,11 +187,7 @@ impl DeviceSeat {
 
     /// Gives what orders can be given, and appends the batches that are complete, each with the mark behind its
     /// results. Says whether anything moved.
-    pub fn progress(
-        &mut self,
-        memory: &Memory,
-        complete: &mut Vec<(RunId, Mark)>,
-    ) -> Result<bool, Blame> {
+    pub fn progress(&mut self, memory: &Memory, complete: &mut Vec<(RunId, Mark)>) -> Result<bool, Blame> {
         let mut moved = self.collect()?;
         self.look()?;
         for _ in 0..ORDERS_PER_CALL {
@@ -231,7 +227,8 @@ impl DeviceSeat {
     }
 
     fn least(&self, stage: Stage) -> u64 {
-        let ticks = |(_, place): (usize, &Place)| place.board.device_ticks(place.seat, stage).load(Ordering::Acquire);
+        let ticks =
+            |(_, place): (usize, &Place)| place.board.device_ticks(place.seat, stage).load(Ordering::Acquire);
         self.others().map(ticks).min().unwrap_or(u64::MAX)
     }
 
@@ -246,7 +243,8 @@ impl DeviceSeat {
             for (member, place) in self.others() {
                 let ticks = place.board.device_ticks(place.seat, stage).load(Ordering::Acquire);
                 if ticks > most {
-                    let cause = Cause::Misbehaved(format!("an impossible counter on its board ({stage:?} {ticks})"));
+                    let cause =
+                        Cause::Misbehaved(format!("an impossible counter on its board ({stage:?} {ticks})"));
                     return Err((member, cause));
                 }
                 least = least.min(ticks);
@@ -262,7 +260,9 @@ impl DeviceSeat {
         let [packed, reduced, taken] = self.stages.map(|stage| stage.given);
         match stage {
             // Own orders follow one another on the stream; the others' must be over.
-            Stage::Packed => tick < self.end && tick < self.seen[Stage::Taken as usize].min(taken) + DEVICE_SLOTS as u64,
+            Stage::Packed => {
+                tick < self.end && tick < self.seen[Stage::Taken as usize].min(taken) + DEVICE_SLOTS as u64
+            }
             Stage::Reduced => tick < packed && tick < self.seen[Stage::Packed as usize],
             Stage::Taken => {
                 let after = |job: &Job| if job.rounds.reduces { Stage::Reduced } else { Stage::Packed };
@@ -280,7 +280,8 @@ impl DeviceSeat {
         let mine = |cause| (self.me, cause);
         let progress = &mut self.stages[stage as usize];
         let job = &self.jobs[progress.job];
-        let (run, rounds, last) = (job.run, Arc::clone(&job.rounds), job.first + job.rounds.ticks.len() as u64);
+        let (run, rounds, last) =
+            (job.run, Arc::clone(&job.rounds), job.first + job.rounds.ticks.len() as u64);
         let tick = &rounds.ticks[(progress.given - job.first) as usize];
         let over = match &tick[stage as usize] {
             None => true,
