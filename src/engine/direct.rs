@@ -188,6 +188,7 @@ impl Engine {
             AtDevices::Called(meeting) => {
                 self.devices.taken.push(id);
                 meeting.gate.is_taken(id);
+                log::info(format_args!("large tensors of process set {} go from device to device", id.0));
                 AtDevices::Taken(meeting)
             }
             other => other,
