@@ -10,7 +10,7 @@
 
 use super::Engine;
 use super::batch::{BatchFlight, Flight};
-use super::boards::{Seating, call_signature};
+use super::boards::{Seating, signature};
 use super::operation::Sizes;
 use super::passage::Gate;
 use super::rounds::serves;
@@ -157,7 +157,7 @@ impl Engine {
             _ => return true,
         }
         let Some(coordinator) = &mut set.coordinator else { return true };
-        let signature = call_signature();
+        let signature = signature();
         let submission = Submission {
             // Apart from the users' operations and the calls to boards.
             op: OpId(u32::MAX / 2 - id.0),

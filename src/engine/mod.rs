@@ -8,6 +8,7 @@
 
 mod batch;
 mod boards;
+pub mod channel;
 mod departure;
 mod direct;
 pub mod driver;
@@ -20,6 +21,7 @@ mod loom;
 mod message;
 mod operation;
 pub mod passage;
+mod persistent;
 pub mod plan;
 mod rounds;
 mod sets;
@@ -50,6 +52,7 @@ use direct::Devices;
 use links::{LinkChange, Links};
 use operation::Operation;
 use passage::OnDevice;
+use persistent::Plannings;
 use plan::{PlanRules, Plans};
 use sets::ProcessSet;
 use std::collections::{BTreeMap, HashMap};
@@ -114,6 +117,7 @@ pub struct Engine {
     links: Links,
     boards: Boards,
     devices: Devices,
+    plannings: Plannings,
     memory: Memory,
     device: HostDevice,
     plans: Plans,
@@ -176,6 +180,7 @@ impl Engine {
             epoch: setup.epoch,
             boards: Boards::new(fabric.board()),
             devices: Devices::default(),
+            plannings: Plannings::default(),
             links: Links::new(fabric, size),
             memory: Memory::default(),
             device: HostDevice::default(),
@@ -233,6 +238,30 @@ impl Engine {
     pub fn submit(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
         self.quiet_until = None;
         self.admit(submission.set, submission.op)?;
+        if !submission.name.starts_with(coordinator::PLAN_NAMES) {
+            self.submit_now(submission, now)?;
+        }
+        let mut operation = self.spare_ops.pop().unwrap_or_default();
+        operation.set = submission.set;
+        operation.tensors.clear();
+        operation.tensors.extend_from_slice(submission.tensors);
+        operation.on_device = submission.on_device.cloned();
+        operation.remaining = 0;
+        operation.agreed = false;
+        operation.place = None;
+        operation.name.clear();
+        operation.name.push_str(submission.name);
+        self.ops.insert(submission.op, operation);
+        self.hang_together();
+        match submission.name.starts_with(coordinator::PLAN_NAMES) {
+            true => self.submit_plan(submission, now),
+            false => self.seek_seat(submission.set),
+        }
+        Ok(())
+    }
+
+    /// Tells the coordinator of an operation.
+    fn submit_now(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
         let mut words = [0; inline::WORDS_MAX];
         let call = self.inline_values(submission, &mut words).unwrap_or(submission.call);
         let coordinator = self.coordinator_of(submission.set).expect("admitted sets have a coordinator");
@@ -247,21 +276,7 @@ impl Engine {
             },
             now,
         );
-        accepted.map_err(|error| Error::usage(format!("'{}' on {}: {error}", submission.name, self.me)))?;
-        let mut operation = self.spare_ops.pop().unwrap_or_default();
-        operation.set = submission.set;
-        operation.tensors.clear();
-        operation.tensors.extend_from_slice(submission.tensors);
-        operation.on_device = submission.on_device.cloned();
-        operation.remaining = 0;
-        operation.agreed = false;
-        operation.place = None;
-        operation.name.clear();
-        operation.name.push_str(submission.name);
-        self.ops.insert(submission.op, operation);
-        self.hang_together();
-        self.seek_seat(submission.set);
-        Ok(())
+        accepted.map_err(|error| Error::usage(format!("'{}' on {}: {error}", submission.name, self.me)))
     }
 
     /// Somebody waits for this operation: the batching window closes now.
@@ -279,6 +294,7 @@ impl Engine {
         moved |= self.turn_links(now);
         moved |= self.turn_seats();
         moved |= self.turn_devices();
+        moved |= self.turn_channels();
         let mut changes = std::mem::take(&mut self.changes);
         if self.left.is_some() {
             self.linger(&mut changes);
@@ -317,6 +333,7 @@ impl Engine {
         if self.agrees() {
             self.take_seats(now);
             self.take_device_seats(now);
+            moved |= self.turn_plannings(now);
             moved |= self.turn_coordinators(now);
             moved |= self.turn_seats();
             moved |= self.turn_devices();
@@ -483,7 +500,7 @@ impl Engine {
     /// Whether something is unfinished, so that somebody must go on driving.
     #[must_use]
     pub fn is_busy(&self) -> bool {
-        !self.ops.is_empty() || self.flying > 0 || !self.links.drained()
+        !self.ops.is_empty() || self.flying > 0 || self.has_active_channels() || !self.links.drained()
     }
 
     /// Whether there is still something to agree: the epoch goes on, and this rank has not left.
@@ -505,12 +522,17 @@ impl Engine {
         let mut changes = std::mem::take(&mut self.changes);
         let busy = self.links.arm(&mut changes);
         self.changes = changes;
-        busy || !self.changes.is_empty() || self.seats_have_news() || self.devices_have_news()
+        self.boards.lie_down();
+        busy || !self.changes.is_empty()
+            || self.seats_have_news()
+            || self.channels_have_news()
+            || self.devices_have_news()
     }
 
     /// Awake again.
     pub fn disarm(&mut self) {
         self.links.disarm();
+        self.boards.rise();
     }
 
     /// Descriptors to watch while asleep.
@@ -569,16 +591,5 @@ impl Engine {
     #[must_use]
     pub fn last_algorithm(&self) -> Option<&'static str> {
         self.last_algorithm
-    }
-
-    /// The ranks of a set.
-    #[must_use]
-    pub fn set_ranks(&self, set: SetId) -> Option<Arc<[Rank]>> {
-        self.sets.get(&set).map(|s| Arc::clone(&s.ranks))
-    }
-
-    /// All sets.
-    pub fn set_ids(&self) -> impl Iterator<Item = SetId> + '_ {
-        self.sets.keys().copied()
     }
 }

@@ -18,20 +18,57 @@
 
 use super::Blame;
 use super::exchange::Place;
-use super::memory::Stage;
-use crate::device::accelerator::{Mark, Peers};
+use super::memory::LINE_BYTES;
+use crate::device::accelerator::{Mark, OFFER_WORDS, Offer, Peers};
 use crate::device::{DeviceOrder, Token};
 use crate::error::Cause;
 use crate::limits::DEVICE_SLOTS;
 use crate::memory::{Memory, Region, RunId};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Stages of a tick.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    /// What the others need is in the owner's slot.
+    Packed,
+    /// The owner's part of the vector is reduced.
+    Reduced,
+    /// The owner needs nothing more of the others' slots.
+    Taken,
+}
 
 /// All stages, in their order.
 const STAGES: [Stage; 3] = [Stage::Packed, Stage::Reduced, Stage::Taken];
 /// Orders that are given in one call: then the links get their turn.
 const ORDERS_PER_CALL: usize = 32;
+
+/// The line of a seat that says what its owner offers of its device; the first word says whether it does.
+const OFFER_LINE: usize = STAGES.len();
+const _: () = assert!(OFFER_WORDS < LINE_BYTES / 8);
+
+impl Place {
+    /// Ticks of the owner's device that have come past a stage.
+    fn device_ticks(&self, stage: Stage) -> &AtomicU64 {
+        self.device_word(stage as usize, 0)
+    }
+
+    /// The owner says how its device's memory is opened.
+    fn make_offer(&self, offer: &Offer) {
+        for (at, word) in offer.0.iter().enumerate() {
+            self.device_word(OFFER_LINE, 1 + at).store(*word, Ordering::Relaxed);
+        }
+        self.device_word(OFFER_LINE, 0).store(1, Ordering::Release);
+    }
+
+    /// How the owner's device memory is opened, once it has said so.
+    fn offer(&self) -> Option<Offer> {
+        let word = |at| self.device_word(OFFER_LINE, at);
+        let made = word(0).load(Ordering::Acquire) == 1;
+        made.then(|| Offer(std::array::from_fn(|at| word(1 + at).load(Ordering::Relaxed))))
+    }
+}
 
 /// The orders of one tick, by stage.
 pub type Tick = [Option<DeviceOrder>; 3];
@@ -114,8 +151,7 @@ impl DeviceSeat {
     pub fn new(me: usize, places: Vec<Place>, slot_bytes: u64, peers: Box<dyn Peers>) -> DeviceSeat {
         let own = peers.own();
         assert!(own.len() == slot_bytes * DEVICE_SLOTS as u64, "slots fill the memory");
-        let place = &places[me];
-        place.board.make_offer(place.seat, &peers.offer());
+        places[me].make_offer(&peers.offer());
         let mut slots = vec![None; places.len()];
         slots[me] = Some(own);
         DeviceSeat {
@@ -141,7 +177,7 @@ impl DeviceSeat {
             if slot.is_some() {
                 continue;
             }
-            let Some(offer) = place.board.offer(place.seat) else { return Ok(false) };
+            let Some(offer) = place.offer() else { return Ok(false) };
             let region = self.peers.open(&offer)?;
             if region.len() != self.slot_bytes * DEVICE_SLOTS as u64 {
                 return Err(Cause::Misbehaved(format!("{} bytes of slots", region.len())));
@@ -214,8 +250,9 @@ impl DeviceSeat {
             self.under_way.pop_front();
             self.under_way_from = self.under_way_from.wrapping_add(1);
             self.stages[stage].over += 1;
-            let Place { board, seat } = &self.places[self.me];
-            board.device_ticks(*seat, STAGES[stage]).store(self.stages[stage].over, Ordering::Release);
+            self.places[self.me]
+                .device_ticks(STAGES[stage])
+                .store(self.stages[stage].over, Ordering::Release);
             self.published = true;
             moved = true;
         }
@@ -227,8 +264,7 @@ impl DeviceSeat {
     }
 
     fn least(&self, stage: Stage) -> u64 {
-        let ticks =
-            |(_, place): (usize, &Place)| place.board.device_ticks(place.seat, stage).load(Ordering::Acquire);
+        let ticks = |(_, place): (usize, &Place)| place.device_ticks(stage).load(Ordering::Acquire);
         self.others().map(ticks).min().unwrap_or(u64::MAX)
     }
 
@@ -241,7 +277,7 @@ impl DeviceSeat {
             let most = if stage == Stage::Packed { taken + DEVICE_SLOTS as u64 } else { packed };
             let mut least = u64::MAX;
             for (member, place) in self.others() {
-                let ticks = place.board.device_ticks(place.seat, stage).load(Ordering::Acquire);
+                let ticks = place.device_ticks(stage).load(Ordering::Acquire);
                 if ticks > most {
                     let cause =
                         Cause::Misbehaved(format!("an impossible counter on its board ({stage:?} {ticks})"));
