@@ -80,8 +80,13 @@
 //!   verbs: its reduction writes to where its operands lay, which no verb can say.
 //! * *Values with the marks.* An allreduce of a few bytes is agreed on together with its values (`engine/inline.rs`):
 //!   what is left to do is to reduce them.
-//! * *Tensors of a device come to the host first.* They are copied when they are submitted ([`engine::passage`],
-//!   `runtime/staged.rs`), so that links and boards see host memory alone; orders are not lowered to device × link.
+//! * *Tensors of a device come to the host, or stay among devices.* Links and boards see host memory alone; orders are not
+//!   lowered to device × link. Small tensors, and all between hosts, are copied when they are submitted
+//!   ([`engine::passage`], `runtime/staged.rs`). Large batches of a set on one host go from device to device as a whole
+//!   (`engine/direct.rs`, [`transport::board::device`]): each rank packs into memory that the others have opened by
+//!   IPC, and kernels read it when the host has seen that it is there. That a set does so is agreed as its seats on
+//!   boards are. Tensors' own allocations are not opened, so that nobody must know when a framework frees one; that
+//!   costs a copy on each side. Events are not shared either: a kernel waits for nothing.
 //! * *A closing order.* A rank that leaves may not make what was agreed before fail; see `engine/departure.rs`.
 //! * *Doors instead of votes by message.* After an epoch the ranks come together at one place, whose machine
 //!   ([`membership::regroup`]) decides: the launcher's rendezvous in an elastic job, else the doors of the lowest rank

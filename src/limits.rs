@@ -48,6 +48,8 @@ pub const BOARD_SLOT_BYTES: usize = 128 << 10;
 pub const BOARD_ARENA_BYTES: usize = 16 << 30;
 /// Members of a set that uses boards: each maps the boards of all.
 pub const BOARD_MEMBERS_MAX: usize = 8;
+/// Slots of a seat in device memory.
+pub const DEVICE_SLOTS: usize = 2;
 /// TCP connections per link that carry payload, at most.
 pub const TCP_LANES_MAX: usize = 16;
 /// Blocks of at least this many bytes are kept for later results; smaller ones the allocator keeps well enough.

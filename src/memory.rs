@@ -54,6 +54,8 @@ pub struct Region {
 // SAFETY: a region is an address that its maker promised to keep valid on any thread; access is
 // serialised by the engine's baton.
 unsafe impl Send for Region {}
+// SAFETY: as above; a shared region can only be asked for its address.
+unsafe impl Sync for Region {}
 
 impl Region {
     /// A region of `len` bytes at `address`.

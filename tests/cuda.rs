@@ -2,21 +2,13 @@
 //! (`cuda_driver/driver.cpp`). Producers dawdle on their streams, and results are read by streams that were told to wait.
 #![cfg(feature = "cuda")]
 
-use assert_cmd::cargo::cargo_bin;
-use carole::device::cuda::home::Home;
-use carole::device::cuda::memory::DeviceBytes;
-use carole::error::Result;
-use carole::runtime::{self, Handle, Options, Outcome, Request, TensorArg, typed};
-use carole::types::{Collective, DType, GLOBAL_SET, Rank, ReduceOp};
-use cudarc::driver::sys;
-use std::ffi::c_void;
-use std::path::Path;
-use std::process::{Command, Output};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod cuda_driver;
 
-/// Says to the program that it is a rank, and what it shall do.
-const ROLE: &str = "CAROLE_TEST_ROLE";
+use carole::device::cuda::memory::DeviceBytes;
+use carole::runtime::{self, Handle, Options, Request, TensorArg, typed};
+use carole::types::{Collective, DType, GLOBAL_SET, Rank, ReduceOp};
+use cuda_driver::{Device, ROLE, content, dies, ranks, tensor, values, wait};
+use std::time::{Duration, Instant};
 
 #[test]
 fn rank() {
@@ -39,83 +31,6 @@ fn rank() {
     }
     println!("rank {} is content", world.rank);
     runtime::shutdown().unwrap();
-}
-
-/// The device, and a stream of the program's own.
-struct Device {
-    home: Arc<Home>,
-    stream: sys::CUstream,
-}
-
-impl Device {
-    fn new() -> Device {
-        let home = Home::of_device(0).unwrap();
-        let mut stream = std::ptr::null_mut();
-        let _current = home.context.enter().unwrap();
-        // SAFETY: the result is written to a variable of ours.
-        unsafe { sys::cuStreamCreate(&mut stream, 1).result().unwrap() };
-        Device { home: Arc::clone(&home), stream }
-    }
-
-    fn memory(&self, count: usize) -> DeviceBytes {
-        DeviceBytes::new(&self.home.context, 4 * count).unwrap()
-    }
-
-    /// Memory that will hold these values, after a while.
-    fn make(&self, values: &[f32]) -> DeviceBytes {
-        let memory = self.memory(values.len());
-        let _current = self.home.context.enter().unwrap();
-        let source: &'static [f32] = Box::leak(values.into());
-        // SAFETY: the function takes no argument; source and memory live until the stream is past the copy.
-        unsafe {
-            sys::cuLaunchHostFunc(self.stream, Some(dawdle), std::ptr::null_mut()).result().unwrap();
-            let bytes = size_of_val(source);
-            sys::cuMemcpyHtoDAsync_v2(memory.address(), source.as_ptr().cast(), bytes, self.stream)
-                .result()
-                .unwrap();
-        }
-        memory
-    }
-
-    /// What is in memory when the stream, which waits for the outcome, has come to it.
-    fn read(&self, outcome: &Outcome, address: u64, count: usize) -> Vec<f32> {
-        let mut values = vec![f32::NAN; count];
-        let _current = self.home.context.enter().unwrap();
-        let arrives = outcome.arrives.as_ref().expect("results on a device are on their way");
-        // SAFETY: our stream; the values live until it is past the copy.
-        unsafe {
-            arrives.0.hold(self.stream as usize as u64).unwrap();
-            let bytes = 4 * count;
-            sys::cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), address, bytes, self.stream)
-                .result()
-                .unwrap();
-            sys::cuStreamSynchronize(self.stream).result().unwrap();
-        }
-        values
-    }
-
-    fn submit(&self, request: &Request<'_>) -> Result<Handle> {
-        let stream = Some(self.stream as usize as u64);
-        // SAFETY: the tests keep memory until they have read the results.
-        unsafe { runtime::submit(&Request { stream, ..*request }, None) }
-    }
-}
-
-unsafe extern "C" fn dawdle(_: *mut c_void) {
-    std::thread::sleep(Duration::from_millis(2));
-}
-
-fn tensor<'a>(input: &DeviceBytes, output: Option<&DeviceBytes>, shape: &'a [u64]) -> TensorArg<'a> {
-    let output = output.map_or(std::ptr::null_mut(), |bytes| bytes.address() as usize as *mut u8);
-    TensorArg { input: input.address() as usize as *const u8, output, dtype: DType::F32, shape }
-}
-
-fn wait(handle: Handle) -> Outcome {
-    runtime::wait(handle, None).result.unwrap()
-}
-
-fn values(rank: u32, count: usize) -> Vec<f32> {
-    (0..count).map(|i| ((i * 7 + rank as usize * 13) % 100) as f32).collect()
 }
 
 fn collectives(device: &Device, me: u32, size: u32) {
@@ -276,62 +191,6 @@ fn joins(device: &Device, me: u32, size: u32) {
     let joined =
         unsafe { runtime::submit(&Request { collective: Collective::Join, ..Request::default() }, None) };
     wait(joined.unwrap());
-}
-
-fn dies(device: &Device, me: u32) {
-    for step in 0.. {
-        if step == 10 && me == 2 {
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
-        }
-        let memory = device.make(&[1.0; 20_000]);
-        let tensors = [tensor(&memory, Some(&memory), &[20_000])];
-        let request = Request { collective: Collective::Allreduce, tensors: &tensors, ..Request::default() };
-        let ended = device.submit(&request).and_then(|handle| runtime::wait(handle, None).result);
-        if let Err(error) = ended {
-            println!("rank {me} was told: {error}");
-            return;
-        }
-    }
-}
-
-/// Where the stand-in lies; none where there is a real driver. The reason why neither is there.
-fn driver(folder: &Path) -> std::result::Result<Option<&Path>, String> {
-    if Path::new("/dev/nvidiactl").exists() {
-        return Ok(None);
-    }
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_driver/driver.cpp");
-    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-    let library = folder.join("libcuda.so");
-    let flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", "-o"];
-    let mut command = Command::new(&compiler);
-    let built = command.args(flags).arg(&library).arg(source).output();
-    let output =
-        built.map_err(|_| format!("skipped: no device, and no C++ compiler ({compiler}) for a stand-in"))?;
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(Some(folder))
-}
-
-fn ranks(role: &str, size: u32, knobs: &[(&str, &str)]) -> Option<Output> {
-    let folder = tempfile::tempdir().unwrap();
-    let place = match driver(folder.path()) {
-        Ok(place) => place,
-        Err(why) => {
-            eprintln!("{why}");
-            return None;
-        }
-    };
-    let mut command = Command::new(cargo_bin("carolerun"));
-    command.args(["-np", &size.to_string()]).arg(std::env::current_exe().unwrap());
-    command.args(["--exact", "rank", "--nocapture"]).env(ROLE, role).envs(knobs.iter().copied());
-    command.envs(place.map(|place| ("LD_LIBRARY_PATH", place)));
-    Some(command.env("CAROLE_TIMEOUT_MS", "20000").output().unwrap())
-}
-
-fn content(role: &str, size: u32, knobs: &[(&str, &str)]) {
-    let Some(output) = ranks(role, size, knobs) else { return };
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{out}\n{err}");
-    assert_eq!(out.matches(" is content").count(), size as usize, "{out}\n{err}");
 }
 
 #[test]

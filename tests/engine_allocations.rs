@@ -66,6 +66,7 @@ fn engine(network: &Network, me: u32) -> Engine {
             plans_max: 64,
         },
         membership: membership::Rules::default(),
+        direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
         uniform: false,
         sets: Vec::new(),
         next_set: 1,
@@ -118,6 +119,7 @@ fn repeat_a_step(boards: bool) {
                     call: &[],
                     tensors: &[TensorMemory { input: region, output: Some(region) }],
                     refused: None,
+                    on_device: None,
                 };
                 engine.submit(&submission, now).expect("accepted");
             }

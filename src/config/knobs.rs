@@ -105,6 +105,12 @@ knobs! {
         "HOROVOD_FUSION_THRESHOLD" => as_is;
     /// A batch is cut into windows of at most this many bytes that run side by side (pipelining).
     window_bytes: Bytes<4096, { 1 << 40 }> = "4M", "CAROLE_WINDOW_BYTES", Agreed;
+    /// Tensors on CUDA devices go from device to device, within a host whose ranks can open each other's device memory,
+    /// in batches of at least this many bytes; smaller ones go through the host's memory, which takes less time where
+    /// ranks share a device.
+    direct_bytes: Bytes<4096, { 1 << 60 }> = "4M", "CAROLE_DIRECT_BYTES", Agreed;
+    /// Device memory that a process set takes on each rank for that, in halves: what one round moves.
+    direct_memory: Bytes<{ 1 << 16 }, { 1 << 40 }> = "128M", "CAROLE_DIRECT_MEMORY", Agreed;
     /// How long, in microseconds, the first tensor that is ready waits for others to travel with it. The
     /// window closes at once when somebody waits for a result. HOROVOD_CYCLE_TIME, in milliseconds, sets it:
     /// there is no cycle here, so it is an upper bound on the delay and not a period.

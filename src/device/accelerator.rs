@@ -2,10 +2,14 @@
 //! wait for. What the runtime needs of one to bring tensors to the host and back; [`super::cuda`] is the only one so
 //! far.
 //!
+//! What the ranks of one host need to reach each other's device memory are [`Peers`].
+//!
 //! Transfers run on the accelerator's own stream, one after another. A [`Mark`] is a point in the work of a stream:
 //! producers give one with their tensors, operations end with one.
 
+use super::Device;
 use crate::error::Cause;
+use crate::memory::Region;
 use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -117,6 +121,29 @@ pub struct Transfer {
     pub bytes: u64,
 }
 
+/// Words of an [`Offer`].
+pub const OFFER_WORDS: usize = 12;
+
+/// How another process of the host opens memory of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Offer(pub [u64; OFFER_WORDS]);
+
+/// Memory of a device that other processes of the host read, theirs, and orders over both. The orders run one after
+/// another on a stream of their own, and the waker is called when one is over. Dropped, it waits until none runs. The memory
+/// stays allocated for the next who wants as much.
+pub trait Peers: Device {
+    /// How the others open this process's memory.
+    fn offer(&self) -> Offer;
+    /// This process's memory.
+    fn own(&self) -> Region;
+    /// Opens the memory that another process offers, as long as this one lives.
+    fn open(&mut self, offer: &Offer) -> Result<Region, Cause>;
+    /// The end of all orders so far.
+    fn mark(&mut self) -> Result<Mark, Cause>;
+    /// Others may read this process's memory even after the end: nobody gets it any more.
+    fn retire(&mut self);
+}
+
 /// An accelerator of this process.
 pub trait Accelerator: Send {
     /// Transfers from now on wait for the mark. The host does not.
@@ -129,6 +156,8 @@ pub trait Accelerator: Send {
     fn staging(&mut self, bytes: u64) -> Result<Staging, Cause>;
     /// Memory on the device for what users get.
     fn buffer(&mut self, bytes: u64) -> Result<DeviceBuffer, Cause>;
+    /// `bytes` of memory that other processes of the host can open, and a stream for orders over it and theirs.
+    fn peers(&mut self, bytes: u64) -> Result<Box<dyn Peers>, Cause>;
     /// Copies between staging memory and the device, in the order of the stream.
     ///
     /// # Safety

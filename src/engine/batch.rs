@@ -42,6 +42,8 @@ pub(super) struct BatchFlight {
     id: Option<RunId>,
     /// Whether it goes over the boards.
     pub(super) on_boards: bool,
+    /// Whether it goes from device to device.
+    direct: bool,
     /// The operation of each tensor; none where this member has joined. A join that waits for the flight stands
     /// behind them.
     pub(super) ops: Vec<Option<OpId>>,
@@ -50,7 +52,7 @@ pub(super) struct BatchFlight {
     /// How those are filled, where something is reduced.
     identity: Option<Reduction>,
     scratch: Option<OwnedBytes>,
-    regions: Vec<Region>,
+    pub(super) regions: Vec<Region>,
     bytes: Vec<u64>,
 }
 
@@ -80,21 +82,30 @@ impl Engine {
         flight.bytes.clear();
         flight.stand_ins.clear();
         flight.identity = None;
-        flight.on_boards = self.goes_over_boards(set, &signature);
         let mut total_bytes = 0;
+        for part in batch.parts {
+            let agreed = &cut[part.operation as usize];
+            total_bytes += push_bytes(agreed, part.tensor as usize, me, size, &mut flight.bytes);
+        }
+        flight.direct = self.goes_direct(set, cut, batch.operation as usize, total_bytes);
+        flight.on_boards = !flight.direct && self.goes_over_boards(set, &signature);
         let mut longest = 0;
         for part in batch.parts {
             let agreed = &cut[part.operation as usize];
             let sizes = operation::sizes(agreed, part.tensor as usize, me, size, root);
-            total_bytes += push_bytes(agreed, part.tensor as usize, me, size, &mut flight.bytes);
+            flight.ops.push(agreed.op);
             match agreed.op {
+                _ if flight.direct => {
+                    if let Err(cause) = self.take_device_tensor(agreed, *part, sizes, &mut flight.regions) {
+                        return self.break_epoch_with(Some(self.me), cause);
+                    }
+                }
                 Some(op) => {
                     let tensor = &agreed.signature.tensors[part.tensor as usize];
                     self.take_tensor(op, part.tensor as usize, tensor, sizes, &mut flight.regions);
                 }
                 None => stand_in(&sizes, reduction, signature.collective, &mut flight),
             }
-            flight.ops.push(agreed.op);
         }
         if signature.collective == Collective::Alltoall {
             longest = longest_block(first, size);
@@ -114,6 +125,11 @@ impl Engine {
             total_bytes,
             longest,
         };
+        if flight.direct {
+            let slot_bytes = self.setup.direct.slot_bytes;
+            let rounds = self.plans.rounds(set.0, &shape, first.op.is_none(), slot_bytes);
+            return self.launch_direct(flight, &rounds);
+        }
         if flight.on_boards {
             let exchange = self.plans.exchange(set.0, &shape);
             return self.launch_on_boards(flight, &exchange);
@@ -159,7 +175,7 @@ impl Engine {
     }
 
     /// Makes the memory of a batch known, and gives the batch its number in its set.
-    fn register(&mut self, flight: &mut BatchFlight) -> RunId {
+    pub(super) fn register(&mut self, flight: &mut BatchFlight) -> RunId {
         let id = self.memory.register(flight.regions.iter().copied());
         let process_set = self.sets.get_mut(&flight.set).expect("a batch belongs to a known set");
         flight.sequence = process_set.next_batch;
@@ -404,6 +420,10 @@ impl Engine {
             if flight.on_boards {
                 // Batches follow each other there, so with one the whole seat is over; and so is the set.
                 self.leave_seat(flight.set);
+            }
+            if flight.direct {
+                // After this none of our kernels touches the memory of its operations.
+                self.leave_devices(flight.set);
             }
             self.reclaim(flight);
         }

@@ -190,7 +190,10 @@ impl Driver {
         let mut bytes = 0;
         let (handle, index) = self.shared.handles.open(keep, |submitted| {
             fill(submitted);
-            bytes = submitted.tensors.iter().map(|(input, _)| input.len()).sum();
+            bytes = match &submitted.on_device {
+                Some(there) => there.tensors.iter().map(|memory| memory.input.len()).sum(),
+                None => submitted.tensors.iter().map(|(input, _)| input.len()).sum(),
+            };
         })?;
         self.shared.send(Mail::Submitted(index));
         if !quiet && (bytes > SMALL_BYTES || !self.shared.looks_soon()) {

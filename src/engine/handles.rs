@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use super::operation::Outcome;
-use super::passage::Passage;
+use super::passage::{OnDevice, Passage};
 use crate::device::accelerator::Mark;
 use crate::error::{Cause, Error, Result};
 use crate::limits::IN_FLIGHT_MAX;
@@ -17,7 +17,7 @@ use std::any::Any;
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 
 const PAGE: usize = 1024;
@@ -47,6 +47,8 @@ pub struct Submitted {
     pub message: Option<Message>,
     /// How its tensors come to the host and its results back, where they lie elsewhere.
     pub passage: Option<Box<dyn Passage>>,
+    /// Where they lie then.
+    pub on_device: Option<Arc<OnDevice>>,
 }
 
 /// A point-to-point message.
@@ -372,6 +374,7 @@ impl Default for Submitted {
             refused: None,
             message: None,
             passage: None,
+            on_device: None,
         }
     }
 }

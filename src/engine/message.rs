@@ -66,6 +66,7 @@ impl Engine {
                 shape: shape.to_vec(),
                 memory: None,
                 on_device: None,
+                direct: false,
             });
         }
         self.ops.insert(m.op, operation);

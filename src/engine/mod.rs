@@ -10,6 +10,7 @@ mod batch;
 mod boards;
 pub mod channel;
 mod departure;
+mod direct;
 pub mod driver;
 mod epoch;
 pub mod handles;
@@ -22,12 +23,15 @@ mod operation;
 pub mod passage;
 mod persistent;
 pub mod plan;
+mod rounds;
 mod sets;
 mod spin;
 mod uniform;
 
+pub use direct::Direct;
 pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
+pub(crate) use rounds::serves as devices_serve;
 
 use crate::coordinator::{self, OpId, Rules};
 use crate::device::host::HostDevice;
@@ -44,8 +48,10 @@ use crate::types::{Epoch, GLOBAL_SET, Rank, SetId, Signature, Time};
 use crate::wire;
 use batch::{BatchFlight, Flight};
 use boards::Boards;
+use direct::Devices;
 use links::{LinkChange, Links};
 use operation::Operation;
+use passage::OnDevice;
 use persistent::Plannings;
 use plan::{PlanRules, Plans};
 use sets::ProcessSet;
@@ -70,6 +76,8 @@ pub struct EngineSetup {
     pub plans: PlanRules,
     /// When silence is taken for death.
     pub membership: membership::Rules,
+    /// Which tensors stay on their devices.
+    pub direct: Direct,
     /// Whether an operation that is complete on one rank is so on all, though the epoch breaks (uniform completion).
     pub uniform: bool,
     /// Process sets of the epoch before, by their numbers, besides the global one.
@@ -97,6 +105,8 @@ pub struct Submission<'a> {
     pub tensors: &'a [TensorMemory],
     /// Why this rank cannot take part.
     pub refused: Option<&'a str>,
+    /// Where the tensors are on a device, if they are: then the engine may leave them there.
+    pub on_device: Option<&'a Arc<OnDevice>>,
 }
 
 /// One process's engine.
@@ -106,6 +116,7 @@ pub struct Engine {
     epoch: Epoch,
     links: Links,
     boards: Boards,
+    devices: Devices,
     plannings: Plannings,
     memory: Memory,
     device: HostDevice,
@@ -168,6 +179,7 @@ impl Engine {
             me: setup.me,
             epoch: setup.epoch,
             boards: Boards::new(fabric.board()),
+            devices: Devices::default(),
             plannings: Plannings::default(),
             links: Links::new(fabric, size),
             memory: Memory::default(),
@@ -233,6 +245,7 @@ impl Engine {
         operation.set = submission.set;
         operation.tensors.clear();
         operation.tensors.extend_from_slice(submission.tensors);
+        operation.on_device = submission.on_device.cloned();
         operation.remaining = 0;
         operation.agreed = false;
         operation.place = None;
@@ -280,6 +293,7 @@ impl Engine {
         let mut moved = self.links.poll_fabric(&mut self.changes);
         moved |= self.turn_links(now);
         moved |= self.turn_seats();
+        moved |= self.turn_devices();
         moved |= self.turn_channels();
         let mut changes = std::mem::take(&mut self.changes);
         if self.left.is_some() {
@@ -318,9 +332,11 @@ impl Engine {
         self.close_departed();
         if self.agrees() {
             self.take_seats(now);
+            self.take_device_seats(now);
             moved |= self.turn_plannings(now);
             moved |= self.turn_coordinators(now);
             moved |= self.turn_seats();
+            moved |= self.turn_devices();
             moved |= self.turn_ledgers();
         }
         let settled = !moved && self.departing.is_empty() && self.unmet.is_empty();
@@ -440,6 +456,7 @@ impl Engine {
             outcome.tensors.clear();
         }
         operation.stand_ins.clear();
+        operation.on_device = None;
         self.spare_ops.push(operation);
         self.ended.push(Ended { op, result: result.map(|()| outcome) });
     }
@@ -506,7 +523,10 @@ impl Engine {
         let busy = self.links.arm(&mut changes);
         self.changes = changes;
         self.boards.lie_down();
-        busy || !self.changes.is_empty() || self.seats_have_news() || self.channels_have_news()
+        busy || !self.changes.is_empty()
+            || self.seats_have_news()
+            || self.channels_have_news()
+            || self.devices_have_news()
     }
 
     /// Awake again.
@@ -571,16 +591,5 @@ impl Engine {
     #[must_use]
     pub fn last_algorithm(&self) -> Option<&'static str> {
         self.last_algorithm
-    }
-
-    /// The ranks of a set.
-    #[must_use]
-    pub fn set_ranks(&self, set: SetId) -> Option<Arc<[Rank]>> {
-        self.sets.get(&set).map(|s| Arc::clone(&s.ranks))
-    }
-
-    /// All sets.
-    pub fn set_ids(&self) -> impl Iterator<Item = SetId> + '_ {
-        self.sets.keys().copied()
     }
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::channel::Channel;
+use super::passage::OnDevice;
 use crate::coordinator::{Agreed, CallTable};
 use crate::device::accelerator::{DeviceBuffer, Mark};
 use crate::error::Result;
@@ -22,6 +23,8 @@ pub struct OutputTensor {
     pub memory: Option<OwnedBytes>,
     /// The bytes on the inputs' device, where they were allocated there.
     pub on_device: Option<DeviceBuffer>,
+    /// Whether the devices have exchanged it among themselves, so that nothing is left to be sent back.
+    pub direct: bool,
 }
 
 /// What an operation produced.
@@ -66,6 +69,8 @@ pub struct Operation {
     pub tensors: Vec<TensorMemory>,
     /// What it will produce.
     pub outcome: Outcome,
+    /// Where its tensors are on a device, if they are.
+    pub on_device: Option<Arc<OnDevice>>,
     /// Outputs that the algorithm needs and the caller does not get.
     pub stand_ins: Vec<OwnedBytes>,
     /// Whether all members have agreed to run it.
@@ -102,7 +107,7 @@ pub enum OutputShape {
 
 impl Default for OutputTensor {
     fn default() -> OutputTensor {
-        OutputTensor { dtype: DType::U8, shape: Vec::new(), memory: None, on_device: None }
+        OutputTensor { dtype: DType::U8, shape: Vec::new(), memory: None, on_device: None, direct: false }
     }
 }
 

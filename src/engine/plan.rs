@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::boards;
+use super::rounds::rounds;
 use crate::algorithm::Query;
 use crate::cost::Prices;
 use crate::device::{DeviceOrder, Finish, Reduction};
@@ -14,6 +15,7 @@ use crate::run::Program;
 use crate::schedule::{Schedule, Span, Verb};
 use crate::select::select;
 use crate::transport::board::Exchange;
+use crate::transport::board::device::Rounds;
 use crate::types::{Collective, DType, ReduceOp, Scale};
 use std::sync::Arc;
 
@@ -129,6 +131,7 @@ pub struct Plans {
     rules: PlanRules,
     plans: Map<Box<[u64]>, Arc<Plan>>,
     exchanges: Map<Box<[u64]>, Arc<Exchange>>,
+    rounds: Map<Box<[u64]>, Arc<Rounds>>,
     key: Vec<u64>,
 }
 
@@ -136,7 +139,13 @@ impl Plans {
     /// An empty cache.
     #[must_use]
     pub fn new(rules: PlanRules) -> Plans {
-        Plans { rules, plans: Map::default(), exchanges: Map::default(), key: Vec::new() }
+        Plans {
+            rules,
+            plans: Map::default(),
+            exchanges: Map::default(),
+            rounds: Map::default(),
+            key: Vec::new(),
+        }
     }
 
     /// The plan of a shape, which is made when it is first seen. `set` distinguishes sets whose hosts differ.
@@ -151,6 +160,14 @@ impl Plans {
         self.find(set, shape);
         let Plans { rules, exchanges, key, .. } = self;
         remembered(exchanges, key, rules.plans_max, || boards::exchange(shape, BOARD_SLOT_BYTES))
+    }
+
+    /// What is done for a shape at devices, which is made when it is first seen. With `absent` this member has joined.
+    pub fn rounds(&mut self, set: u32, shape: &BatchShape<'_>, absent: bool, slot_bytes: u64) -> Arc<Rounds> {
+        self.find(set, shape);
+        self.key.push(u64::from(absent));
+        let Plans { rules, rounds: known, key, .. } = self;
+        remembered(known, key, rules.plans_max, || rounds(shape, absent, slot_bytes))
     }
 
     /// The algorithm that the user forces.

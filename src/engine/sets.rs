@@ -4,6 +4,7 @@
 use super::Engine;
 use super::batch::Flight;
 use super::boards::{self, Seating};
+use super::direct::{self, AtDevices};
 use super::operation::Operation;
 use super::persistent;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
@@ -31,6 +32,8 @@ pub(super) struct ProcessSet {
     pub(super) plans: u64,
     /// Where it exchanges over boards, if it does.
     pub(super) seating: Seating,
+    /// Where its devices exchange among themselves, if they do.
+    pub(super) at_devices: AtDevices,
 }
 
 impl ProcessSet {
@@ -79,6 +82,7 @@ impl Engine {
             plans: 0,
             departed: None,
             seating,
+            at_devices: AtDevices::Unsought,
         };
         self.sets.insert(id, set);
         id
@@ -147,6 +151,7 @@ impl Engine {
     /// then, and others still wait for what those batches send.
     fn joined(&mut self, id: SetId, op: OpId, last: Rank) {
         self.seek_seat_again(id);
+        self.call_to_devices_again(id);
         self.enter_ledger(id, Some(op));
         let sets = if id == GLOBAL_SET {
             self.sets.iter().map(|(&id, s)| (id, Arc::clone(&s.ranks))).collect()
@@ -179,6 +184,10 @@ impl Engine {
         for agreed in cut {
             if boards::is_call_to_boards(agreed) {
                 self.sit_down(id, agreed);
+                continue;
+            }
+            if direct::is_call_to_devices(agreed) {
+                self.sit_down_at_devices(id, agreed);
                 continue;
             }
             if let Some(number) = persistent::freed(agreed) {
@@ -270,6 +279,7 @@ impl Engine {
             self.turn_ledgers();
             self.ledgers.remove(&id);
             self.fail_set(id, None, &error);
+            self.leave_devices(id);
             self.sets.remove(&id);
         }
         if let Some(operation) = agreed.op.and_then(|op| self.ops.get_mut(&op)) {
@@ -292,6 +302,17 @@ impl Engine {
                 operation.outcome.received_splits.extend(rows);
             }
         }
+    }
+
+    /// The ranks of a set.
+    #[must_use]
+    pub fn set_ranks(&self, set: SetId) -> Option<Arc<[Rank]>> {
+        self.sets.get(&set).map(|s| Arc::clone(&s.ranks))
+    }
+
+    /// All sets.
+    pub fn set_ids(&self) -> impl Iterator<Item = SetId> + '_ {
+        self.sets.keys().copied()
     }
 
     /// Whether an operation may be submitted to a set now.
@@ -337,6 +358,7 @@ fn prepare_outcome(operation: &mut Operation, agreed: &Agreed) {
         output.dtype = signature.dtype;
         output.shape.clear();
         output.memory = None;
+        output.direct = false;
     }
 }
 

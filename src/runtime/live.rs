@@ -11,7 +11,7 @@ use crate::device::host::{self, Level};
 use crate::engine::driver::{Driver, Patience};
 use crate::engine::handles::{Handles, Message, Submitted};
 use crate::engine::plan::PlanRules;
-use crate::engine::{Engine, EngineSetup, Outcome};
+use crate::engine::{Direct, Engine, EngineSetup, Outcome};
 use crate::error::{Error, Result};
 use crate::fusion;
 use crate::limits;
@@ -126,7 +126,7 @@ impl Live {
             Engine::new(setup, Box::new(fabric))
         })
         .map_err(system)?;
-        let stages = Stages::new(driver.wake());
+        let stages = Stages::new(driver.wake(), config.direct_bytes);
         let everyone: Vec<Rank> = (0..world.size).map(Rank).collect();
         let live = Live {
             options: options.clone(),
@@ -455,6 +455,11 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
         membership: membership::Rules {
             silence_ns: config.timeout_ms * MS,
             heartbeat_ns: config.timeout_ms * MS / 6,
+        },
+        direct: Direct {
+            bytes: config.direct_bytes,
+            // Slots begin where allocations do.
+            slot_bytes: config.direct_memory / limits::DEVICE_SLOTS as u64 / 256 * 256,
         },
         uniform: config.uniform.unwrap_or(config.worker.is_some()),
         sets: joined.table.sets.list.clone(),

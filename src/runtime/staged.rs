@@ -1,20 +1,26 @@
 //! Tensors on a CUDA device: copied to pinned memory of the host when they are submitted, and back when the operation
 //! has ended. In between they are tensors of the host, over whatever links the ranks have.
 //!
+//! Where the devices of a set's ranks exchange tensors among themselves ([`Gate`]), large ones stay where they are, and
+//! the operation begins when the caller's stream has made them. What is copied all the same, because it is small or
+//! because the devices had not met yet, is only not used when its batch turns out to be theirs.
+//!
 //! The copies are on a stream of their own. It waits for what the caller's stream had been given before the call, so
 //! that nobody waits for a producer; and whoever takes the outcome lets its stream wait for the copies back
 //! ([`Outcome::arrives`]), or waits for them itself.
 
 use super::live::lock;
-use crate::device::accelerator::{Accelerator, Arrival, Direction, Mark, Staging, Transfer};
+use crate::device::accelerator::{
+    Accelerator, Arrival, DeviceBuffer, Direction, Mark, Peers, Staging, Transfer,
+};
 use crate::device::cuda;
-use crate::engine::Outcome;
 use crate::engine::handles::Submitted;
-use crate::engine::passage::Passage;
+use crate::engine::passage::{Gate, OnDevice, Passage};
+use crate::engine::{Outcome, TensorMemory, devices_serve};
 use crate::error::Cause;
 use crate::memory::Region;
-use crate::types::{Collective, Place};
-use std::collections::{BTreeMap, VecDeque};
+use crate::types::{Collective, Place, SetId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
@@ -25,10 +31,18 @@ const ALIGNMENT: u64 = 256;
 pub(super) struct Stages {
     wake: Arc<dyn Fn() + Send + Sync>,
     known: Mutex<BTreeMap<i32, Arc<Stage>>>,
+    /// Tensors of so many bytes stay on their devices, where they can.
+    direct_bytes: u64,
+    /// The sets whose devices exchange tensors.
+    taken: Arc<Mutex<BTreeSet<SetId>>>,
 }
 
 /// One device.
-struct Stage(Mutex<Inner>);
+struct Stage {
+    number: i32,
+    inner: Mutex<Inner>,
+    taken: Arc<Mutex<BTreeSet<SetId>>>,
+}
 
 struct Inner {
     accelerator: Box<dyn Accelerator>,
@@ -71,8 +85,8 @@ impl Drop for Inner {
 
 impl Stages {
     /// No device is known yet; `wake` makes whoever drives look again.
-    pub(super) fn new(wake: Arc<dyn Fn() + Send + Sync>) -> Stages {
-        Stages { wake, known: Mutex::default() }
+    pub(super) fn new(wake: Arc<dyn Fn() + Send + Sync>, direct_bytes: u64) -> Stages {
+        Stages { wake, known: Mutex::default(), direct_bytes, taken: Arc::default() }
     }
 
     /// Lets the tensors of a submission come to the host: from then on it names their places there. The error is the
@@ -92,8 +106,16 @@ impl Stages {
         let arrival = unsafe { arrival(submitted, stream, device) }?;
         let Some(arrival) = arrival else { return Ok(()) };
         let stage = self.of_device(arrival.device).map_err(|cause| cause.to_string())?;
+        let for_devices = submitted.message.is_none() && devices_serve(&submitted.signature);
+        if for_devices {
+            let tensors = submitted.tensors.iter().map(|&(input, output)| TensorMemory { input, output });
+            submitted.on_device =
+                Some(Arc::new(OnDevice { tensors: tensors.collect(), gate: stage.clone() }));
+        }
+        let stays = for_devices && lock(&self.taken).contains(&submitted.set);
+        let direct_bytes = if stays { self.direct_bytes } else { u64::MAX };
         // SAFETY: the caller's promise.
-        let passage = unsafe { Staged::begin(&stage, &arrival, submitted) };
+        let passage = unsafe { Staged::begin(&stage, &arrival, submitted, direct_bytes) };
         submitted.passage = Some(passage.map_err(|cause| cause.to_string())?);
         Ok(())
     }
@@ -104,7 +126,8 @@ impl Stages {
             return Ok(Arc::clone(stage));
         }
         let accelerator = cuda::open(number, Arc::clone(&self.wake))?;
-        let stage = Arc::new(Stage(Mutex::new(Inner { accelerator, parked: VecDeque::new() })));
+        let inner = Mutex::new(Inner { accelerator, parked: VecDeque::new() });
+        let stage = Arc::new(Stage { number, inner, taken: Arc::clone(&self.taken) });
         known.insert(number, Arc::clone(&stage));
         Ok(stage)
     }
@@ -141,6 +164,21 @@ unsafe fn arrival(
     told.transpose().map_err(|cause| cause.to_string())
 }
 
+impl Gate for Stage {
+    fn device(&self) -> i32 {
+        self.number
+    }
+    fn peers(&self, bytes: u64) -> Result<Box<dyn Peers>, Cause> {
+        lock(&self.inner).accelerator.peers(bytes)
+    }
+    fn buffer(&self, bytes: u64) -> Result<DeviceBuffer, Cause> {
+        lock(&self.inner).accelerator.buffer(bytes)
+    }
+    fn is_taken(&self, set: SetId) {
+        lock(&self.taken).insert(set);
+    }
+}
+
 /// Where a result goes from its place on the host.
 #[derive(Clone, Copy, Debug)]
 struct Landing {
@@ -155,8 +193,8 @@ struct Staged {
     stage: Arc<Stage>,
     /// The inputs have come when the stream is past it.
     come: Mark,
-    /// Whether there are inputs here: what only receives is ready at once.
-    has_inputs: bool,
+    /// Whether the operation begins only then: a message that is only received is ready at once.
+    waits: bool,
     staging: Option<Staging>,
     /// For each tensor, where the caller wants the result; none where the runtime allocates it.
     landings: Vec<Option<Landing>>,
@@ -166,7 +204,7 @@ struct Staged {
 unsafe impl Send for Staged {}
 
 impl Staged {
-    /// Starts the copies to the host.
+    /// Starts the copies to the host. Tensors of `direct_bytes` stay where they are, and the host sees nothing of them.
     ///
     /// # Safety
     /// As [`Stages::stage`].
@@ -174,21 +212,35 @@ impl Staged {
         stage: &Arc<Stage>,
         arrival: &Arrival,
         submitted: &mut Submitted,
+        direct_bytes: u64,
     ) -> Result<Box<Staged>, Cause> {
         let place = |bytes: u64| bytes.next_multiple_of(ALIGNMENT);
         // Where the result replaces the input byte for byte it is made in place, in half the memory.
         let in_place = submitted.message.is_some()
             || matches!(submitted.signature.collective, Collective::Allreduce | Collective::Broadcast);
+        let stays = |input: &Region, output: &Option<Region>| {
+            input.len().max(output.map_or(0, |output| output.len())) >= direct_bytes
+        };
         let room = |input: &Region, output: &Option<Region>| match output {
+            _ if stays(input, output) => 0,
             Some(output) if in_place => place(input.len().max(output.len())),
             output => place(input.len()) + output.map_or(0, |output| place(output.len())),
         };
         let bytes = submitted.tensors.iter().map(|(input, output)| room(input, output)).sum();
-        let mut inner = lock(&stage.0);
-        let staging = inner.accelerator.staging(bytes)?;
+        let mut inner = lock(&stage.inner);
+        let staging = match bytes {
+            0 if !submitted.tensors.is_empty() && direct_bytes < u64::MAX => None,
+            bytes => Some(inner.accelerator.staging(bytes)?),
+        };
         let (mut transfers, mut landings) = (Vec::new(), Vec::new());
-        let mut at = staging.host();
+        let mut at = staging.as_ref().map_or(std::ptr::null_mut(), Staging::host);
         for (input, output) in &mut submitted.tensors {
+            if stays(input, output) {
+                // SAFETY: no bytes at all.
+                (*input, *output) = (unsafe { Region::new(std::ptr::null_mut(), 0) }, None);
+                landings.push(None);
+                continue;
+            }
             let room = room(input, output);
             let result = if in_place { at } else { at.wrapping_add(place(input.len()) as usize) };
             let reads = submitted.message.is_none_or(|message| message.sends) && !input.is_empty();
@@ -214,18 +266,21 @@ impl Staged {
         // SAFETY: the caller's promise; the staging memory is parked where it is dropped too early.
         let copied = unsafe { accelerator.transfer(Direction::ToHost, &transfers) };
         let come = copied.and_then(|()| accelerator.mark());
-        let come = come.and_then(|come| match transfers.is_empty() {
-            true => Ok(come),
-            false => inner.accelerator.wake_when_over().map(|()| come),
+        // Devices write results when the operation has begun: what the caller's stream had to do there is over then.
+        let waits = !transfers.is_empty() || submitted.on_device.is_some();
+        let come = come.and_then(|come| match waits {
+            true => inner.accelerator.wake_when_over().map(|()| come),
+            false => Ok(come),
         });
         match come {
             Ok(come) => {
                 drop(inner);
-                let (stage, has_inputs) = (Arc::clone(stage), !transfers.is_empty());
-                Ok(Box::new(Staged { stage, come, has_inputs, staging: Some(staging), landings }))
+                Ok(Box::new(Staged { stage: Arc::clone(stage), come, waits, staging, landings }))
             }
             Err(cause) => {
-                inner.park_behind_all(staging);
+                if let Some(staging) = staging {
+                    inner.park_behind_all(staging);
+                }
                 Err(cause)
             }
         }
@@ -234,14 +289,23 @@ impl Staged {
 
 impl Passage for Staged {
     fn has_come(&mut self) -> Result<bool, Cause> {
-        Ok(!self.has_inputs || self.come.0.is_over()?)
+        Ok(!self.waits || self.come.0.is_over()?)
     }
 
     fn go_back(&mut self, outcome: &mut Outcome) -> Result<(), Cause> {
-        let mut inner = lock(&self.stage.0);
+        let mut inner = lock(&self.stage.inner);
         let mut transfers = Vec::new();
         let mut more = Vec::new();
+        if !outcome.tensors.is_empty() && outcome.tensors.iter().all(|tensor| tensor.direct) {
+            if let Some(staging) = self.staging.take() {
+                inner.park(self.come.clone(), staging);
+            }
+            return Ok(());
+        }
         for (tensor, landing) in outcome.tensors.iter_mut().zip(&self.landings) {
+            if tensor.direct {
+                continue;
+            }
             if let Some(Landing { host, device, bytes }) = *landing {
                 transfers.push(Transfer { host, device, bytes });
             } else if let Some(memory) = tensor.memory.take() {
@@ -256,6 +320,10 @@ impl Passage for Staged {
             }
         }
         transfers.retain(|transfer| transfer.bytes > 0);
+        if let Some(mark) = &outcome.arrives {
+            // The end of these copies is the end of what the devices have exchanged, too.
+            inner.accelerator.after(mark)?;
+        }
         // SAFETY: the results' memory is the caller's to keep until the copies are over, as it promised; staging memory
         // is parked behind them.
         let sent = unsafe { inner.accelerator.transfer(Direction::ToDevice, &transfers) };
@@ -274,7 +342,7 @@ impl Passage for Staged {
 impl Drop for Staged {
     fn drop(&mut self) {
         if let Some(staging) = self.staging.take() {
-            lock(&self.stage.0).park(self.come.clone(), staging);
+            lock(&self.stage.inner).park(self.come.clone(), staging);
         }
     }
 }

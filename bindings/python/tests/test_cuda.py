@@ -152,6 +152,37 @@ def plain_arrays(kind):
     return True
 
 
+def directly():
+    """What goes from device to device is what the host makes, to the bit, and what torch makes."""
+    import carole.torch as hvd
+
+    rank, size = hvd.rank(), hvd.size()
+    for _ in range(100):
+        hvd.allreduce(torch.ones(1 << 16, device="cuda"), name="meet")
+    # The ranks' output is a file.
+    with open("/proc/self/fd/2", errors="replace") as output:
+        assert "from device to device" in output.read()
+    generator = torch.Generator().manual_seed(rank)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8):
+        average = [hvd.Average] if dtype.is_floating_point else []
+        for op in (hvd.Sum, hvd.Min, hvd.Max, hvd.Product, *average):
+            for count in (1 << 15, (1 << 20) + 3):
+                host = (torch.rand(count, generator=generator) * 8).to(dtype)
+                want = hvd.allreduce(host, op=op)
+                mine = host.cuda()
+                got = hvd.allreduce(mine, op=op)
+                assert torch.equal(got.cpu(), want), (dtype, op, count)
+                assert torch.equal(mine.cpu(), host)
+                hvd.allreduce_(mine, op=op)
+                assert torch.equal(mine.cpu(), want), (dtype, op, count, "in place")
+    many = [torch.full((997 * (i + 1),), float(rank + i), device="cuda") for i in range(100)]
+    handles = [hvd.allreduce_async_(one, op=hvd.Sum, name=f"many.{i}") for i, one in enumerate(many)]
+    for i, handle in enumerate(handles):
+        got = hvd.synchronize(handle)
+        assert (got == sum(range(size)) + size * i).all(), i
+    return collectives()
+
+
 def c10d():
     """torch.distributed on device tensors, DDP among them, against one process."""
     import torch.distributed as dist
@@ -276,8 +307,17 @@ def test_every_collective_gives_what_torch_gives(size, transport):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_streams_are_waited_for(size):
-    assert run(size, order) == [0] * size
+@pytest.mark.parametrize("memory", ["1M", "128M"])
+def test_tensors_go_from_device_to_device(size, memory):
+    env = {"CAROLE_DIRECT_BYTES": "4096", "CAROLE_DIRECT_MEMORY": memory, "CAROLE_LOG_LEVEL": "info"}
+    counts = run(size, directly, env=env)
+    assert min(counts) == max(counts) > 200
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("least", ["4096", "1T"])
+def test_streams_are_waited_for(size, least):
+    assert run(size, order, env={"CAROLE_DIRECT_BYTES": least}) == [0] * size
 
 
 @pytest.mark.parametrize("kind", ["torch", "ByInterface", "ByOldInterface", "ByDlpack"])

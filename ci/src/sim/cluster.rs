@@ -225,6 +225,7 @@ impl Cluster {
                     hosts: Arc::clone(&hosts),
                     agreement: coordinator::Rules { fusion_bytes, cache_keys, ..Default::default() },
                     fusion: fusion::Rules { fusion_bytes },
+                    direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
                     plans: PlanRules {
                         prices: Prices::default(),
                         forced: forced.map(str::to_string),

@@ -43,6 +43,7 @@ pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: T
         call: &call,
         tensors: &tensors,
         refused: (wrong == Some(Wrong::Refused)).then_some("the buffer is read-only"),
+        on_device: None,
     };
     let engine = node.engine.as_mut().expect("live nodes submit");
     match engine.submit(&submission, now) {

@@ -142,6 +142,7 @@ pub fn all(scale: Scale) -> Vec<Step> {
         Step::new("CUDA without a device", "cargo test -p carole --features cuda --lib device::cuda")
             // Under a stand-in for the driver, which is compiled.
             .then("cargo test -p carole --features cuda --test cuda")
+            .then("cargo test -p carole --features cuda --test cuda_direct")
             .needs(Need::Program("c++"), "no C++ compiler"),
     );
     steps.push(

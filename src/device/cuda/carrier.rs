@@ -3,7 +3,8 @@
 use super::driver::{Stream, call};
 use super::home::{Home, call_back};
 use super::memory::{DeviceBytes, PinnedBytes};
-use crate::device::accelerator::{Accelerator, DeviceBuffer, Direction, Mark, Staging, Transfer};
+use super::peers::CudaPeers;
+use crate::device::accelerator::{Accelerator, DeviceBuffer, Direction, Mark, Peers, Staging, Transfer};
 use crate::error::Cause;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -13,6 +14,21 @@ const BLOCK_BYTES_MIN: usize = 64 << 10;
 
 /// Makes whoever drives the engine look again.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Calls `wake` when the stream has come so far.
+pub(super) fn wake_behind(home: &Home, stream: &Stream, wake: &Wake) -> Result<(), Cause> {
+    unsafe extern "C" fn called(wake: *mut c_void) {
+        // SAFETY: what was given away below, once.
+        let wake = unsafe { Box::from_raw(wake.cast::<Wake>()) };
+        wake();
+    }
+    let wake: *mut Wake = Box::into_raw(Box::new(Arc::clone(wake)));
+    let _current = home.context.enter()?;
+    Ok(call_back(stream, called, wake.cast(), |wake| {
+        // SAFETY: given away just now, and not called.
+        drop(unsafe { Box::from_raw(wake.cast::<Wake>()) });
+    })?)
+}
 
 /// Copies of one device.
 pub struct Carrier {
@@ -57,17 +73,11 @@ impl Accelerator for Carrier {
     }
 
     fn wake_when_over(&mut self) -> Result<(), Cause> {
-        unsafe extern "C" fn called(wake: *mut c_void) {
-            // SAFETY: what was given away below, once.
-            let wake = unsafe { Box::from_raw(wake.cast::<Wake>()) };
-            wake();
-        }
-        let wake: *mut Wake = Box::into_raw(Box::new(Arc::clone(&self.wake)));
-        let _current = self.home.context.enter()?;
-        Ok(call_back(&self.stream, called, wake.cast(), |wake| {
-            // SAFETY: given away just now, and not called.
-            drop(unsafe { Box::from_raw(wake.cast::<Wake>()) });
-        })?)
+        wake_behind(&self.home, &self.stream, &self.wake)
+    }
+
+    fn peers(&mut self, bytes: u64) -> Result<Box<dyn Peers>, Cause> {
+        Ok(Box::new(CudaPeers::new(&self.home, bytes as usize, Arc::clone(&self.wake))?))
     }
 
     fn staging(&mut self, bytes: u64) -> Result<Staging, Cause> {

@@ -101,6 +101,16 @@ impl CudaDevice {
         Ok(())
     }
 
+    /// The stream that orders run on.
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// The end of the newest order that has not been seen to be over.
+    pub(super) fn newest(&self) -> Option<&Event> {
+        self.pending.back().map(|pending| &pending.event)
+    }
+
     fn event(&mut self) -> Result<Event, Fault> {
         self.events.pop().map_or_else(|| Event::new(&self.context, false), Ok)
     }

@@ -1,7 +1,7 @@
 //! What of a device belongs to the whole process: its context, and events and memory that are used again.
 
 use super::driver::{Context, Event, Fault, Stream, call, is_capturing};
-use super::memory::PinnedBytes;
+use super::memory::{DeviceBytes, PinnedBytes};
 use crate::device::accelerator::{Arrival, Mark, Point};
 use crate::error::Cause;
 use cudarc::driver::sys;
@@ -31,6 +31,8 @@ pub struct Home {
     bells: Mutex<Vec<Stream>>,
     /// Staging memory that nobody uses.
     pinned: Mutex<Vec<PinnedBytes>>,
+    /// Memory for other processes to open that nobody uses; it is not freed, since they may have it open.
+    shared: Mutex<Vec<DeviceBytes>>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -52,6 +54,7 @@ impl Home {
             events: Mutex::default(),
             bells: Mutex::default(),
             pinned: Mutex::default(),
+            shared: Mutex::default(),
         });
         homes.insert(number, Arc::clone(&home));
         Ok(home)
@@ -75,6 +78,18 @@ impl Home {
         let fits = |block: &PinnedBytes| (bytes..=4 * bytes).contains(&block.len());
         let best = (0..blocks.len()).filter(|&i| fits(&blocks[i])).min_by_key(|&i| blocks[i].len())?;
         Some(blocks.swap_remove(best))
+    }
+
+    /// Device memory for other processes to open: what an earlier owner has left, or a new allocation.
+    pub(super) fn share(&self, bytes: usize) -> Result<DeviceBytes, Cause> {
+        let mut shared = lock(&self.shared);
+        let known = shared.iter().position(|memory| memory.len() == bytes).map(|at| shared.swap_remove(at));
+        drop(shared);
+        Ok(known.map_or_else(|| DeviceBytes::new(&self.context, bytes), Ok)?)
+    }
+
+    pub(super) fn keep_shared(&self, memory: DeviceBytes) {
+        lock(&self.shared).push(memory);
     }
 
     pub(super) fn give_back(&self, block: PinnedBytes) {

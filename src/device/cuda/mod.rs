@@ -7,7 +7,9 @@
 //! * `driver`, `memory`, `registered`, `device` and `ptx` come with the feature `cuda`: the driver's objects,
 //!   device, pinned and peers' memory, and the implementation of [`crate::device::Device`].
 //! * `home` and `carrier` bring users' tensors to pinned memory of the host and results back: an
-//!   [`Accelerator`]. Collectives of CUDA tensors go this way, over whatever links the ranks have.
+//!   [`Accelerator`]. Small tensors, and all between hosts, go this way, over whatever links the ranks have.
+//! * `peers` is memory that the ranks of a host open to each other by IPC, with a stream for the kernels that read it:
+//!   [`super::accelerator::Peers`]. Large tensors go this way within a host.
 //!
 //! # What has been proven, and what has not
 //! `tests/kernels.rs` compiles the kernels as host C++ and holds them, with the launches that [`lower`] makes,
@@ -18,8 +20,8 @@
 //!
 //! On a GPU (one NVIDIA H200, driver 580.159.04, CUDA 13.0, 2026-11-26; `benches/README.md`): every reduction kernel
 //! gives the host's bits (`tests/kernels.rs`, `on_a_device`), and `ci/gpu` runs collectives of CUDA tensors between
-//! ranks that share it. IPC of memory and events between processes was tried by a probe and no link uses it yet: ranks
-//! on one host meet in the host's memory, and the host reduces.
+//! ranks that share it. What goes from device to device has run under the stand-in for the driver only
+//! (`tests/cuda_direct.rs`), whose processes open each other's memory and run the kernels in their host form.
 //!
 //! # Rules
 //! * No kernel waits for another process: the host launches when all inputs are marked ready. An allreduce in one
@@ -47,6 +49,8 @@ pub mod driver;
 pub mod home;
 #[cfg(feature = "cuda")]
 pub mod memory;
+#[cfg(feature = "cuda")]
+pub mod peers;
 #[cfg(feature = "cuda")]
 pub mod ptx;
 #[cfg(feature = "cuda")]
@@ -116,7 +120,8 @@ pub fn describe() -> String {
     #[cfg(feature = "cuda")]
     match driver::version() {
         Ok(version) => format!(
-            "CUDA: driver {}.{}; collectives of CUDA tensors go through the host's memory.",
+            "CUDA: driver {}.{}; large CUDA tensors go from device to device within a host, others through the host's \
+             memory.",
             version / 1000,
             version % 1000 / 10
         ),

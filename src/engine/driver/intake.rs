@@ -148,6 +148,7 @@ impl Shared {
                         call: &submitted.call,
                         tensors: &tensors,
                         refused: submitted.refused.as_deref(),
+                        on_device: submitted.on_device.as_ref(),
                     },
                     now,
                 );
@@ -155,6 +156,7 @@ impl Shared {
                 outcome
             }
         };
+        submitted.on_device = None;
         self.handles.recycle(submitted);
         if let Err(error) = accepted {
             self.handles.complete(index, Err(error));

@@ -62,6 +62,16 @@ impl Place {
         self.board.word_at(self.words_at + LINE_BYTES).expect("a place lies on its board")
     }
 
+    /// A word of what a seat tells of the owner's device, on lines behind its counters.
+    pub(super) fn device_word(&self, line: usize, word: usize) -> &AtomicU64 {
+        assert!(
+            self.words_at < BOARD_BYTES && line < 4 && word < LINE_BYTES / 8,
+            "seats have such lines, blocks not"
+        );
+        let at = self.words_at + (2 + line) * LINE_BYTES + 8 * word;
+        self.board.word_at(at).expect("a place lies on its board")
+    }
+
     /// An area of the slot of a tick.
     fn area(&self, tick: u64, area: usize, area_bytes: usize) -> *mut u8 {
         assert!((area + 1) * area_bytes <= self.slot_bytes, "areas lie in their slot");

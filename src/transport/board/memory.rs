@@ -7,9 +7,9 @@ use crate::transport::shm::{Budget, Share, sealed};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"carole\x00\x03");
+const MAGIC: u64 = u64::from_le_bytes(*b"carole\x00\x04");
 /// The words in front of the slots.
 const HEAD_BYTES: usize = 4096;
 /// What is memory from the beginning; the arena follows.
@@ -18,8 +18,8 @@ pub const BOARD_BYTES: usize = HEAD_BYTES + BOARD_SEATS * BOARD_SLOTS * BOARD_SL
 const ARENA_BYTES_WITHIN: usize = 1 << 20;
 /// Two cache lines: the hardware fetches them in pairs.
 pub const LINE_BYTES: usize = 128;
-/// Words of a seat, each on lines of its own.
-const SEAT_WORDS: usize = 3;
+/// Words of a seat, each on lines of its own. The last line holds several: what the owner offers of its device.
+const SEAT_WORDS: usize = 7;
 const SEATS_AT: usize = 4 * LINE_BYTES;
 const ASLEEP_AT: usize = 2 * LINE_BYTES;
 
@@ -76,7 +76,7 @@ impl BoardMemory {
         let (base, len) = sealed::map(fd, BOARD_BYTES, BOARD_ARENA_BYTES)?;
         let board = BoardMemory { base, len, kind: Kind::Mapped(share), arena: None };
         for (at, expected) in WORDS.iter().enumerate() {
-            let found = board.word(8 * at).load(std::sync::atomic::Ordering::Acquire);
+            let found = board.word(8 * at).load(Ordering::Acquire);
             if found != *expected {
                 return Err(Cause::Misbehaved(format!(
                     "a board that has {found:#x} where {expected:#x} belongs"

@@ -18,10 +18,13 @@
 //! line of its own that another core has read last is not (it must be asked back). Measured with two ranks and
 //! 64 KiB: 6.5 us, against 22 us with the results in other lines, and 8.6 us for whole windows (benches/README.md).
 //!
+//! Tensors on devices go from device to device, with boards for the counters only: [`device`].
+//!
 //! A board is a star of single-writer words: every counter has one writer, and what a peer writes is copied out
 //! through an atomic and held against what is possible before it is believed.
 
 mod arena;
+pub mod device;
 mod exchange;
 mod memory;
 #[cfg(test)]
@@ -92,6 +95,12 @@ impl Seat {
             taken_seen: 0,
             published: false,
         }
+    }
+
+    /// The boards and seats of the members.
+    #[must_use]
+    pub fn places(&self) -> &[Place] {
+        &self.places
     }
 
     /// Takes the next batch. All members take the same batches in the same order.
