@@ -8,9 +8,11 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod candidate;
 pub mod facts;
 pub mod gather;
 pub mod probe;
+mod relay;
 pub mod ssh;
 pub mod ways;
 pub mod words;
