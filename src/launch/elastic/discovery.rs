@@ -142,7 +142,9 @@ pub fn parse(text: &str, default_slots: u32) -> Found {
             }
             None => (line, default_slots),
         };
-        if host.is_empty() || host.contains(char::is_whitespace) {
+        // As in -H: ssh knows no brackets, and a name that begins with a dash would be an option of it.
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        if host.is_empty() || host.starts_with('-') || host.contains(char::is_whitespace) {
             return Err(format!("wrote '{line}', which is not HOST:SLOTS"));
         }
         match slots.iter_mut().find(|(known, _)| known == host) {
@@ -170,8 +172,8 @@ mod tests {
         let read = |text| parse(text, 2).unwrap();
         let slots = |list: &[(&str, u32)]| list.iter().map(|(h, n)| ((*h).to_owned(), *n)).collect::<Slots>();
         assert_eq!(read("a:4\n b \n\nc:0\na:1\n"), slots(&[("a", 5), ("b", 2)]));
-        assert_eq!(read("[::1]:3\nfd00::1"), slots(&[("[::1]", 3), ("fd00::1", 2)]));
-        for wrong in ["a:x", "a b", ":3", "a:-1"] {
+        assert_eq!(read("[::1]:3\nfd00::1"), slots(&[("::1", 3), ("fd00::1", 2)]));
+        for wrong in ["a:x", "a b", ":3", "a:-1", "-oProxyCommand=x:1", "[]:1"] {
             assert!(parse(wrong, 1).is_err(), "{wrong}");
         }
     }
