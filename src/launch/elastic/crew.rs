@@ -5,12 +5,11 @@
 mod ends;
 mod news;
 
-use super::super::hosts::is_this_host;
 use super::super::link::Link;
 use super::super::output::{Sink, Stream};
 use super::super::processes::descendants;
 use super::super::sys::Signals;
-use super::discovery::Discovery;
+use super::discovery::{Discovery, Hosts};
 use super::maker::Maker;
 use super::parcel;
 use super::plan::{Plan, Step, Worker};
@@ -20,7 +19,7 @@ use crate::rendezvous::server::{Server, Word};
 use crate::transport::wake::Waker;
 use crossbeam::channel::Receiver;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -43,6 +42,8 @@ pub struct Setup {
     pub events: Receiver<Event>,
     /// Rung for events and for what the discovery has found.
     pub bell: Waker,
+    /// Names of this host among those that are known from the beginning.
+    pub here: BTreeSet<String>,
     /// Looks for hosts, if they can change.
     pub discovery: Option<Discovery>,
     /// Makes workers.
@@ -77,8 +78,8 @@ struct Person {
 pub struct Crew {
     setup: Setup,
     sinks: [Sink; 2],
-    /// Whether a name means this host.
-    names: BTreeMap<String, bool>,
+    /// Names of this host.
+    here: BTreeSet<String>,
     people: BTreeMap<Worker, Person>,
     stage: Stage,
     code: Option<i32>,
@@ -98,7 +99,7 @@ enum Ready {
 
 impl Crew {
     /// A crew whose guard waits for orders.
-    pub fn new(setup: Setup) -> std::io::Result<Crew> {
+    pub fn new(mut setup: Setup) -> std::io::Result<Crew> {
         let me = rustix::process::getpid().as_raw_nonzero().get();
         let strangers = descendants(me).iter().map(|p| p.pid).filter(|pid| *pid != setup.guard.pid).collect();
         let sinks = [
@@ -106,9 +107,9 @@ impl Crew {
             Sink::new(std::io::stderr().as_fd().try_clone_to_owned()?),
         ];
         Ok(Crew {
+            here: std::mem::take(&mut setup.here),
             setup,
             sinks,
-            names: BTreeMap::new(),
             people: BTreeMap::new(),
             stage: Stage::Running,
             code: None,
@@ -159,7 +160,7 @@ impl Crew {
         if self.setup.verbose {
             self.say(&format!("starting worker {worker} on {host}"));
         }
-        let local = *self.names.entry(host.to_owned()).or_insert_with(|| is_this_host(host));
+        let local = self.here.contains(host);
         // Before it can come there. One whose host is still to be reached is waited for, too.
         self.setup.server.tell(Word::Started(worker as u32));
         let started = if local { self.start_here(worker, host) } else { self.start_there(worker, host) };
@@ -300,12 +301,12 @@ impl Crew {
         }
         while let Some(found) = self.setup.discovery.as_ref().and_then(Discovery::poll) {
             match found {
-                Ok(slots) => {
+                Ok(Hosts { slots, here }) => {
                     if self.setup.verbose {
                         self.say(&format!("hosts and slots: {slots:?}"));
                     }
                     self.setup.plan.discovered(slots, now);
-                    self.names.retain(|host, _| self.setup.plan.needs(host));
+                    self.here = here;
                 }
                 // It may work the next time; the hosts that were known stay known.
                 Err(why) => self.say(&why),

@@ -32,10 +32,11 @@ use crate::transport::wake::Waker;
 use crate::types::Epoch;
 use crew::{Crew, Setup};
 use crossbeam::channel::bounded;
-use discovery::{Discovery, Slots};
+use discovery::{Discovery, Hosts};
 use maker::Maker;
 use plan::{Plan, Terms};
 use sites::{Reach, Sites};
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::sync::Arc;
@@ -62,7 +63,7 @@ pub fn run(arguments: &Arguments, called: &OsStr, config: &Config) -> Result<i32
     let fixed = fixed_hosts(arguments, &terms)?;
     let ssh = Ssh::new(arguments.hosts.ssh(), called, |name| std::env::var(name).ok())?;
     // Workers that run already must be reached by those that a script may name later.
-    let for_others = terms.changing || fixed.iter().any(|(host, _)| !hosts::is_this_host(host));
+    let for_others = terms.changing || fixed.slots.iter().any(|(host, _)| !fixed.here.contains(host));
     let (open_files, _) = sys::open_files_limit();
     sys::set_open_files_limit(open_files.max(u64::from(terms.max.min(1 << 14)) * 6 + SPARE_FILES));
     let secret = Secret::mint()?;
@@ -105,7 +106,7 @@ pub fn run(arguments: &Arguments, called: &OsStr, config: &Config) -> Result<i32
         let start = |script| Discovery::start(script, slots, bell.clone());
         let discovery = script.map(start).transpose().map_err(system)?;
         if discovery.is_none() {
-            plan.discovered(fixed, now);
+            plan.discovered(fixed.slots, now);
         }
         let guard = Link::local(guard, order_writer, report_reader, 0..0);
         let sites = Sites::new(reach(arguments, config, ssh, secret, (&server, bell.clone())));
@@ -119,6 +120,7 @@ pub fn run(arguments: &Arguments, called: &OsStr, config: &Config) -> Result<i32
             server,
             events,
             bell,
+            here: fixed.here,
             discovery,
             command: arguments.command[0].clone(),
             kill_after: Duration::from_secs_f64(arguments.kill_after),
@@ -176,22 +178,25 @@ fn terms(arguments: &Arguments, config: &Config) -> Result<Terms> {
 }
 
 /// Hosts that do not change, where there is no script: those listed, or this one.
-fn fixed_hosts(arguments: &Arguments, terms: &Terms) -> Result<Slots> {
+fn fixed_hosts(arguments: &Arguments, terms: &Terms) -> Result<Hosts> {
     let listed = arguments.hosts.hosts.is_some() || arguments.hosts.hostfile.is_some();
     if arguments.elastic.host_discovery_script.is_some() {
         return match listed {
             true => {
                 Err(Error::usage("--host-discovery-script names the hosts; -H and --hostfile cannot, too"))
             }
-            false => Ok(Slots::new()),
+            false => Ok(Hosts::default()),
         };
     }
     let hosts = arguments.hosts.source().or_found(|name| std::env::var(name).ok()).read()?;
-    if !hosts.is_empty() {
-        hosts::assign(&hosts, terms.first, hosts::is_this_host)?;
-        return Ok(hosts.into_iter().map(|host| (host.name, host.slots)).collect());
+    if hosts.is_empty() {
+        let slots = arguments.elastic.slots_per_host.unwrap_or(terms.max.min(terms.first));
+        return Ok(Hosts::new(vec![("localhost".to_owned(), slots)], &mut BTreeMap::new()));
     }
-    Ok(vec![("localhost".to_owned(), arguments.elastic.slots_per_host.unwrap_or(terms.max.min(terms.first)))])
+    let slots = hosts.iter().map(|host| (host.name.clone(), host.slots)).collect();
+    let found = Hosts::new(slots, &mut BTreeMap::new());
+    hosts::assign(&hosts, terms.first, |name| found.here.contains(name))?;
+    Ok(found)
 }
 
 /// How other hosts are reached, and what each is told.
