@@ -64,13 +64,10 @@ const OPEN_MAX: usize = 32;
 impl Fusion {
     /// Cuts `cut` into batches, which [`Fusion::batches`] then shows.
     pub fn fuse(&mut self, cut: &[Agreed], rules: Rules) {
-        self.parts.clear();
-        self.batches.clear();
-        self.assigned.clear();
-        self.open.clear();
+        self.begin();
         for (operation, agreed) in cut.iter().enumerate() {
             let operation = operation as u32;
-            if agreed.is_inline() {
+            if agreed.is_inline() || agreed.is_plan() {
                 continue;
             }
             if agreed.signature.tensors.is_empty() {
@@ -81,6 +78,22 @@ impl Fusion {
             }
         }
         self.gather();
+    }
+
+    /// Cuts the tensors of one plan into batches, each of which goes at every start.
+    pub fn fuse_plan(&mut self, plan: &Agreed, rules: Rules) {
+        self.begin();
+        for tensor in 0..plan.signature.tensors.len() as u32 {
+            self.place(std::slice::from_ref(plan), Part { operation: 0, tensor }, rules);
+        }
+        self.gather();
+    }
+
+    fn begin(&mut self) {
+        self.parts.clear();
+        self.batches.clear();
+        self.assigned.clear();
+        self.open.clear();
     }
 
     /// The batches, in the order in which they are to run.

@@ -43,6 +43,9 @@ pub const BOARD_SEATS: usize = 4;
 pub const BOARD_SLOTS: usize = 4;
 /// Bytes of a slot: all slots of a seat together stay in a core's second-level cache.
 pub const BOARD_SLOT_BYTES: usize = 128 << 10;
+/// Address space behind a board, of which its owner takes blocks: tensors in shared memory, and what persistent
+/// collectives exchange through. Every rank of the host maps it.
+pub const BOARD_ARENA_BYTES: usize = 16 << 30;
 /// Members of a set that uses boards: each maps the boards of all.
 pub const BOARD_MEMBERS_MAX: usize = 8;
 /// TCP connections per link that carry payload, at most.

@@ -268,6 +268,11 @@
 typedef struct carole_output carole_output;
 
 /*
+ A collective that was planned once and can be started many times.
+ */
+typedef struct carole_persistent carole_persistent;
+
+/*
  How an operation is to be done. Fill it with CAROLE_OPTIONS_INIT, then set what differs.
  */
 typedef struct {
@@ -853,6 +858,85 @@ int64_t carole_output_last_joined(const carole_output *output);
  `output` is NULL or was given by Carole and not freed before.
  */
 void carole_output_free(carole_output *output);
+
+/*
+ Plans a collective by its code (CAROLE_ALLREDUCE and so on), and waits until all members of its process set have
+ planned the same; matched by its name, or by order. The tensors stay where they are until carole_persistent_free:
+ every start reads the inputs anew and writes the outputs. They are in the host's memory; `splits` is for alltoall
+ only. Nothing is agreed on at a start, so within a host it is much faster than carole_submit.
+
+ # Safety
+ As carole_submit, for as long as the plan lives; `persistent` can be written.
+ */
+int32_t carole_plan(uint32_t collective,
+                    const carole_tensor *tensors,
+                    size_t count,
+                    const uint64_t *splits,
+                    size_t split_count,
+                    const carole_options *options,
+                    carole_persistent **persistent);
+
+/*
+ Starts a plan. Never blocks. All members start it equally often, and wait for it before they start it again.
+
+ # Safety
+ `persistent` was given by Carole and not freed; its inputs are not written and its outputs not touched until
+ carole_persistent_wait has returned other than CAROLE_ERROR_TIMEOUT.
+ */
+int32_t carole_persistent_start(carole_persistent *persistent);
+
+/*
+ Starts a plan and waits for it.
+
+ # Safety
+ As carole_persistent_start.
+ */
+int32_t carole_persistent_run(carole_persistent *persistent);
+
+/*
+ Sets `done` to 1 when the last start is over, else to 0. Never blocks.
+
+ # Safety
+ `persistent` was given by Carole and not freed; `done` can be written.
+ */
+int32_t carole_persistent_poll(carole_persistent *persistent, int32_t *done);
+
+/*
+ Waits for the last start; without one there is nothing to wait for. `timeout_ms` may be CAROLE_FOREVER (any negative
+ number); after CAROLE_ERROR_TIMEOUT it goes on and can be waited for again.
+
+ # Safety
+ `persistent` was given by Carole and not freed.
+ */
+int32_t carole_persistent_wait(carole_persistent *persistent,
+                               int64_t timeout_ms);
+
+/*
+ The bytes of an output that Carole has allocated, aligned to 64, the same at every start and valid until the plan is
+ freed; NULL where there is no such output, and where the caller gave the place: then the bytes are there.
+
+ # Safety
+ `persistent` is NULL or was given by Carole and not freed.
+ */
+void *carole_persistent_data(const carole_persistent *persistent,
+                             size_t index);
+
+/*
+ How many bytes an output has; 0 where there is no such output.
+
+ # Safety
+ `persistent` is NULL or was given by Carole and not freed.
+ */
+uint64_t carole_persistent_bytes(const carole_persistent *persistent, size_t index);
+
+/*
+ Gives a plan up; its tensors are the caller's again. What is under way is waited for. NULL is fine. A rank has to do
+ so with all its plans before carole_join.
+
+ # Safety
+ `persistent` is NULL or was given by Carole and not freed before.
+ */
+int32_t carole_persistent_free(carole_persistent *persistent);
 
 /*
  Makes a process set of these ranks and gives its number. Collective over all ranks, which must name the

@@ -1,6 +1,7 @@
 //! The words of mismatches. They are made once, at the root, and every member reports them as they are.
 #![forbid(unsafe_code)]
 
+use super::shown;
 use super::table::Said;
 use crate::limits::{NAME_BYTES_MAX, TENSOR_BYTES_MAX};
 use crate::types::{Collective, Member, Place, Rank, Signature, TensorSignature};
@@ -14,7 +15,7 @@ pub fn difference(name: &str, ranks: &[Rank], a: &Said, b: &Said) -> String {
     let (rank_a, rank_b) = (ranks[a.member.0 as usize], ranks[b.member.0 as usize]);
     format!(
         "'{}' does not match: {rank_a} submitted {what} {value_a}, {rank_b} submitted {what} {value_b}; {remedy}",
-        cut_text(name, NAME_BYTES_MAX)
+        cut_text(shown(name), NAME_BYTES_MAX)
     )
 }
 
@@ -91,7 +92,7 @@ fn tensor_difference(i: usize, of: usize, s: &TensorSignature, t: &TensorSignatu
 /// What all are told when a member refused its call.
 #[must_use]
 pub fn refusal(name: &str, rank: Rank, reason: &str) -> String {
-    format!("'{}' cannot run: {rank} refused it: {reason}", cut_text(name, NAME_BYTES_MAX))
+    format!("'{}' cannot run: {rank} refused it: {reason}", cut_text(shown(name), NAME_BYTES_MAX))
 }
 
 /// What is wrong with an operation that all members submitted alike, given who is absent; `None` if nothing.
@@ -103,7 +104,7 @@ pub fn impossible(
     absent: &[Member],
     strict_join: bool,
 ) -> Option<String> {
-    let name = cut_text(name, NAME_BYTES_MAX);
+    let name = cut_text(shown(name), NAME_BYTES_MAX);
     let collective = signature.collective;
     if collective.has_root() {
         let Ok(root) = ranks.binary_search(&signature.root) else {

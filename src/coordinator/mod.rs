@@ -53,6 +53,14 @@ pub struct OpId(pub u32);
 
 /// Names that begin so are the engine's own; no user's does.
 pub const ENGINE_NAMES: char = '\0';
+/// What names of plans begin with: agreed on as operations are, and run by nobody.
+pub const PLAN_NAMES: char = '\u{1}';
+
+/// A name as messages show it.
+#[must_use]
+pub fn shown(name: &str) -> &str {
+    name.strip_prefix(PLAN_NAMES).unwrap_or(name)
+}
 
 /// What all members said with their ready marks: row counts (allgather, gather: one per tensor of the
 /// group), splits (alltoall: one per member and tensor), or the values of an allreduce that is small enough.
@@ -95,7 +103,13 @@ impl Agreed {
     /// Whether all members' values came with their marks, so that nothing is left to be moved.
     #[must_use]
     pub fn is_inline(&self) -> bool {
-        self.signature.collective == Collective::Allreduce && self.call.width > 0
+        self.signature.collective == Collective::Allreduce && self.call.width > 0 && !self.is_plan()
+    }
+
+    /// Whether it is a plan, of which nothing moves now.
+    #[must_use]
+    pub fn is_plan(&self) -> bool {
+        self.name.starts_with(PLAN_NAMES)
     }
 }
 

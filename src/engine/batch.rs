@@ -354,6 +354,7 @@ impl Engine {
 
     /// Fails everything in flight and withdraws it from the links.
     pub(super) fn fail_all(&mut self, error: &Error) {
+        self.fail_channels(None, error);
         for slot in 0..self.flights.len() {
             self.drop_flight(slot);
         }
@@ -365,6 +366,7 @@ impl Engine {
     /// Fails everything in flight of one set; with `without`, only what needs this rank: messages between
     /// others go on.
     pub(super) fn fail_set(&mut self, set: SetId, without: Option<Rank>, error: &Error) {
+        self.fail_channels(Some(set), error);
         let mut kept = Vec::new();
         for slot in 0..self.flights.len() {
             let concerned = match &self.flights[slot] {
@@ -418,7 +420,7 @@ pub(super) fn divisor(agreed: &Agreed, size: u32) -> u32 {
 }
 
 /// What a tensor adds to [`BatchShape::bytes`]; returns its bytes over all members.
-fn push_bytes(agreed: &Agreed, t: usize, me: u32, size: u32, into: &mut Vec<u64>) -> u64 {
+pub(super) fn push_bytes(agreed: &Agreed, t: usize, me: u32, size: u32, into: &mut Vec<u64>) -> u64 {
     let signature = &agreed.signature;
     let tensor = &signature.tensors[t];
     let row_bytes = tensor.row_elements() * tensor.dtype.size() as u64;
@@ -448,7 +450,7 @@ fn push_bytes(agreed: &Agreed, t: usize, me: u32, size: u32, into: &mut Vec<u64>
 }
 
 /// Alltoall: the most bytes that any member sends to any other. The same number on all members.
-fn longest_block(agreed: &Agreed, size: u32) -> u64 {
+pub(super) fn longest_block(agreed: &Agreed, size: u32) -> u64 {
     let tensors = &agreed.signature.tensors;
     let block = |from, to| -> u64 {
         let bytes = |(t, tensor): (usize, &crate::types::TensorSignature)| {

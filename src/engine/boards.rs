@@ -14,12 +14,12 @@ use crate::layout::{Cut, Extent, Layout};
 use crate::limits::{BOARD_MEMBERS_MAX, BOARD_SEATS};
 use crate::memory::{Piece, PieceRange, RunId};
 use crate::schedule::{Space, Span};
-use crate::transport::board::{Back, BoardMemory, Exchange, Part, Place, Seat, Share};
+use crate::transport::board::{AREA_UNIT, Back, BoardMemory, Exchange, Part, Place, Seat, Share};
 use crate::types::{
     Collective, JoinAverage, Place as MemoryPlace, Rank, ReduceOp, Scale, SetId, Signature, Time,
 };
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 /// The name of the call.
 const CALL: &str = "\0boards";
@@ -55,6 +55,27 @@ pub(super) struct Boards {
 impl Boards {
     pub(super) fn new(own: Option<Arc<BoardMemory>>) -> Boards {
         Boards { own, seats: 0, seeking: Vec::new(), seated: Vec::new(), complete: Vec::new() }
+    }
+
+    /// This rank is about to sleep: whoever publishes something in a channel wakes it.
+    pub(super) fn lie_down(&self) {
+        if let Some(own) = &self.own {
+            own.asleep().store(1, Ordering::SeqCst);
+            // Before the last look at what there is.
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    /// Awake again.
+    pub(super) fn rise(&self) {
+        if let Some(own) = &self.own {
+            own.asleep().store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// This rank's own board.
+    pub(super) fn own(&self) -> Option<&Arc<BoardMemory>> {
+        self.own.as_ref()
     }
 
     /// A new set: gives it a seat, if it can use one. Seats are not given twice in an epoch, so no member ever
@@ -151,11 +172,11 @@ impl Engine {
         let tag = u64::from(id.0) + 1;
         let place = |rank: &Rank| {
             if *rank == self.me {
-                return Some(Place { board: Arc::clone(self.boards.own.as_ref()?), seat: own });
+                return Some(Place::seat(Arc::clone(self.boards.own.as_ref()?), own));
             }
             let board = self.links.board(*rank)?;
             let seat = (0..BOARD_SEATS).find(|&seat| board.holder(seat).load(Ordering::Acquire) == tag)?;
-            Some(Place { board, seat })
+            Some(Place::seat(board, seat))
         };
         self.sets[&id].ranks.iter().map(place).collect()
     }
@@ -192,7 +213,11 @@ impl Engine {
 
     /// Whether a batch goes over the boards: a function of what is agreed.
     pub(super) fn goes_over_boards(&self, id: SetId, signature: &Signature) -> bool {
-        let taken = matches!(self.sets[&id].seating, Seating::Taken(_));
+        matches!(self.sets[&id].seating, Seating::Taken(_)) && self.boards_serve(signature)
+    }
+
+    /// Whether boards can do what is asked for, and no other way is forced.
+    pub(super) fn boards_serve(&self, signature: &Signature) -> bool {
         let serves = match signature.collective {
             Collective::Allreduce | Collective::Reduce => signature.op != ReduceOp::Adasum,
             Collective::Reducescatter
@@ -201,7 +226,7 @@ impl Engine {
             | Collective::Alltoall => true,
             _ => false,
         };
-        taken && serves && self.plans.forced().is_none_or(|name| name == "direct")
+        serves && self.plans.forced().is_none_or(|name| name == "direct")
     }
 
     /// Moves what can be moved over the boards.
@@ -257,7 +282,7 @@ impl Engine {
 }
 
 /// What the call looks like to the coordinator.
-fn signature() -> Signature {
+pub(super) fn signature() -> Signature {
     Signature {
         collective: Collective::Barrier,
         op: ReduceOp::Sum,
@@ -270,8 +295,8 @@ fn signature() -> Signature {
     }
 }
 
-/// What this member does for a batch of this shape.
-pub(super) fn exchange(shape: &BatchShape<'_>) -> Exchange {
+/// What this member does for a batch of this shape, through slots of so many bytes.
+pub(super) fn exchange(shape: &BatchShape<'_>, slot_bytes: usize) -> Exchange {
     let members = shape.hosts.len();
     let (me, root) = (shape.me as usize, shape.root as usize);
     let reduces = matches!(shape.collective, Collective::Allreduce | Collective::Reduce);
@@ -333,8 +358,10 @@ pub(super) fn exchange(shape: &BatchShape<'_>) -> Exchange {
             }
         }
     }
-    plan.area_bytes = Exchange::area_bytes(matches!(plan.share, Share::Each(_)), members);
     let longest = if shape.collective == Collective::Alltoall { shape.longest } else { layout.longest() };
+    let fitting = longest.next_multiple_of(AREA_UNIT as u64).max(AREA_UNIT as u64);
+    let most = slot_bytes / plan.areas(members) / AREA_UNIT * AREA_UNIT;
+    plan.area_bytes = most.min(usize::try_from(fitting).unwrap_or(most));
     plan.ticks = longest.div_ceil(plan.area_bytes as u64);
     plan
 }

@@ -10,9 +10,11 @@
 //! producer publishes, then looks at *asleep*. The full fence between the two on each side makes one of them
 //! see the other; `loom` checks it.
 
+mod channels;
 mod intake;
 
 use super::Engine;
+use super::channel::Activity;
 use super::handles::{Handles, Submitted, Waited};
 use super::spin::{Naps, Spin};
 use crate::coordinator::OpId;
@@ -20,7 +22,7 @@ use crate::error::{Broken, Cause, Error, Result};
 use crate::limits;
 use crate::log;
 use crate::transport::wake::Waker;
-use crate::types::Time;
+use crate::types::{SetId, Time};
 use intake::Arriving;
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicBool as SleepFlag, fence};
@@ -75,11 +77,15 @@ enum Mail {
     Submitted(u32),
     /// Somebody waits for the operation in this slot.
     Waiting(u32),
+    /// The plan of this number was given up.
+    Freed(SetId, u64),
 }
 
 struct Shared {
     engine: Mutex<Engine>,
     handles: Arc<Handles>,
+    /// What the engine's channels tell.
+    activity: Arc<Activity>,
     mail: Mutex<Vec<Mail>>,
     has_mail: AtomicBool,
     /// In the order of submission. Whoever drives looks after them.
@@ -135,8 +141,10 @@ impl Driver {
         make: impl FnOnce() -> Engine,
     ) -> std::io::Result<Driver> {
         let origin = Instant::now();
+        let engine = make();
         let shared = Arc::new(Shared {
-            engine: Mutex::new(make()),
+            activity: engine.activity(),
+            engine: Mutex::new(engine),
             handles,
             mail: Mutex::default(),
             has_mail: AtomicBool::new(false),
@@ -209,7 +217,8 @@ impl Driver {
                 continue;
             }
             if !shared.caller.swap(true, Ordering::SeqCst) {
-                shared.drive_for(handle, until);
+                let op = shared.handles.index(handle).ok().map(OpId);
+                shared.drive_until(op, until, &|| shared.handles.poll(handle).unwrap_or(true));
                 continue;
             }
             if !told {
@@ -384,24 +393,24 @@ impl Shared {
             engine.turn(now);
         }));
         let _ = catch_unwind(AssertUnwindSafe(|| self.report(engine)));
+        let _ = catch_unwind(AssertUnwindSafe(|| engine.fail_channels(None, &error)));
         for op in engine.ops_in_flight() {
             let _ = catch_unwind(AssertUnwindSafe(|| self.handles.complete(op.0, Err(error.clone()))));
         }
     }
 
-    /// A caller drives until its operation has ended. It has set `caller`.
-    fn drive_for(&self, handle: u64, until: Option<Instant>) {
+    /// A caller drives until what it waits for is over. It has set `caller`.
+    fn drive_until(&self, mut waits_for: Option<OpId>, until: Option<Instant>, is_over: &dyn Fn() -> bool) {
         let mut engine = lock(&self.engine);
         let mut spin = lock(&self.spin);
         // The background thread's arming is undone: this thread looks by itself.
         engine.disarm();
-        let mut waits_for = self.handles.index(handle).ok().map(OpId);
         let mut idle_since = None;
         let mut naps = Naps::new();
         loop {
             let now = self.now();
             let moved = self.turn(&mut engine, waits_for.take(), now);
-            let over = self.handles.poll(handle).unwrap_or(true) || self.stop.load(Ordering::SeqCst);
+            let over = is_over() || self.stop.load(Ordering::SeqCst);
             if moved
                 && let Some((since, learns)) = idle_since.take()
                 && learns
@@ -500,7 +509,8 @@ impl Shared {
                 self.background_wakes_ns.store(self.now().0 + limit.as_nanos() as u64, Ordering::SeqCst);
             }
             self.background_sleep.lie_down();
-            let mail = self.has_mail.load(Ordering::SeqCst) && !self.caller.load(Ordering::SeqCst);
+            let news = self.has_mail.load(Ordering::SeqCst) || self.activity.calls();
+            let mail = news && !self.caller.load(Ordering::SeqCst);
             if !mail && !self.stop.load(Ordering::SeqCst) {
                 fds.push((self.nudge.descriptor(), false));
                 watch(&fds, limit);

@@ -8,6 +8,7 @@
 
 mod batch;
 mod boards;
+pub mod channel;
 mod departure;
 pub mod driver;
 mod epoch;
@@ -19,6 +20,7 @@ mod loom;
 mod message;
 mod operation;
 pub mod passage;
+mod persistent;
 pub mod plan;
 mod sets;
 mod spin;
@@ -44,6 +46,7 @@ use batch::{BatchFlight, Flight};
 use boards::Boards;
 use links::{LinkChange, Links};
 use operation::Operation;
+use persistent::Plannings;
 use plan::{PlanRules, Plans};
 use sets::ProcessSet;
 use std::collections::{BTreeMap, HashMap};
@@ -103,6 +106,7 @@ pub struct Engine {
     epoch: Epoch,
     links: Links,
     boards: Boards,
+    plannings: Plannings,
     memory: Memory,
     device: HostDevice,
     plans: Plans,
@@ -164,6 +168,7 @@ impl Engine {
             me: setup.me,
             epoch: setup.epoch,
             boards: Boards::new(fabric.board()),
+            plannings: Plannings::default(),
             links: Links::new(fabric, size),
             memory: Memory::default(),
             device: HostDevice::default(),
@@ -221,6 +226,29 @@ impl Engine {
     pub fn submit(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
         self.quiet_until = None;
         self.admit(submission.set, submission.op)?;
+        if !submission.name.starts_with(coordinator::PLAN_NAMES) {
+            self.submit_now(submission, now)?;
+        }
+        let mut operation = self.spare_ops.pop().unwrap_or_default();
+        operation.set = submission.set;
+        operation.tensors.clear();
+        operation.tensors.extend_from_slice(submission.tensors);
+        operation.remaining = 0;
+        operation.agreed = false;
+        operation.place = None;
+        operation.name.clear();
+        operation.name.push_str(submission.name);
+        self.ops.insert(submission.op, operation);
+        self.hang_together();
+        match submission.name.starts_with(coordinator::PLAN_NAMES) {
+            true => self.submit_plan(submission, now),
+            false => self.seek_seat(submission.set),
+        }
+        Ok(())
+    }
+
+    /// Tells the coordinator of an operation.
+    fn submit_now(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
         let mut words = [0; inline::WORDS_MAX];
         let call = self.inline_values(submission, &mut words).unwrap_or(submission.call);
         let coordinator = self.coordinator_of(submission.set).expect("admitted sets have a coordinator");
@@ -235,20 +263,7 @@ impl Engine {
             },
             now,
         );
-        accepted.map_err(|error| Error::usage(format!("'{}' on {}: {error}", submission.name, self.me)))?;
-        let mut operation = self.spare_ops.pop().unwrap_or_default();
-        operation.set = submission.set;
-        operation.tensors.clear();
-        operation.tensors.extend_from_slice(submission.tensors);
-        operation.remaining = 0;
-        operation.agreed = false;
-        operation.place = None;
-        operation.name.clear();
-        operation.name.push_str(submission.name);
-        self.ops.insert(submission.op, operation);
-        self.hang_together();
-        self.seek_seat(submission.set);
-        Ok(())
+        accepted.map_err(|error| Error::usage(format!("'{}' on {}: {error}", submission.name, self.me)))
     }
 
     /// Somebody waits for this operation: the batching window closes now.
@@ -265,6 +280,7 @@ impl Engine {
         let mut moved = self.links.poll_fabric(&mut self.changes);
         moved |= self.turn_links(now);
         moved |= self.turn_seats();
+        moved |= self.turn_channels();
         let mut changes = std::mem::take(&mut self.changes);
         if self.left.is_some() {
             self.linger(&mut changes);
@@ -302,6 +318,7 @@ impl Engine {
         self.close_departed();
         if self.agrees() {
             self.take_seats(now);
+            moved |= self.turn_plannings(now);
             moved |= self.turn_coordinators(now);
             moved |= self.turn_seats();
             moved |= self.turn_ledgers();
@@ -466,7 +483,7 @@ impl Engine {
     /// Whether something is unfinished, so that somebody must go on driving.
     #[must_use]
     pub fn is_busy(&self) -> bool {
-        !self.ops.is_empty() || self.flying > 0 || !self.links.drained()
+        !self.ops.is_empty() || self.flying > 0 || self.has_active_channels() || !self.links.drained()
     }
 
     /// Whether there is still something to agree: the epoch goes on, and this rank has not left.
@@ -488,12 +505,14 @@ impl Engine {
         let mut changes = std::mem::take(&mut self.changes);
         let busy = self.links.arm(&mut changes);
         self.changes = changes;
-        busy || !self.changes.is_empty() || self.seats_have_news()
+        self.boards.lie_down();
+        busy || !self.changes.is_empty() || self.seats_have_news() || self.channels_have_news()
     }
 
     /// Awake again.
     pub fn disarm(&mut self) {
         self.links.disarm();
+        self.boards.rise();
     }
 
     /// Descriptors to watch while asleep.

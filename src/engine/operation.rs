@@ -1,11 +1,13 @@
 //! Operations submitted here and not yet returned: their memory, and what becomes of them.
 #![forbid(unsafe_code)]
 
+use super::channel::Channel;
 use crate::coordinator::{Agreed, CallTable};
 use crate::device::accelerator::{DeviceBuffer, Mark};
 use crate::error::Result;
 use crate::layout::dealt_rows;
 use crate::memory::{OwnedBytes, Region};
+use crate::transport::board::Block;
 use crate::types::{Collective, DType, Rank, SetId, Signature};
 use std::sync::Arc;
 
@@ -36,6 +38,10 @@ pub struct Outcome {
     pub set: Option<SetId>,
     /// When the outputs will be where they belong, if they are still on their way to a device.
     pub arrives: Option<Mark>,
+    /// A plan: its number.
+    pub plan: Option<u64>,
+    /// A plan: what its starts go through, if all members have memory for it.
+    pub channel: Option<Arc<Channel>>,
     /// Join of the global set: all sets there are, for who has not seen them come.
     pub sets: Vec<(SetId, Arc<[Rank]>)>,
     /// Join of the global set: the numbers given to sets so far are below this one.
@@ -68,6 +74,8 @@ pub struct Operation {
     pub place: Option<u64>,
     /// Tensors whose batches are not finished.
     pub remaining: usize,
+    /// A plan: the memory that this member has taken for it.
+    pub block: Option<Block>,
     /// What to call it in messages.
     pub name: String,
 }
@@ -103,6 +111,7 @@ impl Outcome {
     pub(super) fn reset(&mut self) {
         self.tensors.iter_mut().for_each(|tensor| (tensor.memory, tensor.on_device) = (None, None));
         self.arrives = None;
+        (self.plan, self.channel) = (None, None);
         self.received_splits.clear();
         (self.last_joined, self.set) = (None, None);
         self.sets.clear();

@@ -8,6 +8,7 @@ use crate::cost::Prices;
 use crate::device::{DeviceOrder, Finish, Reduction};
 use crate::hash::Map;
 use crate::layout::{Cut, Extent, Layout, dealt_rows, input_region, output_region};
+use crate::limits::BOARD_SLOT_BYTES;
 use crate::memory::{Piece, PieceRange};
 use crate::run::Program;
 use crate::schedule::{Schedule, Span, Verb};
@@ -149,7 +150,7 @@ impl Plans {
     pub fn exchange(&mut self, set: u32, shape: &BatchShape<'_>) -> Arc<Exchange> {
         self.find(set, shape);
         let Plans { rules, exchanges, key, .. } = self;
-        remembered(exchanges, key, rules.plans_max, || boards::exchange(shape))
+        remembered(exchanges, key, rules.plans_max, || boards::exchange(shape, BOARD_SLOT_BYTES))
     }
 
     /// The algorithm that the user forces.

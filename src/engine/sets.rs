@@ -5,6 +5,7 @@ use super::Engine;
 use super::batch::Flight;
 use super::boards::{self, Seating};
 use super::operation::Operation;
+use super::persistent;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
 use crate::error::Error;
 use crate::types::{Collective, GLOBAL_SET, Member, Rank, SetId, Time};
@@ -26,6 +27,8 @@ pub(super) struct ProcessSet {
     pub(super) next_batch: u64,
     /// The first member that has said goodbye.
     pub(super) departed: Option<Rank>,
+    /// Plans agreed: the same number on every member.
+    pub(super) plans: u64,
     /// Where it exchanges over boards, if it does.
     pub(super) seating: Seating,
 }
@@ -73,6 +76,7 @@ impl Engine {
             coordinator,
             neighbours,
             next_batch: 0,
+            plans: 0,
             departed: None,
             seating,
         };
@@ -177,12 +181,23 @@ impl Engine {
                 self.sit_down(id, agreed);
                 continue;
             }
+            if let Some(number) = persistent::freed(agreed) {
+                self.plan_freed(id, number);
+                continue;
+            }
             let tensors = agreed.signature.tensors.len();
             if let Some(op) = agreed.op {
-                let operation = self.ops.get_mut(&op).expect("an agreed operation is in flight here");
-                prepare_outcome(operation, agreed, tensors);
+                prepare_outcome(
+                    self.ops.get_mut(&op).expect("an agreed operation is in flight here"),
+                    agreed,
+                );
             }
             self.enter_ledger(id, agreed.op);
+            if agreed.is_plan() {
+                self.note_received_splits(id, agreed);
+                self.plan_agreed(id, agreed);
+                continue;
+            }
             match agreed.signature.collective {
                 Collective::AddSet => self.add_agreed_set(agreed, now),
                 Collective::RemoveSet => self.remove_agreed_set(agreed),
@@ -311,7 +326,8 @@ pub(super) fn list(ranks: &[Rank]) -> String {
     format!("ranks {}{more}", words.join(", "))
 }
 
-fn prepare_outcome(operation: &mut Operation, agreed: &Agreed, tensors: usize) {
+fn prepare_outcome(operation: &mut Operation, agreed: &Agreed) {
+    let tensors = agreed.signature.tensors.len();
     operation.remaining = tensors;
     operation.agreed = true;
     // A recycled outcome keeps the memory of its shapes.

@@ -1,7 +1,7 @@
 //! Calls that wait for their end, so that the buffers they borrow are safe.
 
 use crate::error::Result;
-use crate::runtime::{self, Handle, Outcome, Request, TensorArg};
+use crate::runtime::{self, Handle, Outcome, Persistent, Request, TensorArg};
 use crate::types::{DType, GLOBAL_SET, Rank};
 
 /// Where a tensor's bytes are, and where its output goes.
@@ -20,6 +20,66 @@ pub(super) fn run(
     buffers: Buffers<'_>,
 ) -> Result<Outcome> {
     let shape = [elements];
+    let tensors = [argument(dtype, &shape, buffers)];
+    // SAFETY: the buffers are borrowed for the whole of this call, which waits for the outcome without a
+    // limit; after any outcome the engine touches them no more.
+    let handle = unsafe { runtime::submit_to_wait(&Request { tensors: &tensors, ..*request }, None) }?;
+    runtime::wait(handle, None).result
+}
+
+/// An operation on one tensor of one dimension that is planned once, with its memory.
+pub(super) struct Planned {
+    plan: Persistent,
+    input: Vec<u8>,
+    output: Vec<u8>,
+}
+
+impl Planned {
+    /// Plans it, in place if there is no `output`. `request.tensors` is filled in here.
+    pub(super) fn new(
+        request: &Request<'_>,
+        dtype: DType,
+        elements: u64,
+        mut input: Vec<u8>,
+        mut output: Vec<u8>,
+        in_place: bool,
+    ) -> Result<Planned> {
+        let shape = [elements];
+        let buffers = match in_place {
+            true => Buffers::InPlace(&mut input),
+            false => Buffers::Apart(&input, &mut output),
+        };
+        let tensors = [argument(dtype, &shape, buffers)];
+        // SAFETY: the value keeps both vectors, whose memory does not move, behind the plan, which is dropped first.
+        let plan = unsafe { runtime::plan(&Request { tensors: &tensors, ..*request }, None) }?;
+        Ok(Planned { plan, input, output })
+    }
+
+    /// Runs it to its end.
+    pub(super) fn run(&mut self) -> Result<()> {
+        // SAFETY: the memory is this value's, which is borrowed until all is over.
+        unsafe { self.plan.run() }
+    }
+
+    /// What is given.
+    pub(super) fn input(&mut self) -> &mut [u8] {
+        &mut self.input
+    }
+
+    /// The place of the result, where the caller gives one; else what the runtime has allocated.
+    pub(super) fn output(&mut self) -> &mut [u8] {
+        &mut self.output
+    }
+
+    /// The result.
+    pub(super) fn result(&self, in_place: bool) -> &[u8] {
+        let made = self.plan.outputs().first().and_then(|output| output.memory.as_ref());
+        made.map_or(if in_place { &self.input } else { &self.output }, |memory| memory.as_slice())
+    }
+}
+
+fn argument<'a>(dtype: DType, shape: &'a [u64; 1], buffers: Buffers<'_>) -> TensorArg<'a> {
+    let elements = shape[0];
     let (input, output, output_len) = match buffers {
         Buffers::Apart(input, []) => {
             assert!(input.len() as u64 >= elements * dtype.size() as u64, "the input holds the tensor");
@@ -36,11 +96,7 @@ pub(super) fn run(
     };
     // Reducescatter and scatter write less than the input holds, the others as much.
     assert!(output.is_null() || output_len as u64 >= elements * dtype.size() as u64, "the output has room");
-    let tensors = [TensorArg { input, output, dtype, shape: &shape }];
-    // SAFETY: the buffers are borrowed for the whole of this call, which waits for the outcome without a
-    // limit; after any outcome the engine touches them no more.
-    let handle = unsafe { runtime::submit_to_wait(&Request { tensors: &tensors, ..*request }, None) }?;
-    runtime::wait(handle, None).result
+    TensorArg { input, output, dtype, shape }
 }
 
 /// No rank leaves before all have entered.

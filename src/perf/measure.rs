@@ -1,7 +1,7 @@
 //! One rank's part of a measurement.
 #![forbid(unsafe_code)]
 
-use super::calls::{self, Buffers};
+use super::calls::{self, Buffers, Planned};
 use super::pattern::{self, Pattern};
 use super::report::{self, Heading, Row};
 use super::{Settings, start};
@@ -46,6 +46,9 @@ impl Kind {
         let whole = [Collective::Allreduce, Collective::Broadcast, Collective::Reduce].map(Kind::Collective);
         if settings.in_place && !whole.contains(&self) {
             return Err(format!("{} cannot run in place: its input and output differ in size", self.name()));
+        }
+        if settings.persistent && matches!(self, Kind::Sendrecv | Kind::Collective(Collective::Barrier)) {
+            return Err(format!("{} is not planned; leave out --persistent", self.name()));
         }
         Ok(())
     }
@@ -175,6 +178,9 @@ impl Job<'_> {
 
     fn measure(&self, elements: u64) -> Result<Row> {
         let len = elements as usize * self.settings.dtype.size();
+        if self.settings.persistent {
+            return self.measure_plan(elements);
+        }
         let bytes = self.kind.bytes(elements, self.settings.dtype, self.size);
         let iterations = self.settings.iterations.unwrap_or_else(|| iterations_for(bytes)).max(1);
         let mut input = vec![0; len];
@@ -212,6 +218,40 @@ impl Job<'_> {
         self.row(elements, bytes, wrong, &times, algorithm, transport)
     }
 
+    /// The same of an operation that is planned once.
+    fn measure_plan(&self, elements: u64) -> Result<Row> {
+        let len = elements as usize * self.settings.dtype.size();
+        let bytes = self.kind.bytes(elements, self.settings.dtype, self.size);
+        let iterations = self.settings.iterations.unwrap_or_else(|| iterations_for(bytes)).max(1);
+        let mut input = vec![0; len];
+        self.fill(&mut input);
+        let output = vec![0; if self.has_own_output() { len } else { 0 }];
+        let Kind::Collective(collective) = self.kind else {
+            unreachable!("settings that cannot be persistent are refused")
+        };
+        let (dtype, in_place) = (self.settings.dtype, self.settings.in_place);
+        let mut plan = Planned::new(&self.request(collective), dtype, elements, input, output, in_place)?;
+        let (mut wrong, mut times) = (0, Vec::with_capacity(iterations as usize));
+        for iteration in 0..self.settings.warmup + iterations {
+            let first = self.settings.warmup;
+            let checked = iteration == first || iteration + 1 == first + iterations;
+            if checked {
+                plan.output().fill(0xA5);
+            }
+            calls::barrier()?;
+            let begin = Instant::now();
+            plan.run()?;
+            let time = begin.elapsed().as_secs_f64() * 1e6;
+            times.extend((iteration >= first).then_some(time));
+            if checked {
+                wrong += self.wrong(&Outcome::default(), plan.result(in_place), elements);
+            }
+            self.restore(plan.input());
+        }
+        let transport = self.transport()?;
+        self.row(elements, bytes, wrong, &times, "planned", transport)
+    }
+
     /// Whether the caller gives the place of the output: where its size is known beforehand.
     fn has_own_output(&self) -> bool {
         !self.settings.in_place
@@ -246,16 +286,19 @@ impl Job<'_> {
             Kind::Collective(Collective::Barrier) => return calls::barrier().map(|()| Outcome::default()),
             Kind::Collective(collective) => collective,
         };
-        let request = Request {
+        let buffers =
+            if self.settings.in_place { Buffers::InPlace(input) } else { Buffers::Apart(input, output) };
+        calls::run(&self.request(collective), dtype, elements, buffers)
+    }
+
+    fn request(&self, collective: Collective) -> Request<'static> {
+        Request {
             name: Some("carole-perf"),
             collective,
             op: if collective.reduces() { self.settings.op } else { ReduceOp::Sum },
             root: Rank(if collective.has_root() { self.settings.root } else { 0 }),
             ..Request::default()
-        };
-        let buffers =
-            if self.settings.in_place { Buffers::InPlace(input) } else { Buffers::Apart(input, output) };
-        calls::run(&request, dtype, elements, buffers)
+        }
     }
 
     /// How many elements of this rank's result are not what they must be; missing ones count.

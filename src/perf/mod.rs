@@ -99,6 +99,9 @@ pub(crate) struct Settings {
     /// The output takes the place of the input (allreduce, broadcast, reduce).
     #[arg(long)]
     in_place: bool,
+    /// Plans each operation once and starts it many times.
+    #[arg(long)]
+    persistent: bool,
     /// Writes the rows to this file as JSON.
     #[arg(long)]
     json: Option<PathBuf>,

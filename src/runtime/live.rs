@@ -32,8 +32,9 @@ use crate::types::{Collective, Epoch, GLOBAL_SET, Rank, SetId, TensorSignature};
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 /// How many unnamed operations of each kind were submitted to each set. Rounds of changes of the sets count as
 /// [`Collective::AddSet`].
@@ -56,6 +57,8 @@ pub(super) struct Live {
     unnamed: Mutex<Unnamed>,
     stages: Stages,
     pub(super) changes: Changes,
+    /// Persistent collectives that were not let go of.
+    pub(super) plans: AtomicUsize,
 }
 
 /// How often this process has joined a job: the number of the next epoch.
@@ -144,6 +147,7 @@ impl Live {
             unnamed: Mutex::default(),
             stages,
             changes: Changes::default(),
+            plans: AtomicUsize::new(0),
         };
         live.know_set(GLOBAL_SET, everyone);
         for (id, ranks) in &table.sets.list {
@@ -186,23 +190,13 @@ impl Live {
         keep: Option<Box<dyn Any + Send>>,
         quiet: bool,
     ) -> Result<Handle> {
-        if request.name.is_some_and(|name| name.starts_with(coordinator::ENGINE_NAMES)) {
-            return Err(Error::usage("a name does not begin with a zero byte"));
-        }
-        let set = self.set(request.set)?;
-        if set.me.is_none() {
+        let set = self.check_place(request)?;
+        let plans = self.plans.load(Ordering::SeqCst);
+        if request.collective == Collective::Join && plans > 0 {
             return Err(Error::usage(format!(
-                "rank {} is not a member of process set {}; only members submit operations to it",
-                self.world.rank, set.id.0
-            )));
-        }
-        if let Some(name) = request.name
-            && (name.is_empty() || name.len() > limits::NAME_BYTES_MAX)
-        {
-            return Err(Error::usage(format!(
-                "a name has 1 to {} bytes; this one has {}",
-                limits::NAME_BYTES_MAX,
-                name.len()
+                "rank {} has {plans} persistent collectives, which it cannot take part in once it has joined; close \
+                 them first",
+                self.world.rank
             )));
         }
         // Before any lock is taken: the first copies of a size allocate.
@@ -237,6 +231,48 @@ impl Live {
                 Err(Error::Usage(reason))
             }
         }
+    }
+
+    /// The set of a request, of which this rank must be a member, and its name looked at.
+    fn check_place(&self, request: &Request<'_>) -> Result<Arc<SetInfo>> {
+        if request
+            .name
+            .is_some_and(|name| name.starts_with([coordinator::ENGINE_NAMES, coordinator::PLAN_NAMES]))
+        {
+            return Err(Error::usage("a name does not begin with a control character"));
+        }
+        let set = self.set(request.set)?;
+        if set.me.is_none() {
+            return Err(Error::usage(format!(
+                "rank {} is not a member of process set {}; only members submit operations to it",
+                self.world.rank, set.id.0
+            )));
+        }
+        if let Some(name) = request.name
+            && (name.is_empty() || name.len() > limits::NAME_BYTES_MAX)
+        {
+            return Err(Error::usage(format!(
+                "a name has 1 to {} bytes; this one has {}",
+                limits::NAME_BYTES_MAX,
+                name.len()
+            )));
+        }
+        Ok(set)
+    }
+
+    /// The set and the name of a plan.
+    pub(super) fn admit(&self, request: &Request<'_>) -> Result<(Arc<SetInfo>, String)> {
+        let set = self.check_place(request)?;
+        let mut name = String::new();
+        let mut unnamed = request.name.is_none().then(|| lock(&self.unnamed));
+        self.name(request, unnamed.as_deref_mut(), &mut name);
+        Ok((set, name))
+    }
+
+    /// How often a wait that goes on is warned of.
+    pub(super) fn stall_warning(&self) -> Option<Duration> {
+        let seconds = self.config.stall_warn_s;
+        (seconds > 0).then(|| Duration::from_secs(seconds))
     }
 
     /// What is submitted for tensors of a device, which begin to come to the host.

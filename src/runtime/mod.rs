@@ -2,6 +2,7 @@
 
 mod changes;
 mod live;
+mod persistent;
 mod reform;
 mod request;
 mod staged;
@@ -16,6 +17,7 @@ pub use crate::memory::OwnedBytes;
 pub use crate::rendezvous::card::News;
 use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
 use live::Live;
+pub use persistent::{Persistent, PlannedOutput};
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -292,6 +294,20 @@ pub unsafe fn submit(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -
 /// As [`submit`].
 pub unsafe fn submit_to_wait(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -> Result<Handle> {
     live()?.submit(request, keep, true)
+}
+
+/// Plans a collective that is to be started many times, and waits until all members of its set have planned the same:
+/// a planning call is matched by its name, or by order, as an operation is. The set may not be joined as long as there
+/// are plans.
+///
+/// # Errors
+/// Those of [`submit`], and [`Error::Mismatch`] when members differ.
+///
+/// # Safety
+/// The tensors must stay valid for as long as the plan lives; [`Persistent::start`] says when they may not be touched.
+pub unsafe fn plan(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -> Result<Persistent> {
+    // SAFETY: the caller's promise.
+    unsafe { live()?.plan(request, keep) }
 }
 
 /// Whether the operation has an outcome. Drives nothing; never blocks.

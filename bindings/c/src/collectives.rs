@@ -6,7 +6,7 @@ use crate::handles::deliver;
 use crate::output::carole_output;
 use crate::status::enter;
 use runtime::error::{Error, Result};
-use runtime::runtime::{self as core, Handle, Request, TensorArg};
+use runtime::runtime::{self as core, Handle, Persistent, Request, TensorArg};
 use runtime::types::{Collective, Rank, Scale, SetId};
 
 /// Fills a struct of options with its defaults and its size. CAROLE_OPTIONS_INIT calls it.
@@ -30,13 +30,13 @@ pub unsafe extern "C" fn carole_options_init(options: *mut carole_options, struc
 }
 
 /// What a call of C's announces, before it is checked.
-struct Call {
-    collective: Collective,
-    tensors: *const carole_tensor,
-    count: usize,
-    splits: *const u64,
-    split_count: usize,
-    options: *const carole_options,
+pub(crate) struct Call {
+    pub(crate) collective: Collective,
+    pub(crate) tensors: *const carole_tensor,
+    pub(crate) count: usize,
+    pub(crate) splits: *const u64,
+    pub(crate) split_count: usize,
+    pub(crate) options: *const carole_options,
 }
 
 impl Call {
@@ -52,6 +52,17 @@ impl Call {
     /// Submits. What is wrong with the options concerns this rank alone; what is wrong with a tensor is
     /// announced, so that the other ranks do not wait for this one for ever.
     unsafe fn submit(&self) -> Result<Handle> {
+        // SAFETY: as of both.
+        unsafe { self.announce(|request| core::submit(request, None)) }
+    }
+
+    /// Plans; the same holds.
+    pub(crate) unsafe fn plan(&self) -> Result<Persistent> {
+        // SAFETY: as of both.
+        unsafe { self.announce(|request| core::plan(request, None)) }
+    }
+
+    unsafe fn announce<T>(&self, submit: impl FnOnce(&Request<'_>) -> Result<T>) -> Result<T> {
         // SAFETY: the caller's promise.
         let options = unsafe { sized(self.options, DEFAULTS, "carole_options") }?;
         // SAFETY: the caller's promise.
@@ -69,15 +80,9 @@ impl Call {
         };
         // SAFETY: the caller's promise.
         match unsafe { self.tensors() } {
-            // SAFETY: the caller's promise.
-            Ok((tensors, splits)) => unsafe {
-                core::submit(&Request { tensors: &tensors, splits, ..base }, None)
-            },
-            Err(error) => {
-                let reason = error.to_string();
-                // SAFETY: a refused request has no buffers.
-                unsafe { core::submit(&Request { refused: Some(&reason), ..base }, None) }
-            }
+            Ok((tensors, splits)) => submit(&Request { tensors: &tensors, splits, ..base }),
+            // A refused request has no buffers.
+            Err(error) => submit(&Request { refused: Some(&error.to_string()), ..base }),
         }
     }
 

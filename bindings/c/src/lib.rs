@@ -16,6 +16,7 @@ mod convert;
 mod handles;
 mod messages;
 mod output;
+mod persistent;
 mod sets;
 mod status;
 mod world;

@@ -372,6 +372,39 @@ static void reform(void) {
     allreduce();
 }
 
+static void persistent(void) {
+    uint64_t shape[1] = {3}, row[1] = {1};
+    float x[3] = {0}, in_place[3] = {0};
+    int64_t mine = me;
+    int turn, done = 0;
+    carole_tensor t = vector(x, in_place, CAROLE_FLOAT32, shape), r = vector(&mine, NULL, CAROLE_INT64, row);
+    carole_options o = named("planned", CAROLE_SUM);
+    carole_persistent *sum = NULL, *rows = NULL;
+    OK(carole_plan(CAROLE_ALLREDUCE, &t, 1, NULL, 0, &o, &sum));
+    OK(carole_plan(CAROLE_ALLGATHER, &r, 1, NULL, 0, NULL, &rows));
+    EXPECT(carole_persistent_data(sum, 0) == NULL && carole_persistent_bytes(sum, 0) == sizeof x);
+    EXPECT(carole_persistent_bytes(rows, 0) == (uint64_t)size * sizeof mine);
+    for (turn = 0; turn < 3; turn++) {
+        x[0] = (float)me, x[1] = (float)turn, x[2] = 1;
+        mine = me + turn;
+        OK(carole_persistent_start(sum));
+        EXPECT(carole_persistent_start(sum) == CAROLE_ERROR_USAGE);
+        OK(carole_persistent_run(rows));
+        OK(carole_persistent_poll(sum, &done));
+        OK(carole_persistent_wait(sum, CAROLE_FOREVER));
+        EXPECT(in_place[0] == rank_sum() && in_place[1] == turn * size && in_place[2] == size);
+        EXPECT(((int64_t *)carole_persistent_data(rows, 0))[size - 1] == size - 1 + turn);
+    }
+    OK(carole_persistent_wait(sum, 0));
+    EXPECT(carole_join(NULL, NULL) == CAROLE_ERROR_USAGE);
+    EXPECT(carole_plan(99, &t, 1, NULL, 0, &o, &sum) == CAROLE_ERROR_USAGE);
+    EXPECT(carole_plan(CAROLE_BARRIER, NULL, 0, NULL, 0, NULL, &rows) != CAROLE_OK);
+    EXPECT(carole_persistent_start(NULL) == CAROLE_ERROR_USAGE);
+    OK(carole_persistent_free(sum));
+    OK(carole_persistent_free(rows));
+    OK(carole_persistent_free(NULL));
+}
+
 int main(void) {
     int round;
     EXPECT(carole_abi_version() == CAROLE_ABI_VERSION);
@@ -387,6 +420,7 @@ int main(void) {
         unequal_rows();
         alltoall();
         rooted();
+        persistent();
         messages();
         process_sets();
         mistakes();

@@ -250,7 +250,7 @@ fn raw(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
 }
 
 /// Which array type the caller gets is decided in Python, where NumPy is an optional import.
-fn wrap<'py>(py: Python<'py>, output: Output, like: Option<&Py<PyType>>) -> PyResult<Bound<'py, PyAny>> {
+pub fn wrap<'py>(py: Python<'py>, output: Output, like: Option<&Py<PyType>>) -> PyResult<Bound<'py, PyAny>> {
     static WRAP: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let wrap =
         WRAP.get_or_try_init(py, || Ok::<_, PyErr>(py.import("carole._arrays")?.getattr("wrap")?.unbind()))?;

@@ -14,6 +14,7 @@ mod fastcall;
 mod handle;
 mod life;
 mod output;
+mod persistent;
 mod pybuffer;
 mod submit;
 mod torch;
@@ -33,6 +34,8 @@ mod _native {
     };
     #[pymodule_export]
     use crate::output::Output;
+    #[pymodule_export]
+    use crate::persistent::{Persistent, plan};
     #[pymodule_export]
     use crate::submit::{submit, submit_raw, transfer, transfer_raw};
     #[pymodule_export]

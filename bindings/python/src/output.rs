@@ -21,6 +21,10 @@ impl Output {
     pub fn new(memory: OwnedBytes, dtype: DType, shape: Vec<u64>) -> Output {
         Output { memory: Arc::new(memory), dtype, shape }
     }
+    /// Over memory that others hold, too.
+    pub fn shared(memory: Arc<OwnedBytes>, dtype: DType, shape: Vec<u64>) -> Output {
+        Output { memory, dtype, shape }
+    }
     fn bytes(&self) -> &[u8] {
         self.memory.as_slice()
     }

@@ -10,25 +10,25 @@ use carole::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId
 use pyo3::prelude::*;
 use std::any::Any;
 
-/// Arguments that both entries share, as Python gave them.
-struct Call<'a, 'py> {
-    collective: u8,
-    name: Option<&'a str>,
-    set: u32,
-    op: &'a Bound<'py, PyAny>,
-    pre: &'a Bound<'py, PyAny>,
-    post: &'a Bound<'py, PyAny>,
-    root: &'a Bound<'py, PyAny>,
-    join_average: &'a Bound<'py, PyAny>,
-    splits: Option<&'a Bound<'py, PyAny>>,
+/// Arguments that all entries share, as Python gave them.
+pub(crate) struct Call<'a, 'py> {
+    pub(crate) collective: u8,
+    pub(crate) name: Option<&'a str>,
+    pub(crate) set: u32,
+    pub(crate) op: &'a Bound<'py, PyAny>,
+    pub(crate) pre: &'a Bound<'py, PyAny>,
+    pub(crate) post: &'a Bound<'py, PyAny>,
+    pub(crate) root: &'a Bound<'py, PyAny>,
+    pub(crate) join_average: &'a Bound<'py, PyAny>,
+    pub(crate) splits: Option<&'a Bound<'py, PyAny>>,
     /// Whether the caller waits at once, so that no other thread need be woken to drive.
-    waits: bool,
+    pub(crate) waits: bool,
     /// The stream that makes the tensors, where they lie on a CUDA device.
-    stream: Option<u64>,
+    pub(crate) stream: Option<u64>,
 }
 
 /// The same arguments, understood.
-struct Understood {
+pub(crate) struct Understood {
     collective: Collective,
     op: ReduceOp,
     scale: Scale,
@@ -223,8 +223,8 @@ pub fn transfer_raw(
     Ok(Handle::new(handle, None, Finish::Raw).on(Some(OnDevice::new(stream, now))))
 }
 
-impl Call<'_, '_> {
-    fn understand(&self) -> Result<Understood, String> {
+impl<'a> Call<'a, '_> {
+    pub(crate) fn understand(&self) -> Result<Understood, String> {
         let collective = Collective::from_code(self.collective)
             .ok_or_else(|| format!("the collective {} is unknown", self.collective))?;
         let op = self.op.extract::<u8>().ok().and_then(ReduceOp::from_code).ok_or_else(|| {
@@ -251,14 +251,15 @@ impl Call<'_, '_> {
         Ok(Understood { collective, op, scale, root: Rank(root), join_average, splits })
     }
 
-    fn post(
-        &self,
-        py: Python<'_>,
-        understood: &Understood,
-        tensors: &[TensorArg<'_>],
-        keep: Box<dyn Any + Send>,
-    ) -> PyResult<runtime::Handle> {
-        let request = Request {
+    pub(crate) fn request<'b>(
+        &'b self,
+        understood: &'b Understood,
+        tensors: &'b [TensorArg<'b>],
+    ) -> Request<'b>
+    where
+        'a: 'b,
+    {
+        Request {
             name: self.name,
             set: SetId(self.set),
             collective: understood.collective,
@@ -270,7 +271,17 @@ impl Call<'_, '_> {
             splits: &understood.splits,
             stream: self.stream,
             refused: None,
-        };
+        }
+    }
+
+    fn post(
+        &self,
+        py: Python<'_>,
+        understood: &Understood,
+        tensors: &[TensorArg<'_>],
+        keep: Box<dyn Any + Send>,
+    ) -> PyResult<runtime::Handle> {
+        let request = self.request(understood, tensors);
         // SAFETY: `keep` holds all memory where it is until the operation has an outcome (and the streams that may use
         // it next wait for the results); that Python code does not write inputs or touch outputs meanwhile is its
         // documented duty.
@@ -282,6 +293,18 @@ impl Call<'_, '_> {
             }
         };
         handle.map_err(|error| errors::to_python(py, &error))
+    }
+}
+
+/// Tells the other ranks that this one could not accept a plan, and makes the exception for this one.
+pub(crate) fn refuse_plan(py: Python<'_>, call: &Call<'_, '_>, reason: &str) -> PyErr {
+    let Some(collective) = Collective::from_code(call.collective) else { return errors::usage(py, reason) };
+    let (name, set) = (call.name, SetId(call.set));
+    let request = Request { name, set, collective, refused: Some(reason), ..Request::default() };
+    // SAFETY: a refused request names no memory.
+    match unsafe { runtime::plan(&request, None) } {
+        Ok(_) => errors::usage(py, reason),
+        Err(error) => errors::to_python(py, &error),
     }
 }
 
@@ -322,14 +345,14 @@ fn splits_from(splits: &Bound<'_, PyAny>) -> Result<Vec<u64>, String> {
 
 /// The memory of one call.
 #[derive(Default)]
-struct Views {
-    inputs: Vec<Array>,
+pub(crate) struct Views {
+    pub(crate) inputs: Vec<Array>,
     /// Null where the engine is to allocate; empty where it allocates all.
-    outputs: Vec<*mut u8>,
-    keeps: Vec<Keep>,
+    pub(crate) outputs: Vec<*mut u8>,
+    pub(crate) keeps: Vec<Keep>,
 }
 
-fn view_all(
+pub(crate) fn view_all(
     tensors: &[Bound<'_, PyAny>],
     outs: &[Option<Bound<'_, PyAny>>],
     call: &Understood,

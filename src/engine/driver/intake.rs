@@ -48,6 +48,7 @@ impl Shared {
                     }
                 }
                 Mail::Waiting(index) => self.wait_for(engine, OpId(index), now),
+                Mail::Freed(set, number) => engine.free_plan(set, number, now),
             }
         }
         // The vector goes back for its capacity, unless somebody has written meanwhile.

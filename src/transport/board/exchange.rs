@@ -1,34 +1,73 @@
 //! What a batch exchanges over the boards, and the copies and reductions of one tick.
 
-use super::memory::BoardMemory;
+use super::memory::{BOARD_BYTES, BoardMemory, LINE_BYTES};
 use crate::device::{Finish, Reduction, host};
 use crate::limits::{BOARD_SLOT_BYTES, BOARD_SLOTS};
 use crate::memory::{Memory, PieceRange, RunId};
 use crate::transport::flow::pieces::Cursor;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 /// Bytes that are reduced before the result is copied to where else it is wanted: it lies in the first-level
 /// cache then.
 const REDUCE_BYTES: usize = 8 << 10;
 /// Areas of a slot begin at multiples of it.
-const AREA_UNIT: usize = 64;
+pub const AREA_UNIT: usize = LINE_BYTES;
 
-/// One member's board, and the set's seat on it.
+/// Where on a member's board the counters and the slots of a set lie.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// The board.
-    pub board: Arc<BoardMemory>,
-    /// The seat.
-    pub seat: usize,
+    board: Arc<BoardMemory>,
+    words_at: usize,
+    slots_at: usize,
+    slot_bytes: usize,
 }
 
 impl Place {
+    /// A seat of a board.
+    #[must_use]
+    pub fn seat(board: Arc<BoardMemory>, seat: usize) -> Place {
+        let (words_at, slots_at) = BoardMemory::seat_at(seat);
+        Place { board, words_at, slots_at, slot_bytes: BOARD_SLOT_BYTES }
+    }
+
+    /// Bytes of a block with slots of this size.
+    #[must_use]
+    pub fn block_bytes(slot_bytes: usize) -> usize {
+        2 * LINE_BYTES + BOARD_SLOTS * slot_bytes
+    }
+
+    /// A block of the board's arena; none where it does not lie there.
+    #[must_use]
+    pub fn block(board: Arc<BoardMemory>, at: u64, slot_bytes: usize) -> Option<Place> {
+        let words_at =
+            usize::try_from(at).ok().filter(|at| *at >= BOARD_BYTES && at.is_multiple_of(LINE_BYTES))?;
+        board.bytes_at(words_at, Place::block_bytes(slot_bytes))?;
+        Some(Place { board, words_at, slots_at: words_at + 2 * LINE_BYTES, slot_bytes })
+    }
+
+    /// The board.
+    #[must_use]
+    pub fn board(&self) -> &Arc<BoardMemory> {
+        &self.board
+    }
+
+    /// Ticks whose payload the owner has put into its slots.
+    pub fn posted(&self) -> &AtomicU64 {
+        self.board.word_at(self.words_at).expect("a place lies on its board")
+    }
+
+    /// Ticks for which the owner needs nothing more of the others' slots.
+    pub fn taken(&self) -> &AtomicU64 {
+        self.board.word_at(self.words_at + LINE_BYTES).expect("a place lies on its board")
+    }
+
     /// An area of the slot of a tick.
     fn area(&self, tick: u64, area: usize, area_bytes: usize) -> *mut u8 {
-        assert!((area + 1) * area_bytes <= BOARD_SLOT_BYTES, "areas lie in their slot");
-        let slot = self.board.slot(self.seat, (tick % BOARD_SLOTS as u64) as usize);
-        // SAFETY: inside the slot, as just checked.
-        unsafe { slot.add(area * area_bytes) }
+        assert!((area + 1) * area_bytes <= self.slot_bytes, "areas lie in their slot");
+        let slot = (tick % BOARD_SLOTS as u64) as usize;
+        let at = self.slots_at + slot * self.slot_bytes + area * area_bytes;
+        self.board.bytes_at(at, area_bytes).expect("a place lies on its board")
     }
 }
 
@@ -89,11 +128,10 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    /// Bytes of an area when a slot holds something for each of the other members, or one thing for all.
+    /// Areas of a slot.
     #[must_use]
-    pub fn area_bytes(each: bool, members: usize) -> usize {
-        let areas = if each { members - 1 } else { 1 };
-        BOARD_SLOT_BYTES / areas / AREA_UNIT * AREA_UNIT
+    pub fn areas(&self, members: usize) -> usize {
+        if matches!(self.share, Share::Each(_)) { (members - 1).max(1) } else { 1 }
     }
 
     /// Which area of its slots `owner` fills for `member`.

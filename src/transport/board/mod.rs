@@ -21,12 +21,14 @@
 //! A board is a star of single-writer words: every counter has one writer, and what a peer writes is copied out
 //! through an atomic and held against what is possible before it is believed.
 
+mod arena;
 mod exchange;
 mod memory;
 #[cfg(test)]
 mod tests;
 
-pub use exchange::{Back, Exchange, Part, Place, Share};
+pub use arena::Block;
+pub use exchange::{AREA_UNIT, Back, Exchange, Part, Place, Share};
 pub use memory::{BOARD_BYTES, BoardMemory};
 
 use crate::error::Cause;
@@ -150,14 +152,30 @@ impl Seat {
         !self.jobs.is_empty() && (posted != self.posted_seen || taken != self.taken_seen)
     }
 
+    /// Members that have not begun with what this one waits for.
+    pub fn missing(&self) -> impl Iterator<Item = usize> {
+        let awaited = self.jobs.front().map_or(0, |job| job.first + 1);
+        self.others()
+            .filter(move |(_, place)| place.posted().load(Ordering::Acquire) < awaited)
+            .map(|(member, _)| member)
+    }
+
+    /// Whether a member has not done its part of all batches so far.
+    #[must_use]
+    pub fn needs(&self, member: usize) -> bool {
+        let place = &self.places[member];
+        !self.jobs.is_empty()
+            && place.posted().load(Ordering::Acquire).min(place.taken().load(Ordering::Acquire)) < self.end
+    }
+
     fn others(&self) -> impl Iterator<Item = (usize, &Place)> {
         self.places.iter().enumerate().filter(|(member, _)| *member != self.me)
     }
 
     fn least(&self) -> (u64, u64) {
         self.others().fold((u64::MAX, u64::MAX), |(posted, taken), (_, place)| {
-            let one = place.board.posted(place.seat).load(Ordering::Acquire);
-            let other = place.board.taken(place.seat).load(Ordering::Acquire);
+            let one = place.posted().load(Ordering::Acquire);
+            let other = place.taken().load(Ordering::Acquire);
             (posted.min(one), taken.min(other))
         })
     }
@@ -167,8 +185,8 @@ impl Seat {
     fn look(&mut self) -> Result<(), Blame> {
         let (mut posted, mut taken) = (u64::MAX, u64::MAX);
         for (member, place) in self.others() {
-            let one = place.board.posted(place.seat).load(Ordering::Acquire);
-            let other = place.board.taken(place.seat).load(Ordering::Acquire);
+            let one = place.posted().load(Ordering::Acquire);
+            let other = place.taken().load(Ordering::Acquire);
             if one > self.taking.done + BOARD_SLOTS as u64 || other > self.posting.done {
                 let cause =
                     Cause::Misbehaved(format!("impossible counters on its board ({one} and {other})"));
@@ -191,7 +209,7 @@ impl Seat {
         let place = &self.places[self.me];
         job.post(tick, self.me, place, memory);
         self.posting.advance(job);
-        place.board.posted(place.seat).store(self.posting.done, Ordering::Release);
+        place.posted().store(self.posting.done, Ordering::Release);
         self.published = true;
         true
     }
@@ -206,7 +224,7 @@ impl Seat {
         job.take(tick, self.me, &self.places, memory);
         self.taking.advance(job);
         let place = &self.places[self.me];
-        place.board.taken(place.seat).store(self.taking.done, Ordering::Release);
+        place.taken().store(self.taking.done, Ordering::Release);
         self.published = true;
         true
     }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::device::{Finish, Reduction};
+use crate::limits::BOARD_SLOT_BYTES;
 use crate::memory::{Piece, PieceRange, Region};
 use crate::types::{DType, ReduceOp};
 
@@ -25,7 +26,7 @@ fn allreduce(me: usize, members: usize, n: usize) -> Arc<Exchange> {
     let at = |k: usize| (n.div_ceil(16) * k / members * 16).min(n);
     let chunk = |k: usize| list(at(k), at(k + 1));
     let but = |k: usize| if k == me { list(0, 0) } else { chunk(k) };
-    let area_bytes = Exchange::area_bytes(true, members);
+    let area_bytes = BOARD_SLOT_BYTES / (members - 1) / AREA_UNIT * AREA_UNIT;
     let longest = (0..members).map(|k| 4 * (at(k + 1) - at(k))).max().unwrap();
     Arc::new(Exchange {
         share: Share::Each((0..members).map(but).collect()),
@@ -49,7 +50,7 @@ fn members(count: usize) -> Vec<Member> {
     let boards: Vec<_> = (0..count).map(|_| BoardMemory::within_process()).collect();
     // Seats need not have the same number on all boards.
     let places: Vec<Place> =
-        boards.iter().enumerate().map(|(m, board)| Place { board: Arc::clone(board), seat: m % 2 }).collect();
+        boards.iter().enumerate().map(|(m, board)| Place::seat(Arc::clone(board), m % 2)).collect();
     (0..count)
         .map(|me| Member {
             seat: Seat::new(me, places.clone()),
@@ -108,7 +109,7 @@ fn a_member_whose_counters_cannot_be_is_blamed() {
         member.begin(me, 2, 100);
     }
     let place = all[0].seat.places[1].clone();
-    place.board.taken(place.seat).store(7, Ordering::Release);
+    place.taken().store(7, Ordering::Release);
     let Member { seat, memory, complete, .. } = &mut all[0];
     let (member, cause) = seat.progress(memory, complete).unwrap_err();
     assert_eq!(member, 1);

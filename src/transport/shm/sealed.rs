@@ -15,17 +15,18 @@ fn system(what: &str, error: rustix::io::Errno) -> Cause {
     Cause::System(format!("{what}: {error}"))
 }
 
-/// Makes `bytes` bytes of it, zeroed but for `words` in front.
-pub fn create(name: &str, bytes: usize, words: &[u64]) -> Result<OwnedFd, Cause> {
+/// Makes `bytes` bytes of it, zeroed but for `words` in front, and behind them address space for up to `more`, of
+/// which only what [`commit`] names is memory. Without the latter where files must not be so long.
+pub fn create(name: &str, bytes: usize, more: usize, words: &[u64]) -> Result<OwnedFd, Cause> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let fd = rustix::fs::memfd_create(name, flags).map_err(|e| system("memfd_create", e))?;
-    // Committed here, where a full memory is an error; later it would be a SIGBUS.
-    rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, bytes as u64).map_err(|e| {
-        Cause::System(format!(
-            "shared memory exhausted: {bytes} bytes could not be committed ({e}); free memory, raise the limit \
-             of its control group, or set CAROLE_TRANSPORT=tcp"
-        ))
-    })?;
+    commit(&fd, 0, bytes)?;
+    // A file above the limit would end the process with a signal.
+    let longest = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+    if more > 0 && longest.is_none_or(|longest| longest >= (bytes + more) as u64) {
+        let length = (bytes + more) as u64;
+        rustix::fs::ftruncate(&fd, length).map_err(|e| system("reserving shared memory", e))?;
+    }
     let head: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
     match rustix::io::pwrite(&fd, &head, 0) {
         Ok(n) if n == head.len() => {}
@@ -36,11 +37,40 @@ pub fn create(name: &str, bytes: usize, words: &[u64]) -> Result<OwnedFd, Cause>
     Ok(fd)
 }
 
-/// Maps it, after making sure that it is as long as it should be and sealed.
-pub fn map(fd: &OwnedFd, bytes: usize) -> Result<NonNull<u8>, Cause> {
+/// Makes memory of `bytes` bytes from `at` on: here a full memory is an error; later it would be a SIGBUS.
+pub fn commit(fd: &OwnedFd, at: usize, bytes: usize) -> Result<(), Cause> {
+    rustix::fs::fallocate(fd, FallocateFlags::empty(), at as u64, bytes as u64).map_err(|e| {
+        Cause::System(format!(
+            "shared memory exhausted: {bytes} bytes could not be committed ({e}); free memory, raise the limit \
+             of its control group, or set CAROLE_TRANSPORT=tcp"
+        ))
+    })
+}
+
+/// Gives memory back to the system; it reads as zeros when it is used again.
+pub fn discard(fd: &OwnedFd, at: usize, bytes: usize) {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    // Where that cannot be it stays memory, which is used again or ends with the process.
+    let _ = rustix::fs::fallocate(fd, flags, at as u64, bytes as u64);
+}
+
+/// Takes the page faults of committed memory at once.
+///
+/// # Safety
+/// The bytes must lie in a mapping of [`map`], at a multiple of the page size, and be nobody else's.
+pub unsafe fn populate(start: *mut u8, bytes: usize) {
+    // SAFETY: the caller's promise. An older kernel refuses; then the faults come one by one, as they would.
+    let _ = unsafe { rustix::mm::madvise(start.cast(), bytes, Advice::LinuxPopulateWrite) };
+}
+
+/// Maps it, after making sure that it is as long as it should be (without the address space for `more`, if its maker
+/// could not have it) and sealed. Returns what is mapped: all of it, or the first `bytes` where a process may not have
+/// so much address space.
+pub fn map(fd: &OwnedFd, bytes: usize, more: usize) -> Result<(NonNull<u8>, usize), Cause> {
     let refuse = |why: &str| Err(Cause::Misbehaved(format!("shared memory that {why}")));
     let stat = rustix::fs::fstat(fd).map_err(|e| system("looking at shared memory", e))?;
-    if stat.st_size != bytes as i64 {
+    let length = stat.st_size as usize;
+    if length != bytes && length != bytes + more {
         return refuse(&format!("is {} bytes long instead of {bytes}", stat.st_size));
     }
     // Not sealed (or no memfd at all): it could be truncated under our feet.
@@ -48,15 +78,25 @@ pub fn map(fd: &OwnedFd, bytes: usize) -> Result<NonNull<u8>, Cause> {
         Ok(has) if has.contains(seals()) => {}
         Ok(_) | Err(_) => return refuse("is not sealed"),
     }
-    let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
+    let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, flags, fd, 0) };
-    let base = base.map_err(|e| system("mapping shared memory", e))?;
+    let whole = |len| unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, flags, fd, 0) };
+    let (base, len) = match whole(length) {
+        Ok(base) => (base, length),
+        Err(_) => (whole(bytes).map_err(|e| system("mapping shared memory", e))?, bytes),
+    };
+    // What is memory already is mapped once more in its place, with all its pages at once.
+    let flags = flags | MapFlags::FIXED | MapFlags::POPULATE;
+    // SAFETY: it replaces the beginning of the mapping that was just made, which nobody knows yet.
+    unsafe { rustix::mm::mmap(base, bytes, prot, flags, fd, 0) }
+        .map_err(|e| system("mapping shared memory", e))?;
     // A forked child has no business here, and would keep the memory alive after its parent's end.
     // SAFETY: the whole of the mapping that was just made.
-    unsafe { rustix::mm::madvise(base, bytes, Advice::LinuxDontFork) }
+    unsafe { rustix::mm::madvise(base, len, Advice::LinuxDontFork) }
         .map_err(|e| system("keeping shared memory from forked children", e))?;
-    NonNull::new(base.cast()).ok_or_else(|| Cause::System("shared memory was mapped at address 0".to_owned()))
+    let base = NonNull::new(base.cast())
+        .ok_or_else(|| Cause::System("shared memory was mapped at address 0".to_owned()))?;
+    Ok((base, len))
 }
 
 /// Ends a mapping.

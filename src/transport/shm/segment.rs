@@ -29,7 +29,7 @@ fn words() -> [u64; 3] {
 
 /// Makes a segment.
 pub fn create_segment() -> Result<OwnedFd, Cause> {
-    sealed::create("carole-link", SEGMENT_BYTES, &words())
+    sealed::create("carole-link", SEGMENT_BYTES, 0, &words())
 }
 
 /// A mapped segment.
@@ -46,7 +46,7 @@ unsafe impl Sync for Segment {}
 impl Segment {
     /// Maps a segment, after making sure that it is one.
     pub fn map(fd: &OwnedFd) -> Result<Segment, Cause> {
-        let base = sealed::map(fd, SEGMENT_BYTES)?;
+        let (base, _) = sealed::map(fd, SEGMENT_BYTES, 0)?;
         let segment = Segment { base };
         for (at, expected) in words().into_iter().enumerate() {
             let found = segment.word(8 * at).load(std::sync::atomic::Ordering::Acquire);

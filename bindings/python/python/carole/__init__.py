@@ -75,7 +75,16 @@ from ._movements import (
     send,
     send_async,
 )
-from ._native import Handle, Output, __version__
+from ._native import Handle, Output, Persistent, __version__
+from ._persistent import (
+    allgather_init,
+    allreduce_init,
+    alltoall_init,
+    broadcast_init,
+    grouped_allreduce_init,
+    reduce_init,
+    reducescatter_init,
+)
 from ._reductions import (
     allreduce,
     allreduce_,

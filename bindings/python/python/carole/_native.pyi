@@ -4,6 +4,7 @@ __all__ = [
     "Handle",
     "DeviceOutput",
     "Output",
+    "Persistent",
     "__version__",
     "add_process_set",
     "init",
@@ -12,6 +13,7 @@ __all__ = [
     "learn_torch",
     "news",
     "perf",
+    "plan",
     "process_sets",
     "reform",
     "remove_process_set",
@@ -58,6 +60,22 @@ class Output:
         copy: Optional[bool] = None,
     ) -> Any: ...
     def __dlpack_device__(self) -> Tuple[int, int]: ...
+
+@final
+class Persistent:
+    """A collective that was planned once and can be started many times."""
+
+    def start(self) -> None: ...
+    def poll(self) -> bool: ...
+    def wait(self, timeout: Optional[float] = None) -> Any: ...
+    def __call__(self) -> Any: ...
+    @property
+    def result(self) -> Any: ...
+    @property
+    def is_direct(self) -> bool: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Persistent: ...
+    def __exit__(self, *error: Any) -> None: ...
 
 class DeviceOutput:
     """A result in memory of a CUDA device that the engine allocated."""
@@ -133,6 +151,19 @@ def start(
     waits: bool,
     /,
 ) -> Optional[Handle]: ...
+def plan(
+    collective: int,
+    tensors: Sequence[Any],
+    outs: Optional[Sequence[Any]],
+    single: bool,
+    name: Optional[str],
+    set: int,
+    op: Any,
+    pre: Any,
+    post: Any,
+    root: Any,
+    splits: Optional[Any],
+) -> Persistent: ...
 def transfer(sending: bool, tensor: Any, peer: Any, tag: Any, set: int) -> Handle: ...
 def transfer_raw(
     sending: bool, address: int, nbytes: int, keep: Any, peer: int, tag: int, set: int,

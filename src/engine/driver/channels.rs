@@ -1,0 +1,104 @@
+//! Starts of planned collectives, and waits for them: the caller's thread does the work itself as long as it may spin,
+//! and drives the engine, or sleeps while somebody else does, when that takes longer.
+#![forbid(unsafe_code)]
+
+use super::{Driver, Mail, NAP, Shared, lock};
+use crate::engine::channel::{Channel, Turn};
+use crate::error::Result;
+use crate::types::SetId;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Looks between two looks at the clock.
+const LOOKS: u32 = 32;
+
+impl Driver {
+    /// Starts a planned collective. Unless the caller waits at once, somebody is to drive it meanwhile.
+    pub fn start_channel(&self, channel: &Channel, waits: bool) -> Result<()> {
+        if let Some(error) = lock(&self.shared.failure).as_ref() {
+            return Err(error.clone());
+        }
+        let turn = channel.start()?;
+        self.shared.see_to(turn);
+        if !waits && !turn.over {
+            self.shared.wake_driver();
+        }
+        Ok(())
+    }
+
+    /// Moves what can be moved, and says whether it is over.
+    pub fn test_channel(&self, channel: &Channel) -> bool {
+        let turn = channel.turn();
+        self.shared.see_to(turn);
+        turn.over
+    }
+
+    /// Does what it takes for as long as a waiter may spin; whether it is over.
+    pub fn spin_for_channel(&self, channel: &Channel) -> bool {
+        self.shared.spin_for(channel)
+    }
+
+    /// Waits for a planned collective, until `until` at most. Whether it is over.
+    pub fn wait_for_channel(&self, channel: &Channel, until: Option<Instant>) -> bool {
+        let shared = &*self.shared;
+        loop {
+            if !channel.is_under_way() {
+                return true;
+            }
+            if until.is_some_and(|at| Instant::now() >= at) {
+                return false;
+            }
+            if !shared.stop.load(Ordering::SeqCst) && !shared.caller.swap(true, Ordering::SeqCst) {
+                shared.drive_until(None, until, &|| !channel.is_under_way());
+                continue;
+            }
+            shared.wake_driver();
+            let left = until.map_or(NAP, |at| at.saturating_duration_since(Instant::now()).min(NAP));
+            channel.sleep(left);
+        }
+    }
+
+    /// Gives up a plan.
+    pub fn free_plan(&self, set: SetId, number: u64) {
+        self.shared.send(Mail::Freed(set, number));
+        self.shared.wake_driver();
+    }
+}
+
+impl Shared {
+    /// Looks again and again for a while; whether it is over.
+    fn spin_for(&self, channel: &Channel) -> bool {
+        let limit = Duration::from_nanos(self.patience.spin_ns);
+        let mut since = Instant::now();
+        loop {
+            for _ in 0..LOOKS {
+                let turn = channel.turn();
+                self.see_to(turn);
+                if turn.over {
+                    return true;
+                }
+                if turn.moved {
+                    since = Instant::now();
+                } else if self.patience.yields {
+                    std::thread::yield_now();
+                } else {
+                    std::hint::spin_loop();
+                }
+            }
+            if since.elapsed() > limit {
+                return false;
+            }
+        }
+    }
+
+    /// Lets the engine look after its channels, if one calls for it: now, or when whoever drives comes to it.
+    fn see_to(&self, turn: Turn) {
+        if !turn.calls {
+            return;
+        }
+        match self.engine.try_lock() {
+            Ok(mut engine) => drop(engine.turn_channels()),
+            Err(_) => self.wake_driver(),
+        }
+    }
+}
