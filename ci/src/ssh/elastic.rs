@@ -251,19 +251,23 @@ fn host_dies(settings: &Settings) -> Result<(), String> {
 fn unusable(settings: &Settings) -> Result<(), String> {
     let site = Site::new(2, Family::Both, None)?;
     let per = settings.per_host as usize;
-    let (a, list) = (site.address(0), format!("{}:{per},nod1.invalid:{per}", site.address(0)));
+    let (a, list) = (site.address(0), site.list(settings.per_host));
     let (most, few) = ((2 * per).to_string(), per.to_string());
     let cool = ["--blacklist-cooldown-range", "600", "600"];
+    // Its key is another than the one that is known.
+    let key = std::fs::read_to_string(site.path("other_key.pub")).map_err(|e| e.to_string())?;
+    site.write("known_hosts", &format!("10.77.1.2 {key}"))?;
     let mut job = Job::start(&site, &[&["-np", &most, "--min-np", &few, "-H", &list], &cool[..]].concat())?;
-    job.says(&["host 'nod1.invalid'", "no host of this name", "left out"])?;
+    job.says(&["host '10.77.1.2' cannot be used", "ssh-keygen -R", "left out"])?;
     job.trains(&[(&a, per)], None)?;
     job.ends(per)?;
     Job::start(&site, &["-np", &most, "--min-np", &most, "-H", &list])?.refuses(&[
-        "host 'nod1.invalid'",
-        "no host of this name",
+        "host '10.77.1.2' cannot be used",
+        "ssh-keygen -R",
         "at least",
         "--min-np",
     ])?;
+    site.write("known_hosts", "")?;
     let list = format!("{}:{per},node1:{per},alias1:{per}", site.address(0));
     let three = (3 * per).to_string();
     let flags = ["-np", &three, "--min-np", &few, "-H", &list];
