@@ -9,6 +9,7 @@ mod call;
 mod chaos;
 mod churn;
 mod decoders;
+mod elastic;
 mod figures;
 mod fuzz;
 mod hosts;
@@ -107,6 +108,7 @@ enum Rank {
     Order(order::RankSettings),
     Chaos(chaos::RankSettings),
     Churn,
+    Elastic(elastic::RankSettings),
     Figures(figures::RankSettings),
     Huge(huge::RankSettings),
     Shaped(shaped::RankSettings),
@@ -175,6 +177,7 @@ fn run_rank(rank: Rank) -> i32 {
         Rank::Order(settings) => order::rank(&settings),
         Rank::Chaos(settings) => chaos::rank(&settings),
         Rank::Churn => churn::rank(),
+        Rank::Elastic(settings) => elastic::rank(&settings),
         Rank::Figures(settings) => figures::rank(&settings),
         Rank::Huge(settings) => huge::rank(&settings),
         Rank::Shaped(settings) => shaped::rank(&settings),

@@ -70,7 +70,8 @@ pub enum Report {
 }
 
 impl Report {
-    fn line(&self) -> String {
+    /// The report as a line.
+    pub fn line(&self) -> String {
         match self {
             Report::Started { rank, pid } => format!("started {rank} {pid}\n"),
             Report::Refused { rank, errno } => format!("refused {rank} {errno}\n"),

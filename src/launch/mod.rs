@@ -135,7 +135,7 @@ fn run(arguments: &Arguments, called: &OsStr) -> Result<i32> {
         complain(&format!("no effect in this version of Carole: {}", unused.join(", ")));
     }
     if is_elastic {
-        return elastic::run(arguments, &config);
+        return elastic::run(arguments, called, &config);
     }
     launch(arguments, called, &config, &placements)
 }

@@ -139,6 +139,14 @@ impl Network {
         ip(&format!("-n {} link set to{n} down", self.router()))
     }
 
+    /// Its cable is in again.
+    pub fn plug_in(&self, n: u32) -> Result<(), String> {
+        let router = self.router();
+        ip(&format!("-n {router} link set to{n} up"))?;
+        // The kernel takes IPv6 addresses from an interface that goes down.
+        ip(&format!("-n {router} addr replace fd77:{n}::1/64 dev to{n} nodad"))
+    }
+
     /// Gives every host a second network beside the first, `10.78.N.0/24`, over the same router.
     pub fn add_second_interfaces(&self) -> Result<(), String> {
         let router = self.router();

@@ -95,7 +95,7 @@ fn kills(settings: &Settings) -> Result<(), String> {
     for turn in 0..settings.kills {
         let victim = victims[turn as usize % victims.len()];
         let running = endless(settings, &site)?;
-        let pid = find(&site, &running, victim)?;
+        let pid = find(&site, running.pid(), victim)?;
         output("kill", &["-KILL", &pid.to_string()])?;
         let ended = running.finish(PATIENCE)?;
         if ended.code == 0 {
@@ -109,8 +109,7 @@ fn kills(settings: &Settings) -> Result<(), String> {
 }
 
 /// A process of a job, by what it is.
-fn find(site: &Site, running: &Running, victim: &str) -> Result<i32, String> {
-    let launcher = running.pid();
+pub fn find(site: &Site, launcher: i32, victim: &str) -> Result<i32, String> {
     let parent = |pid: i32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let (_, rest) = stat.rsplit_once(')').unwrap_or_default();

@@ -2,6 +2,7 @@
 //! that a user can get wrong, and what is left when something is killed: nothing.
 #![forbid(unsafe_code)]
 
+mod elastic;
 mod failures;
 mod refusals;
 mod site;
@@ -53,7 +54,7 @@ pub fn run(settings: &Settings) -> Verdict {
         count.passed += results(settings, &site)?;
         println!("ssh: {hosts} hosts of {} ranks: results and training are right", settings.per_host);
     }
-    let scenes = SCENES.into_iter().chain(refusals::SCENES).chain(failures::SCENES);
+    let scenes = SCENES.into_iter().chain(refusals::SCENES).chain(failures::SCENES).chain(elastic::SCENES);
     let wanted = |name: &str| settings.scene.as_ref().is_none_or(|words| name.contains(words));
     for (name, scene) in scenes.filter(|(name, _)| wanted(name)) {
         match scene(settings) {

@@ -1,10 +1,11 @@
 //! Which hosts there are, again and again: by a script of the user's, or from a list that does not change.
 #![forbid(unsafe_code)]
 
+use super::super::hosts::is_this_host;
 use super::super::processes::kill_descendants;
 use crate::transport::wake::Waker;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,8 +22,29 @@ const SCRIPT: Duration = Duration::from_secs(30);
 /// What a script may write.
 const OUTPUT_BYTES_MAX: u64 = 1 << 20;
 
+/// Hosts, and which of their names mean this one.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Hosts {
+    /// The hosts and their slots.
+    pub slots: Slots,
+    /// Names of this host.
+    pub here: BTreeSet<String>,
+}
+
 /// What came of a look.
-pub type Found = Result<Slots, String>;
+pub type Found = Result<Hosts, String>;
+
+impl Hosts {
+    /// Looks at the names of hosts that are not known yet, which may take seconds where a name server does not answer.
+    pub fn new(slots: Slots, known: &mut BTreeMap<String, bool>) -> Hosts {
+        known.retain(|name, _| slots.iter().any(|(host, _)| host == name));
+        for (host, _) in &slots {
+            known.entry(host.clone()).or_insert_with(|| is_this_host(host));
+        }
+        let here = known.iter().filter(|(_, here)| **here).map(|(name, _)| name.clone()).collect();
+        Hosts { slots, here }
+    }
+}
 
 /// Looks again and again, in a thread of its own.
 pub struct Discovery {
@@ -39,9 +61,10 @@ impl Discovery {
         let (stop, stopped) = bounded(1);
         let thread = std::thread::Builder::new().name("carole-discovery".into()).spawn(move || {
             let mut last: Option<Found> = None;
-            let mut order: Vec<String> = Vec::new();
+            let (mut order, mut known) = (Vec::new(), BTreeMap::new());
             loop {
-                let new = look(&script, default_slots, &stopped).map(|slots| by_age(slots, &mut order));
+                let new = look(&script, default_slots, &stopped);
+                let new = new.map(|slots| Hosts::new(by_age(slots, &mut order), &mut known));
                 if last.as_ref() != Some(&new) {
                     last = Some(new.clone());
                     // The launcher takes one at a time; it is told of the next change when it has taken this.
@@ -87,7 +110,7 @@ fn by_age(slots: Slots, order: &mut Vec<String>) -> Slots {
     order.iter().map(|host| (host.clone(), count(host))).collect()
 }
 
-fn look(script: &Path, default_slots: u32, stopped: &Receiver<()>) -> Found {
+fn look(script: &Path, default_slots: u32, stopped: &Receiver<()>) -> Result<Slots, String> {
     let failed = |why: String| format!("the host discovery '{}' {why}", script.display());
     let mut child = Command::new(script)
         .stdin(Stdio::null())
@@ -130,7 +153,7 @@ fn wait(child: &mut Child, stopped: &Receiver<()>) -> Option<std::process::ExitS
 }
 
 /// Lines `HOST` or `HOST:SLOTS`.
-pub fn parse(text: &str, default_slots: u32) -> Found {
+pub fn parse(text: &str, default_slots: u32) -> Result<Slots, String> {
     let mut slots = Slots::new();
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let (host, count) = match line.rsplit_once(':') {
@@ -142,7 +165,9 @@ pub fn parse(text: &str, default_slots: u32) -> Found {
             }
             None => (line, default_slots),
         };
-        if host.is_empty() || host.contains(char::is_whitespace) {
+        // As in -H: ssh knows no brackets, and a name that begins with a dash would be an option of it.
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        if host.is_empty() || host.starts_with('-') || host.contains(char::is_whitespace) {
             return Err(format!("wrote '{line}', which is not HOST:SLOTS"));
         }
         match slots.iter_mut().find(|(known, _)| known == host) {
@@ -170,8 +195,8 @@ mod tests {
         let read = |text| parse(text, 2).unwrap();
         let slots = |list: &[(&str, u32)]| list.iter().map(|(h, n)| ((*h).to_owned(), *n)).collect::<Slots>();
         assert_eq!(read("a:4\n b \n\nc:0\na:1\n"), slots(&[("a", 5), ("b", 2)]));
-        assert_eq!(read("[::1]:3\nfd00::1"), slots(&[("[::1]", 3), ("fd00::1", 2)]));
-        for wrong in ["a:x", "a b", ":3", "a:-1"] {
+        assert_eq!(read("[::1]:3\nfd00::1"), slots(&[("::1", 3), ("fd00::1", 2)]));
+        for wrong in ["a:x", "a b", ":3", "a:-1", "-oProxyCommand=x:1", "[]:1"] {
             assert!(parse(wrong, 1).is_err(), "{wrong}");
         }
     }
@@ -189,14 +214,18 @@ mod tests {
     fn what_changes_is_told_once() {
         let folder = tempfile::tempdir().unwrap();
         let list = folder.path().join("hosts");
-        std::fs::write(&list, "a:1\n").unwrap();
+        std::fs::write(&list, "localhost:1\n").unwrap();
         let bell = Waker::new().unwrap();
         let script = script(folder.path(), &format!("cat {}", list.display()));
         let discovery = Discovery::start(script, 1, bell).unwrap();
         let next = || discovery.found.recv_timeout(Duration::from_secs(60)).unwrap();
-        assert_eq!(next(), Ok(vec![("a".to_owned(), 1)]));
-        std::fs::write(&list, "a:2\n").unwrap();
-        assert_eq!(next(), Ok(vec![("a".to_owned(), 2)]));
+        let here = |count| Hosts {
+            slots: vec![("localhost".to_owned(), count)],
+            here: ["localhost".to_owned()].into(),
+        };
+        assert_eq!(next(), Ok(here(1)));
+        std::fs::write(&list, "localhost:2\n").unwrap();
+        assert_eq!(next(), Ok(here(2)));
         std::fs::remove_file(&list).unwrap();
         assert!(next().unwrap_err().contains("failed"));
     }

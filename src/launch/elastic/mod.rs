@@ -3,19 +3,26 @@
 //!
 //! [`discovery`] says which hosts there are, [`plan`] who should run on them, [`crew`] looks after those who do, and the
 //! rendezvous service ([`crate::rendezvous::server::assembly`]) forms epochs of those who come to it. A worker is
-//! started by the guard as a rank of any other job is ([`parcel`]); it has a number in place of a rank.
+//! started by the guard as a rank of any other job is ([`parcel`]); it has a number in place of a rank. Other hosts are
+//! reached when the plan wants workers there ([`sites`]), by the same ssh and agents as those of other jobs, and a new
+//! one gets workers only after it was seen to reach the others and to be reached by them ([`exam`]).
 #![forbid(unsafe_code)]
 
 mod crew;
 mod discovery;
+mod exam;
+mod maker;
 pub(super) mod parcel;
 mod plan;
+mod sites;
 
 use super::args::Arguments;
-use super::guard::{self, JobSpec, RankSpec};
-use super::output::Stream;
-use super::{FORWARDED, PLACE, SPARE_FILES, address, copy_to_files, hosts, pipe, sys, system};
-use crate::config::{Config, Layer};
+use super::guard::{self, JobSpec};
+use super::link::Link;
+use super::remote::ssh::{self, Ssh};
+use super::remote::{Task, absent, common, preamble};
+use super::{FORWARDED, PLACE, SPARE_FILES, address, hosts, pipe, sys, system};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::log;
@@ -23,12 +30,15 @@ use crate::rendezvous::secret::Secret;
 use crate::rendezvous::server::{Bind, ElasticOptions, Server, ServerOptions};
 use crate::transport::wake::Waker;
 use crate::types::Epoch;
-use crew::{Crew, MakeWorker, Setup};
+use crew::{Crew, Setup};
 use crossbeam::channel::bounded;
-use discovery::{Discovery, Slots};
+use discovery::{Discovery, Hosts};
+use maker::Maker;
 use plan::{Plan, Terms};
+use sites::{Reach, Sites};
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,9 +58,12 @@ pub fn is_elastic(arguments: &Arguments) -> bool {
 }
 
 /// Runs the job to its end and returns the exit code.
-pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
+pub fn run(arguments: &Arguments, called: &OsStr, config: &Config) -> Result<i32> {
     let terms = terms(arguments, config)?;
     let fixed = fixed_hosts(arguments, &terms)?;
+    let ssh = Ssh::new(arguments.hosts.ssh(), called, |name| std::env::var(name).ok())?;
+    // Workers that run already must be reached by those that a script may name later.
+    let for_others = terms.changing || fixed.slots.iter().any(|(host, _)| !fixed.here.contains(host));
     let (open_files, _) = sys::open_files_limit();
     sys::set_open_files_limit(open_files.max(u64::from(terms.max.min(1 << 14)) * 6 + SPARE_FILES));
     let secret = Secret::mint()?;
@@ -85,7 +98,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let begin = || -> Result<Crew> {
         let bell = Waker::new().map_err(system)?;
         let (tell, events) = bounded(EVENTS_MAX);
-        let server = serve(config, secret, &terms, (tell, bell.clone()))?;
+        let server = serve(config, &secret, &terms, for_others, (tell, bell.clone()))?;
         let now = Instant::now();
         let mut plan = Plan::new(terms, now, u64::from(std::process::id()));
         let script = arguments.elastic.host_discovery_script.clone();
@@ -93,19 +106,21 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         let start = |script| Discovery::start(script, slots, bell.clone());
         let discovery = script.map(start).transpose().map_err(system)?;
         if discovery.is_none() {
-            plan.discovered(fixed, now);
+            plan.discovered(fixed.slots, now);
         }
+        let guard = Link::local(guard, order_writer, report_reader, 0..0);
+        let sites = Sites::new(reach(arguments, config, ssh, secret, (&server, bell.clone())));
         Crew::new(Setup {
             guard,
-            orders: File::from(order_writer),
             parcels,
-            reports: File::from(report_reader),
+            sites,
             signals,
             plan,
-            make: make_worker(arguments, config, address(&server)),
+            maker: Maker::new(arguments, config, address(&server)),
             server,
             events,
             bell,
+            here: fixed.here,
             discovery,
             command: arguments.command[0].clone(),
             kill_after: Duration::from_secs_f64(arguments.kill_after),
@@ -151,52 +166,76 @@ fn terms(arguments: &Arguments, config: &Config) -> Result<Terms> {
             ));
         }
     };
-    let timeout = Duration::from_secs(config.elastic_timeout_s);
-    Ok(Terms { min, max, first, reset_limit: elastic.reset_limit, cooldown, timeout })
+    Ok(Terms {
+        min,
+        max,
+        first,
+        reset_limit: elastic.reset_limit,
+        cooldown,
+        timeout: Duration::from_secs(config.elastic_timeout_s),
+        changing: elastic.host_discovery_script.is_some(),
+    })
 }
 
 /// Hosts that do not change, where there is no script: those listed, or this one.
-fn fixed_hosts(arguments: &Arguments, terms: &Terms) -> Result<Slots> {
+fn fixed_hosts(arguments: &Arguments, terms: &Terms) -> Result<Hosts> {
     let listed = arguments.hosts.hosts.is_some() || arguments.hosts.hostfile.is_some();
     if arguments.elastic.host_discovery_script.is_some() {
         return match listed {
             true => {
                 Err(Error::usage("--host-discovery-script names the hosts; -H and --hostfile cannot, too"))
             }
-            false => Ok(Slots::new()),
+            false => Ok(Hosts::default()),
         };
     }
-    let hosts = arguments.hosts.source().read()?;
-    if !hosts.is_empty() {
-        hosts::assign(&hosts, terms.first, hosts::is_this_host)?;
-        for host in &hosts {
-            check_local(&host.name)?;
-        }
-        return Ok(hosts.into_iter().map(|host| (host.name, host.slots)).collect());
+    let hosts = arguments.hosts.source().or_found(|name| std::env::var(name).ok()).read()?;
+    if hosts.is_empty() {
+        let slots = arguments.elastic.slots_per_host.unwrap_or(terms.max.min(terms.first));
+        return Ok(Hosts::new(vec![("localhost".to_owned(), slots)], &mut BTreeMap::new()));
     }
-    Ok(vec![("localhost".to_owned(), arguments.elastic.slots_per_host.unwrap_or(terms.max.min(terms.first)))])
+    let slots = hosts.iter().map(|host| (host.name.clone(), host.slots)).collect();
+    let found = Hosts::new(slots, &mut BTreeMap::new());
+    hosts::assign(&hosts, terms.first, |name| found.here.contains(name))?;
+    Ok(found)
 }
 
-/// Workers that come and go are started on this host only, so far.
-fn check_local(host: &str) -> Result<()> {
-    if hosts::is_this_host(host) {
-        return Ok(());
+/// How other hosts are reached, and what each is told.
+fn reach(
+    arguments: &Arguments,
+    config: &Config,
+    ssh: Ssh,
+    secret: Secret,
+    (server, bell): (&Server, Waker),
+) -> Reach {
+    let directory = std::env::current_dir().unwrap_or_default();
+    let shared = ssh::forwarded(std::env::vars_os());
+    let task = Task { command: &arguments.command, directory: &directory, shared: &shared };
+    Reach {
+        ssh,
+        preamble: preamble(&secret, &task),
+        common: common(&task),
+        secret,
+        absent: Box::new({
+            let directory = directory.clone();
+            move |host, answer| absent(host, answer, &directory)
+        }),
+        interfaces: arguments.hosts.network_interfaces.clone(),
+        limit: Duration::from_secs(config.start_timeout_s),
+        serves: server.addresses().to_vec(),
+        bell,
     }
-    Err(Error::usage(format!(
-        "workers of an elastic job cannot be started on '{host}': this version of carolerun starts them on its own host \
-         only. Name this host (localhost:4), or leave the elastic flags (--min-np, --max-np, --host-discovery-script) out"
-    )))
 }
 
 fn serve(
     config: &Config,
-    secret: Secret,
+    secret: &Secret,
     terms: &Terms,
+    for_others: bool,
     events: (crossbeam::channel::Sender<crate::rendezvous::server::assembly::Event>, Waker),
 ) -> Result<Server> {
     let options = ServerOptions {
-        bind: Bind::Loopback(0),
-        secret,
+        bind: if for_others { Bind::Everywhere(0) } else { Bind::Loopback(0) },
+        secret: secret.clone(),
         size: terms.max,
         epoch: Epoch(0),
         once: false,
@@ -211,42 +250,4 @@ fn serve(
         events,
     };
     Server::start_elastic(options, elastic)
-}
-
-/// How workers are made: each with pipes of its own, and variables that say where it is to come.
-fn make_worker(arguments: &Arguments, config: &Config, rendezvous: String) -> MakeWorker {
-    let timestamps = arguments.output.prefix_output_with_timestamp;
-    let settings: Vec<(String, String)> =
-        config.set_by(Layer::Flag).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    let (plain, folder) = (arguments.plain_output, arguments.output.output_filename.clone());
-    Box::new(move |worker, host| {
-        // Where workers are started on other hosts, they are started from here.
-        check_local(host.split(':').next().unwrap_or(host))?;
-        let (out_reader, stdout) = pipe()?;
-        let (err_reader, stderr) = pipe()?;
-        let prefix = |name: &str| if plain { String::new() } else { format!("[worker {worker}]<{name}>:") };
-        let mut pair = [
-            Stream::new(out_reader, prefix("stdout"), timestamps),
-            Stream::new(err_reader, prefix("stderr"), timestamps),
-        ];
-        if let Some(folder) = &folder {
-            copy_to_files(&mut pair, folder, worker as u32, 1)?;
-        }
-        for stream in &pair {
-            let pipe = stream.pipe().expect("a new stream has its pipe");
-            rustix::io::ioctl_fionbio(pipe.as_fd(), true).map_err(|e| system(e.into()))?;
-        }
-        let mut variables = vec![
-            ("CAROLE_WORKER".to_owned(), worker.to_string()),
-            ("CAROLE_RENDEZVOUS".to_owned(), rendezvous.clone()),
-            // Scripts that were written for Horovod read these.
-            ("HOROVOD_ELASTIC".to_owned(), "1".to_owned()),
-            ("HOROVOD_HOSTNAME".to_owned(), host.to_owned()),
-        ];
-        if std::env::var_os("PYTHONUNBUFFERED").is_none() {
-            variables.push(("PYTHONUNBUFFERED".to_owned(), "1".to_owned()));
-        }
-        variables.extend(settings.iter().cloned());
-        Ok((RankSpec { variables, stdout, stderr }, pair))
-    })
 }

@@ -30,6 +30,8 @@ pub struct Terms {
     pub cooldown: (Duration, Duration),
     /// How long there may be too few slots.
     pub timeout: Duration,
+    /// Whether other hosts may be found later.
+    pub changing: bool,
 }
 
 /// What is to be done.
@@ -186,9 +188,8 @@ impl Plan {
         }
         let mut free = Vec::new();
         for (host, slots) in &self.slots {
-            let cools = self.failures.get(host).is_some_and(|f| f.until.is_some_and(|until| now < until));
             let taken = self.on(host);
-            if !cools {
+            if !self.cools(host, now) {
                 free.extend((taken..*slots as usize).map(|_| host.clone()));
             }
         }
@@ -238,14 +239,14 @@ impl Plan {
     pub fn excluded(&mut self, workers: &[Worker], now: Instant) {
         for worker in workers {
             if let Some(placed) = self.workers.get_mut(worker) {
-                let known = placed.state == State::Leaving;
+                let (known, host) = (placed.state == State::Leaving, placed.host.clone());
                 placed.state = State::Leaving;
                 if !known {
                     self.steps.push_back(Step::Say(format!(
                         "worker {worker} did not answer, and the others have gone on without it; ending it"
                     )));
                     self.farewells.insert(*worker, now + FAREWELL);
-                    self.cool(*worker, now);
+                    self.cool(&host, now);
                 }
             }
         }
@@ -267,17 +268,82 @@ impl Plan {
         let Some(placed) = self.workers.get(&worker) else { return };
         let (state, host) = (placed.state, placed.host.clone());
         if code != 0 && state != State::Leaving && !self.over {
-            self.cool(worker, now);
-            self.failed = Some(code);
-            let left = self.staying() - 1;
-            let until = self.failures.get(&host).and_then(|failures| failures.until);
-            let pause = until.map_or(0.0, |until| until.duration_since(now).as_secs_f64());
+            self.cool(&host, now);
+            let (left, pause) = (self.staying() - 1, self.pause(&host, now));
             self.steps.push_back(Step::Say(format!(
                 "worker {worker} on {host} {words}; {left} left; no new one is started there for {pause:.1} s"
             )));
         }
-        self.workers.remove(&worker);
+        self.gone(worker, code, now);
+    }
+
+    /// A host is lost, and all workers with it.
+    pub fn lost(&mut self, host: &str, code: i32, why: &str, now: Instant) {
+        let workers = self.those_on(host);
+        if !self.over {
+            self.cool(host, now);
+            let (count, pause) = (workers.len(), self.pause(host, now));
+            let stay = |w: &&Worker| self.workers[*w].state != State::Leaving;
+            let left = self.staying() - workers.iter().filter(stay).count();
+            self.steps.push_back(Step::Say(format!(
+                "host '{host}' is lost, and with it {count} workers: {why}; {left} left; no new one is started there for \
+                 {pause:.1} s"
+            )));
+        }
+        workers.into_iter().for_each(|worker| self.gone(worker, code, now));
+    }
+
+    /// On a host nothing can be started, so these of its workers never will be. `code`: of the job, if that ends it;
+    /// `heals`: it may be otherwise later.
+    pub fn unfit(
+        &mut self,
+        host: &str,
+        workers: &[Worker],
+        why: &str,
+        (code, heals): (i32, bool),
+        now: Instant,
+    ) {
+        workers.iter().for_each(|worker| drop(self.workers.remove(worker)));
+        if self.over {
+            return;
+        }
+        self.cool(host, now);
+        let left = self.slots.iter().filter(|(host, _)| !self.cools(host, now));
+        let usable: u32 = left.map(|(_, slots)| slots).sum();
+        let hopeless = match self.terms.changing {
+            true => !heals && self.workers.is_empty(),
+            false => usable < self.terms.min,
+        };
+        if !self.trained && hopeless {
+            self.steps.push_back(Step::Say(why.to_owned()));
+            let min = self.terms.min;
+            let why =
+                format!("{usable} slots are left on other hosts, and at least {min} are needed (--min-np)");
+            return self.end(code, Some(why));
+        }
+        let pause = self.pause(host, now);
+        self.steps
+            .push_back(Step::Say(format!("{why}; it is left out for {pause:.1} s, and then tried again")));
+        self.settle(code, now);
+    }
+
+    /// The workers on a host.
+    pub fn those_on(&self, host: &str) -> Vec<Worker> {
+        self.workers.iter().filter(|(_, placed)| placed.host == host).map(|(worker, _)| *worker).collect()
+    }
+
+    /// Whether a host is listed or has workers.
+    pub fn needs(&self, host: &str) -> bool {
+        self.slots.iter().any(|(listed, _)| listed == host) || self.on(host) > 0
+    }
+
+    /// A worker is no more.
+    fn gone(&mut self, worker: Worker, code: i32, now: Instant) {
         self.farewells.remove(&worker);
+        let Some(Placed { state, .. }) = self.workers.remove(&worker) else { return };
+        if code != 0 && state != State::Leaving && !self.over {
+            self.failed = Some(code);
+        }
         if code == 0 && state == State::Member {
             self.closing = true;
             self.failed = None;
@@ -285,19 +351,33 @@ impl Plan {
         if self.over {
             return;
         }
-        let any = |state| self.workers.values().any(|placed| placed.state == state);
-        // Only who has trained has the state; before the first epoch anybody will do.
-        let survivors = any(State::Member) || (!self.trained && any(State::Starting));
-        if self.closing {
-            // Those that have just come have nobody to train with.
-            if !any(State::Member) && !any(State::Leaving) {
-                self.end(self.failed.unwrap_or(0), None);
-            }
-        } else if !survivors && code != 0 && state != State::Leaving {
+        let (survivors, _) = self.survivors();
+        if !self.closing && !survivors && code != 0 && state != State::Leaving {
             // Nobody has the state of the training any more; or nobody can even start.
             self.end(code, Some("all workers have failed".to_owned()));
+        } else {
+            self.settle(self.failed.unwrap_or(0), now);
+        }
+    }
+
+    /// Whether somebody has the state of the training, or is in the epoch or has just left it. Before the first epoch
+    /// anybody will do.
+    fn survivors(&self) -> (bool, bool) {
+        let any = |state| self.workers.values().any(|placed| placed.state == state);
+        let members = any(State::Member);
+        (members || (!self.trained && any(State::Starting)), members || any(State::Leaving))
+    }
+
+    /// Some are there no more: others take their places, or the job is over.
+    fn settle(&mut self, code: i32, now: Instant) {
+        let (survivors, here) = self.survivors();
+        if self.closing {
+            // Those that have just come have nobody to train with.
+            if !here {
+                self.end(self.failed.unwrap_or(0), None);
+            }
         } else if !survivors && self.trained {
-            self.end(self.failed.unwrap_or(0), Some("no worker is left".to_owned()));
+            self.end(code, Some("no worker is left".to_owned()));
         } else {
             self.fill(now);
         }
@@ -309,16 +389,31 @@ impl Plan {
         self.end(code, Some(why));
     }
 
-    fn cool(&mut self, worker: Worker, now: Instant) {
-        let Some(host) = self.workers.get(&worker).map(|placed| placed.host.clone()) else { return };
+    /// Whether a host is left alone.
+    fn cools(&self, host: &str, now: Instant) -> bool {
+        self.failures.get(host).is_some_and(|failures| failures.until.is_some_and(|until| now < until))
+    }
+
+    /// For how many seconds no worker is started on a host.
+    fn pause(&self, host: &str, now: Instant) -> f64 {
+        let until = self.failures.get(host).and_then(|failures| failures.until);
+        until.map_or(0.0, |until| until.duration_since(now).as_secs_f64())
+    }
+
+    fn cool(&mut self, host: &str, now: Instant) {
+        if self.cools(host, now) {
+            // Of the same failure, most likely: nobody was started there since.
+            return;
+        }
         let (least, most) = self.terms.cooldown;
-        let before = self.failures.get(&host).filter(|failures| now < failures.at + 2 * most);
+        let before = self.failures.get(host).filter(|failures| now < failures.at + 2 * most);
         let in_a_row = before.map_or(0, |failures| failures.in_a_row);
         let doubled = least.saturating_mul(1u32.checked_shl(in_a_row).unwrap_or(u32::MAX)).min(most);
         // So that hosts that failed together do not come back together.
         let pause = (doubled + least.mul_f64(self.fraction())).min(most);
         let until = Some(now + pause);
-        self.failures.insert(host, Failures { in_a_row: in_a_row.saturating_add(1), at: now, until });
+        self.failures
+            .insert(host.to_owned(), Failures { in_a_row: in_a_row.saturating_add(1), at: now, until });
     }
 
     fn fraction(&mut self) -> f64 {

@@ -3,7 +3,15 @@ use super::*;
 const SECOND: Duration = Duration::from_secs(1);
 
 fn terms(min: u32, first: u32, max: u32) -> Terms {
-    Terms { min, max, first, reset_limit: None, cooldown: (10 * SECOND, 60 * SECOND), timeout: 600 * SECOND }
+    Terms {
+        min,
+        max,
+        first,
+        reset_limit: None,
+        cooldown: (10 * SECOND, 60 * SECOND),
+        timeout: 600 * SECOND,
+        changing: true,
+    }
 }
 
 struct Scene {

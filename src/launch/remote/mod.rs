@@ -8,9 +8,11 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod candidate;
 pub mod facts;
 pub mod gather;
 pub mod probe;
+mod relay;
 pub mod ssh;
 pub mod ways;
 pub mod words;
@@ -53,38 +55,56 @@ pub fn send(
     task: &Task<'_>,
     variables: impl Fn(u32) -> Vec<(String, String)>,
 ) -> Result<Vec<String>> {
-    let directory = format!("directory {}\n", escape(task.directory.as_os_str().as_bytes()));
-    let secret = format!("secret {}\n", secret.to_hex());
-    let answers = crew.exchange(|_| vec![secret.clone() + &directory], ANSWER)?;
+    let preamble = preamble(secret, task);
+    let answers = crew.exchange(|_| vec![preamble.clone()], ANSWER)?;
     let mut warnings = Vec::new();
     for (agent, answers) in crew.agents.iter().zip(answers) {
-        if let Some(why) = answers[0].strip_prefix("absent ") {
-            warnings.push(format!(
-                "host '{}': the folder '{}' cannot be entered there ({}); the ranks run in the home folder",
-                agent.host,
-                task.directory.display(),
-                unescape_text(why).unwrap_or_default()
-            ));
-        }
+        warnings.extend(absent(&agent.host, &answers[0], task.directory));
     }
-    let pairs = |list: &[(OsString, OsString)]| -> String {
-        let word = |text: &OsStr| escape(text.as_bytes());
-        list.iter().map(|(name, value)| format!("variable {} {}\n", word(name), word(value))).collect()
-    };
-    let command: Vec<String> = task.command.iter().map(|word| escape(word.as_bytes())).collect();
-    let common = format!("command {}\n{}", command.join(" "), pairs(task.shared));
+    let common = common(task);
     for (agent, placement) in crew.agents.iter_mut().zip(placements.iter().filter(|p| !p.local)) {
         let mut orders = common.clone();
         for rank in placement.ranks.clone() {
-            let words: Vec<String> = variables(rank)
-                .iter()
-                .map(|(name, value)| format!("{} {}", escape(name.as_bytes()), escape(value.as_bytes())))
-                .collect();
-            orders.push_str(&format!("rank {}\n", words.join(" ")));
+            orders.push_str(&format!("rank {}\n", pairs(&variables(rank))));
         }
         agent.link.orders.push(&[orders.as_bytes()]);
     }
     Ok(warnings)
+}
+
+/// What an agent is told first: the secret, and the folder, to which it answers.
+#[must_use]
+pub fn preamble(secret: &Secret, task: &Task<'_>) -> String {
+    format!("secret {}\ndirectory {}\n", secret.to_hex(), escape(task.directory.as_os_str().as_bytes()))
+}
+
+/// What the user should know of the folder, by an agent's answer.
+#[must_use]
+pub fn absent(host: &str, answer: &str, directory: &Path) -> Option<String> {
+    let why = answer.strip_prefix("absent ")?;
+    Some(format!(
+        "host '{host}': the folder '{}' cannot be entered there ({}); the ranks run in the home folder",
+        directory.display(),
+        unescape_text(why).unwrap_or_default()
+    ))
+}
+
+/// What all ranks have in common.
+#[must_use]
+pub fn common(task: &Task<'_>) -> String {
+    let word = |text: &OsStr| escape(text.as_bytes());
+    let command: Vec<String> = task.command.iter().map(|text| word(text)).collect();
+    let shared = task.shared.iter().map(|(name, value)| format!("variable {} {}\n", word(name), word(value)));
+    format!("command {}\n{}", command.join(" "), shared.collect::<String>())
+}
+
+/// The variables of one rank, as words.
+#[must_use]
+pub fn pairs(variables: &[(String, String)]) -> String {
+    let pair = |(name, value): &(String, String)| {
+        format!("{} {}", escape(name.as_bytes()), escape(value.as_bytes()))
+    };
+    variables.iter().map(pair).collect::<Vec<_>>().join(" ")
 }
 
 /// Two names of one host are refused: their ranks would share memory and have the same local ranks.

@@ -11,9 +11,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 /// Up to so many hosts every pair is tried; beyond, each host tries those at distances that are powers of two.
-const ALL_PAIRS_MAX: usize = 24;
+pub const ALL_PAIRS_MAX: usize = 24;
 /// How long probes may take, and the agents' answers.
-const PROBES: Duration = Duration::from_secs(20);
+pub const PROBES: Duration = Duration::from_secs(20);
 
 /// What a probe of one address found.
 pub type Probed = (SocketAddr, std::result::Result<(), String>);
@@ -27,10 +27,16 @@ pub struct Ways {
     /// By (from, to): what the probes found.
     pub probes: BTreeMap<(usize, usize), Vec<Probed>>,
     /// The launcher's own; it answers until this is dropped.
-    _answerer: Answerer,
+    _answerer: Option<Answerer>,
 }
 
 impl Ways {
+    /// Between these hosts; nothing is known yet.
+    #[must_use]
+    pub fn of(names: Vec<String>) -> Ways {
+        Ways { served: vec![Vec::new(); names.len()], names, probes: BTreeMap::new(), _answerer: None }
+    }
+
     /// Lets every host open a port, and tries them from the others. `local`: the launcher's host has ranks itself;
     /// otherwise only it must be reached.
     pub fn find(crew: &mut Crew<'_>, secret: &Secret, local: bool, interfaces: &[String]) -> Result<Ways> {
@@ -59,7 +65,7 @@ impl Ways {
                 quoted(&names[mute])
             )));
         }
-        let mut ways = Ways { names, served, probes: BTreeMap::new(), _answerer: answerer };
+        let mut ways = Ways { names, served, probes: BTreeMap::new(), _answerer: Some(answerer) };
         ways.probe(crew, secret, local)?;
         Ok(ways)
     }
@@ -151,7 +157,8 @@ impl Ways {
 }
 
 /// What a host proves to be. The number tells apart two hosts of one name.
-fn name_of(host: usize, name: &str) -> String {
+#[must_use]
+pub fn name_of(host: usize, name: &str) -> String {
     format!("{host}/{name}")
 }
 
@@ -176,7 +183,8 @@ fn neighbours(from: usize, count: usize) -> Vec<usize> {
     found
 }
 
-fn addresses(answer: &str) -> std::result::Result<Vec<SocketAddr>, String> {
+/// What a host answers to the order to serve: where, or why not.
+pub fn addresses(answer: &str) -> std::result::Result<Vec<SocketAddr>, String> {
     match answer.split_once(' ').unwrap_or((answer, "")) {
         ("serving", list) => list
             .split(' ')
@@ -189,7 +197,8 @@ fn addresses(answer: &str) -> std::result::Result<Vec<SocketAddr>, String> {
 }
 
 /// `reached NAME ADDRESS % ADDRESS WHY ...`.
-fn parse(answer: &str) -> Option<Vec<Probed>> {
+#[must_use]
+pub fn parse(answer: &str) -> Option<Vec<Probed>> {
     let words: Vec<&str> = answer.strip_prefix("reached ")?.split(' ').skip(1).collect();
     let probed = |pair: &[&str]| {
         let why = unescape_text(pair.get(1)?)?;
@@ -203,7 +212,6 @@ mod tests {
     use super::*;
 
     fn ways(probes: &[(usize, usize, &str, bool)]) -> Ways {
-        let secret = Secret::mint().unwrap();
         let mut found: BTreeMap<(usize, usize), Vec<Probed>> = BTreeMap::new();
         let mut served = vec![Vec::new(); 3];
         for &(from, to, ip, ok) in probes {
@@ -215,8 +223,7 @@ mod tests {
             }
         }
         let names = ["this host", "a", "b"].map(str::to_owned).to_vec();
-        let answerer = Answerer::start(secret, "x".to_owned(), &[]).unwrap();
-        Ways { names, served, probes: found, _answerer: answerer }
+        Ways { served, probes: found, ..Ways::of(names) }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::Read;
 
 /// Raised whenever an older agent would not understand.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// The first word of an agent. Whatever a login shell prints before it is passed over.
 pub const GREETING: &str = "carole-agent";
 /// A longer line is nobody's who knows the protocol. A line holds at most one variable or one list of addresses.
