@@ -24,6 +24,9 @@ use std::time::{Duration, Instant};
 /// The variables of a worker.
 pub type Variables = Vec<(String, String)>;
 
+/// What is to be said of a host and its answer, if anything.
+pub type Remark = Box<dyn Fn(&str, &str) -> Option<String>>;
+
 /// How hosts are reached, and what each is told.
 pub struct Reach {
     /// How a command is run there.
@@ -35,7 +38,7 @@ pub struct Reach {
     /// What all workers have in common.
     pub common: String,
     /// What the user should know of that answer.
-    pub absent: Box<dyn Fn(&str, &str) -> Option<String>>,
+    pub absent: Remark,
     /// Interfaces that the user has named.
     pub interfaces: Vec<String>,
     /// How long it may take to reach a host.
