@@ -116,7 +116,8 @@ pub struct Elastic {
     /// The most processes (--max-num-proc also works)
     #[arg(long = "max-np", alias = "max-num-proc", value_name = "N")]
     pub max_num_proc: Option<u32>,
-    /// A program that prints the hosts that there are now, each as HOST or HOST:SLOTS; it is run every second
+    /// A program that prints the hosts that there are now, each as HOST or HOST:SLOTS; it is run every second. Without
+    /// it the hosts are those of -H or --hostfile, or this one
     #[arg(long, value_name = "FILE")]
     pub host_discovery_script: Option<PathBuf>,
     /// Slots of a host for which nothing is said
@@ -128,7 +129,8 @@ pub struct Elastic {
     /// How many times the job may form a new epoch before it is given up
     #[arg(long, value_name = "N")]
     pub reset_limit: Option<u32>,
-    /// For how many seconds no process is started on a host where one failed: the first time, and at most
+    /// For how many seconds no process is started on a host where one failed, or that was lost or not reached: the first
+    /// time, and at most
     #[arg(long, num_args = 2, value_names = ["LEAST", "MOST"])]
     pub blacklist_cooldown_range: Vec<u64>,
 }

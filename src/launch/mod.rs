@@ -4,7 +4,8 @@
 //! Two processes look after the ranks of a host. The *launcher* (this module and [`supervise`]) talks to the user and
 //! serves the rendezvous. Its child, the *guard*, is the parent of all ranks. Whichever of the two is killed,
 //! the other one ends the job, so nothing is left behind. On another host an *agent* ([`remote`]) stands for the
-//! launcher: it passes orders on to a guard there, and reports and output back.
+//! launcher: it passes orders on to a guard there, and reports and output back. In an elastic job ([`elastic`]) agents
+//! and ranks come and go while it runs.
 #![deny(unsafe_code)]
 
 mod args;

@@ -20,7 +20,7 @@ use super::args::Arguments;
 use super::guard::{self, JobSpec};
 use super::link::Link;
 use super::remote::ssh::{self, Ssh};
-use super::remote::{Task, absent, common, preamble};
+use super::remote::{Task, common, preamble};
 use super::{FORWARDED, PLACE, SPARE_FILES, address, hosts, pipe, sys, system};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -215,10 +215,7 @@ fn reach(
         preamble: preamble(&secret, &task),
         common: common(&task),
         secret,
-        absent: Box::new({
-            let directory = directory.clone();
-            move |host, answer| absent(host, answer, &directory)
-        }),
+        directory: directory.clone(),
         interfaces: arguments.hosts.network_interfaces.clone(),
         limit: Duration::from_secs(config.start_timeout_s),
         serves: server.addresses().to_vec(),

@@ -225,3 +225,89 @@ fn resets_are_limited() {
     let (code, why) = scene.over();
     assert!(code == 1 && why.unwrap().contains("--reset-limit"));
 }
+
+const UNREACHED: (i32, bool) = (2, true);
+
+fn fixed(min: u32, first: u32, max: u32) -> Terms {
+    Terms { changing: false, ..terms(min, first, max) }
+}
+
+#[test]
+fn a_host_that_is_lost_fails_once_and_the_others_go_on() {
+    let mut scene = Scene::new(terms(2, 4, 4), &[("a", 2), ("b", 2)]);
+    scene.started();
+    scene.plan.formed(&[0, 1, 2, 3]);
+    scene.plan.lost("b", 255, "its connection ended", scene.now);
+    assert!(scene.plan.those_on("b").is_empty());
+    assert_eq!(scene.steps(), []);
+    // From 10 s to 20 s, however many workers it had.
+    scene.later(21 * SECOND);
+    assert_eq!(scene.started(), on("b", &[4, 5]));
+    scene.plan.lost("b", 255, "its connection ended", scene.now);
+    scene.later(19 * SECOND);
+    assert_eq!(scene.steps(), [], "twice as long the second time");
+    scene.later(12 * SECOND);
+    assert_eq!(scene.started(), on("b", &[6, 7]));
+}
+
+#[test]
+fn with_the_last_host_the_job_is_lost() {
+    let mut scene = Scene::new(terms(1, 2, 2), &[("b", 2)]);
+    scene.started();
+    scene.plan.formed(&[0, 1]);
+    scene.plan.lost("b", 255, "its connection ended", scene.now);
+    let (code, why) = scene.over();
+    assert!(code == 255 && why.unwrap().contains("failed"));
+}
+
+#[test]
+fn a_host_that_is_not_reached_is_left_out_for_a_while() {
+    let mut scene = Scene::new(fixed(2, 4, 4), &[("a", 2), ("b", 2)]);
+    assert_eq!(scene.started(), [on("a", &[0, 1]), on("b", &[2, 3])].concat());
+    scene.plan.unfit("b", &[2, 3], "b is not reached", UNREACHED, scene.now);
+    assert_eq!(scene.steps(), []);
+    scene.plan.formed(&[0, 1]);
+    scene.later(21 * SECOND);
+    assert_eq!(scene.started(), on("b", &[4, 5]));
+    scene.plan.unfit("b", &[4, 5], "b is not reached", UNREACHED, scene.now);
+    assert_eq!(scene.steps(), [], "who trains is not ended by it");
+}
+
+#[test]
+fn too_few_hosts_that_are_reached_end_a_job_whose_hosts_do_not_change() {
+    let mut scene = Scene::new(fixed(3, 4, 4), &[("a", 2), ("b", 2)]);
+    scene.started();
+    scene.plan.unfit("b", &[2, 3], "b is not reached", UNREACHED, scene.now);
+    let (code, why) = scene.over();
+    assert!(code == 2 && why.unwrap().contains("--min-np"));
+    // Where hosts come and go, others may come.
+    let mut scene = Scene::new(terms(3, 4, 4), &[("a", 2), ("b", 2)]);
+    scene.started();
+    scene.plan.unfit("b", &[2, 3], "b is not reached", UNREACHED, scene.now);
+    assert_eq!(scene.steps(), []);
+    scene.hosts(&[("a", 2), ("c", 2)]);
+    assert_eq!(scene.started(), on("c", &[4, 5]));
+}
+
+#[test]
+fn a_command_that_no_host_has_ends_the_job_and_one_that_a_host_lacks_does_not() {
+    let mut scene = Scene::new(terms(2, 4, 4), &[("a", 2), ("b", 2)]);
+    scene.started();
+    scene.plan.unfit("b", &[2], "b lacks it", (127, false), scene.now);
+    scene.plan.unfit("b", &[3], "b lacks it", (127, false), scene.now);
+    scene.plan.unfit("a", &[0], "a lacks it", (127, false), scene.now);
+    assert_eq!(scene.steps(), []);
+    scene.plan.unfit("a", &[1], "a lacks it", (127, false), scene.now);
+    assert_eq!(scene.over().0, 127);
+}
+
+#[test]
+fn a_host_is_needed_while_it_is_named_or_has_workers() {
+    let mut scene = Scene::new(terms(1, 2, 2), &[("a", 1), ("b", 1)]);
+    scene.started();
+    scene.plan.formed(&[0, 1]);
+    scene.hosts(&[("a", 1)]);
+    assert!(scene.plan.needs("b"), "its worker has not left yet");
+    scene.ends(1, 0);
+    assert!(scene.plan.needs("a") && !scene.plan.needs("b"));
+}

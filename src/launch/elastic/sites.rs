@@ -11,7 +11,7 @@ use super::super::remote::gather::AT_ONCE;
 use super::super::remote::probe::Answerer;
 use super::super::remote::ssh::Ssh;
 use super::super::remote::words::{Piece, unescape_text};
-use super::super::remote::{pairs, ways};
+use super::super::remote::{absent, pairs, ways};
 use super::exam::Exam;
 use super::plan::Worker;
 use crate::rendezvous::secret::Secret;
@@ -19,13 +19,11 @@ use crate::transport::wake::Waker;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// The variables of a worker.
 pub type Variables = Vec<(String, String)>;
-
-/// What is to be said of a host and its answer, if anything.
-pub type Remark = Box<dyn Fn(&str, &str) -> Option<String>>;
 
 /// How hosts are reached, and what each is told.
 pub struct Reach {
@@ -37,8 +35,8 @@ pub struct Reach {
     pub preamble: String,
     /// What all workers have in common.
     pub common: String,
-    /// What the user should know of that answer.
-    pub absent: Remark,
+    /// That folder.
+    pub directory: PathBuf,
     /// Interfaces that the user has named.
     pub interfaces: Vec<String>,
     /// How long it may take to reach a host.
@@ -460,7 +458,7 @@ impl Sites {
         match word {
             "pong" | "entered" => {}
             "absent" => {
-                let words = (self.reach.absent)(&host, &line)?;
+                let words = absent(&host, &line, &self.reach.directory)?;
                 self.news.push_back(News::Say(words));
             }
             "serving" | "mute" => self.served(index, &line),
