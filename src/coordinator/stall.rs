@@ -6,7 +6,7 @@
 //! every member can explain what it waits for.
 #![forbid(unsafe_code)]
 
-use super::{Coordinator, Intent, OpId, Rules, misbehaved, mismatch};
+use super::{Coordinator, Intent, OpId, Rules, misbehaved, mismatch, shown};
 use crate::error::Cause;
 use crate::limits::IN_FLIGHT_MAX;
 use crate::types::{Member, Rank, Time};
@@ -210,12 +210,15 @@ impl Coordinator {
         let passed = |limit: u64| limit > 0 && age >= limit;
         if passed(rules.stall_fail_ns) {
             self.stall.broken = true;
-            self.intents.push_back(Intent::Break(None, Cause::Stalled { tensor: query.name, missing }));
+            self.intents.push_back(Intent::Break(
+                None,
+                Cause::Stalled { tensor: shown(&query.name).to_owned(), missing },
+            ));
         } else if passed(rules.stall_warn_ns) {
             self.intents.push_back(Intent::Warn(format!(
                 "'{}' waits since {} s for {}, which have not submitted it; look whether those ranks run the same \
                  program on the same branch, or are stuck",
-                query.name,
+                shown(&query.name),
                 age / SECOND_NS,
                 mismatch::rank_list(&missing)
             )));
@@ -253,7 +256,7 @@ impl Coordinator {
         let Some(row) = self.ops.get(&op).map(|&row| &self.table.rows[row as usize]) else {
             return "it is not in agreement: it has been agreed, or was never submitted".to_owned();
         };
-        let (name, mark) = (&row.name, &row.mark);
+        let (name, mark) = (shown(&row.name), &row.mark);
         if mark.op != Some(op) {
             return format!("held back until the former operation of the name '{name}' has completed");
         }

@@ -12,7 +12,7 @@ use crate::memory::{OwnedBytes, Piece, PieceRange, Region, RunId};
 use crate::run::{Order, Run};
 use crate::transport::board::Exchange;
 use crate::transport::{LinkOrder, OrderKind, Stream};
-use crate::types::{Collective, JoinAverage, Rank, ReduceOp, SetId};
+use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, SetId};
 use std::sync::Arc;
 
 /// What a registered run of memory belongs to.
@@ -67,11 +67,7 @@ impl Engine {
         let (me, size) = (process_set.me(), process_set.size());
         let first = &cut[batch.operation as usize];
         let signature = Arc::clone(&first.signature);
-        let root = if signature.collective.has_root() {
-            process_set.member_of(signature.root).unwrap_or(0)
-        } else {
-            0
-        };
+        let root = process_set.root_of(&signature);
         let hosts = Arc::clone(&process_set.hosts);
         let dtype = signature.tensors[batch.parts[0].tensor as usize].dtype;
         let reduction = Reduction { dtype, op: signature.op };
@@ -89,7 +85,6 @@ impl Engine {
         }
         flight.direct = self.goes_direct(set, cut, batch.operation as usize, total_bytes);
         flight.on_boards = !flight.direct && self.goes_over_boards(set, &signature);
-        let mut longest = 0;
         for part in batch.parts {
             let agreed = &cut[part.operation as usize];
             let sizes = operation::sizes(agreed, part.tensor as usize, me, size, root);
@@ -107,24 +102,7 @@ impl Engine {
                 None => stand_in(&sizes, reduction, signature.collective, &mut flight),
             }
         }
-        if signature.collective == Collective::Alltoall {
-            longest = longest_block(first, size);
-        }
-        let divisor = divisor(first, size);
-        let shape = BatchShape {
-            collective: signature.collective,
-            op: if signature.collective.reduces() { signature.op } else { ReduceOp::Sum },
-            dtype,
-            me,
-            root,
-            scale: signature.scale,
-            divisor,
-            hosts: &hosts,
-            bytes: &flight.bytes,
-            tensors: batch.parts.len(),
-            total_bytes,
-            longest,
-        };
+        let shape = shape(first, dtype, (me, root), &hosts, (&flight.bytes, total_bytes), batch.parts.len());
         if flight.direct {
             let slot_bytes = self.setup.direct.slot_bytes;
             let rounds = self.plans.rounds(set.0, &shape, first.op.is_none(), slot_bytes);
@@ -430,6 +408,34 @@ impl Engine {
     }
 }
 
+/// What a batch of `tensors` tensors of this type depends on, the first of them of the agreed operation: this member and
+/// the root, and the bytes of each tensor and of all members' together.
+pub(super) fn shape<'a>(
+    first: &Agreed,
+    dtype: DType,
+    (me, root): (u32, u32),
+    hosts: &'a Arc<[u32]>,
+    (bytes, total_bytes): (&'a [u64], u64),
+    tensors: usize,
+) -> BatchShape<'a> {
+    let signature = &first.signature;
+    let size = hosts.len() as u32;
+    BatchShape {
+        collective: signature.collective,
+        op: if signature.collective.reduces() { signature.op } else { ReduceOp::Sum },
+        dtype,
+        me,
+        root,
+        scale: signature.scale,
+        divisor: divisor(first, size),
+        hosts,
+        bytes,
+        tensors,
+        total_bytes,
+        longest: if signature.collective == Collective::Alltoall { longest_block(first, size) } else { 0 },
+    }
+}
+
 /// What the sum is divided by.
 pub(super) fn divisor(agreed: &Agreed, size: u32) -> u32 {
     match (agreed.signature.op, agreed.signature.join_average) {
@@ -470,7 +476,7 @@ pub(super) fn push_bytes(agreed: &Agreed, t: usize, me: u32, size: u32, into: &m
 }
 
 /// Alltoall: the most bytes that any member sends to any other. The same number on all members.
-pub(super) fn longest_block(agreed: &Agreed, size: u32) -> u64 {
+fn longest_block(agreed: &Agreed, size: u32) -> u64 {
     let tensors = &agreed.signature.tensors;
     let block = |from, to| -> u64 {
         let bytes = |(t, tensor): (usize, &crate::types::TensorSignature)| {

@@ -7,22 +7,19 @@
 #![forbid(unsafe_code)]
 
 use super::Engine;
+use super::calls::Call;
 use super::plan::{BatchShape, layout};
-use crate::coordinator::{Agreed, ENGINE_NAMES, OpId, Submission};
+use crate::coordinator::Agreed;
 use crate::device::{Finish, Reduction};
 use crate::layout::{Cut, Extent, Layout};
 use crate::limits::{BOARD_MEMBERS_MAX, BOARD_SEATS};
 use crate::memory::{Piece, PieceRange, RunId};
 use crate::schedule::{Space, Span};
 use crate::transport::board::{AREA_UNIT, Back, BoardMemory, Exchange, Part, Place, Seat, Share};
-use crate::types::{
-    Collective, JoinAverage, Place as MemoryPlace, Rank, ReduceOp, Scale, SetId, Signature, Time,
-};
+use crate::types::{Collective, Rank, ReduceOp, SetId, Signature, Time};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-/// The name of the call.
-const CALL: &str = "\0boards";
 /// An allreduce of at most this many bytes over all other members goes in one step: each reads everything.
 const ONE_STEP_BYTES: u64 = 4 << 10;
 
@@ -96,13 +93,6 @@ impl Boards {
     }
 }
 
-/// Whether an agreed operation is the call to the boards.
-pub(super) fn is_call_to_boards(agreed: &Agreed) -> bool {
-    agreed.signature.collective == Collective::Barrier
-        && agreed.name.starts_with(ENGINE_NAMES)
-        && &*agreed.name == CALL
-}
-
 impl Engine {
     /// A set is used: from the first time on the boards of its members are looked for.
     pub(super) fn seek_seat(&mut self, id: SetId) {
@@ -145,19 +135,10 @@ impl Engine {
             Seating::Missed(_) => None,
             _ => return true,
         };
-        let signature = signature();
         let set = self.sets.get_mut(&id).expect("it was just there");
         let Some(coordinator) = &mut set.coordinator else { return true };
-        let submission = Submission {
-            op: OpId(u32::MAX - id.0),
-            name: CALL,
-            hold_if_busy: false,
-            signature: &signature,
-            call: &[],
-            refused: None,
-        };
         // A rank that has joined cannot call, and does so afterwards.
-        let called = coordinator.submit(submission, now).is_ok();
+        let called = Call::Boards.make(coordinator, now);
         if called {
             set.seating = match (seat, std::mem::replace(&mut set.seating, Seating::None)) {
                 (Some(seat), _) | (None, Seating::Missed(seat)) => Seating::Called(seat),
@@ -278,20 +259,6 @@ impl Engine {
             Some(Seating::Taken(seat)) => seat.has_news(),
             _ => false,
         })
-    }
-}
-
-/// What the call looks like to the coordinator.
-pub(super) fn signature() -> Signature {
-    Signature {
-        collective: Collective::Barrier,
-        op: ReduceOp::Sum,
-        scale: Scale::default(),
-        root: Rank(0),
-        place: MemoryPlace::Host,
-        join_average: JoinAverage::Size,
-        tensors: Vec::new(),
-        ranks: Vec::new(),
     }
 }
 

@@ -10,11 +10,12 @@
 
 use super::Engine;
 use super::batch::{BatchFlight, Flight};
-use super::boards::{Seating, signature};
+use super::boards::Seating;
+use super::calls::Call;
 use super::operation::Sizes;
 use super::passage::Gate;
 use super::rounds::serves;
-use crate::coordinator::{Agreed, ENGINE_NAMES, OpId, Submission};
+use crate::coordinator::{Agreed, OpId};
 use crate::device::accelerator::Mark;
 use crate::error::Cause;
 use crate::fusion::Part;
@@ -22,11 +23,8 @@ use crate::limits::DEVICE_SLOTS;
 use crate::log;
 use crate::memory::{Region, RunId};
 use crate::transport::board::device::{DeviceSeat, Rounds};
-use crate::types::{Collective, Place, SetId, Signature, Time};
+use crate::types::{Place, SetId, Signature, Time};
 use std::sync::Arc;
-
-/// The name of the call.
-const CALL: &str = "\0devices";
 
 /// Which tensors stay on their devices; agreed when the epoch starts.
 #[derive(Clone, Copy, Debug)]
@@ -67,13 +65,6 @@ pub(super) struct Devices {
     seeking: Vec<SetId>,
     taken: Vec<SetId>,
     complete: Vec<(RunId, Mark)>,
-}
-
-/// Whether an agreed operation is the call to the devices.
-pub(super) fn is_call_to_devices(agreed: &Agreed) -> bool {
-    agreed.signature.collective == Collective::Barrier
-        && agreed.name.starts_with(ENGINE_NAMES)
-        && &*agreed.name == CALL
 }
 
 impl Engine {
@@ -157,18 +148,8 @@ impl Engine {
             _ => return true,
         }
         let Some(coordinator) = &mut set.coordinator else { return true };
-        let signature = signature();
-        let submission = Submission {
-            // Apart from the users' operations and the calls to boards.
-            op: OpId(u32::MAX / 2 - id.0),
-            name: CALL,
-            hold_if_busy: false,
-            signature: &signature,
-            call: &[],
-            refused: None,
-        };
         // A rank that has joined cannot call, and does so afterwards.
-        let called = coordinator.submit(submission, now).is_ok();
+        let called = Call::Devices.make(coordinator, now);
         if called {
             set.at_devices = match std::mem::replace(&mut set.at_devices, AtDevices::Never) {
                 AtDevices::Seeking(meeting) | AtDevices::Missed(meeting) => AtDevices::Called(meeting),

@@ -22,7 +22,7 @@ use crate::error::{Broken, Cause, Error, Result};
 use crate::limits;
 use crate::log;
 use crate::transport::wake::Waker;
-use crate::types::{SetId, Time};
+use crate::types::{Rank, SetId, Time};
 use intake::Arriving;
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicBool as SleepFlag, fence};
@@ -77,6 +77,8 @@ enum Mail {
     Submitted(u32),
     /// Somebody waits for the operation in this slot.
     Waiting(u32),
+    /// A member does not start this plan: the epoch is to end.
+    Stalled(String, Vec<Rank>),
     /// The plan of this number was given up.
     Freed(SetId, u64),
 }

@@ -8,6 +8,7 @@
 
 use super::operation::Outcome;
 use super::passage::{OnDevice, Passage};
+use crate::coordinator;
 use crate::device::accelerator::Mark;
 use crate::error::{Cause, Error, Result};
 use crate::limits::IN_FLIGHT_MAX;
@@ -202,7 +203,7 @@ impl Handles {
         if name.is_some_and(|name| !lock(&self.names.taken).insert(name)) {
             let words = format!(
                 "an operation named '{}' is in flight already; wait for it first, or give each its own name",
-                submitted.name
+                coordinator::shown(&submitted.name)
             );
             let mut free = lock(&self.free);
             free.slots.push(index);

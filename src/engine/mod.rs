@@ -8,6 +8,7 @@
 
 mod batch;
 mod boards;
+mod calls;
 pub mod channel;
 mod departure;
 mod direct;

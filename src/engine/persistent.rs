@@ -9,21 +9,16 @@
 //! until then somebody may still read what this member has posted.
 #![forbid(unsafe_code)]
 
+use super::calls::Call;
 use super::channel::{Activity, Channel, Inner};
-use super::plan::BatchShape;
 use super::{Engine, Submission, batch, boards, operation};
-use crate::coordinator::{self, Agreed, ENGINE_NAMES, OpId};
+use crate::coordinator::{self, Agreed, OpId};
 use crate::error::Error;
 use crate::limits::{BOARD_MEMBERS_MAX, BOARD_SLOT_BYTES};
 use crate::memory::{Memory, RunId};
 use crate::transport::board::{AREA_UNIT, Block, BoardMemory, Exchange, Place, Seat};
-use crate::types::{Collective, Member, Rank, ReduceOp, SetId, Signature, Time};
+use crate::types::{Member, Rank, SetId, Signature, Time};
 use std::sync::Arc;
-
-/// What names of calls that give a channel back begin with, behind [`ENGINE_NAMES`].
-const FREE: &str = "free ";
-/// Operation numbers of such calls, below those of the calls to the boards.
-const FREE_OPS: u32 = u32::MAX - (1 << 20);
 
 /// The plans of this rank.
 #[derive(Default)]
@@ -212,8 +207,7 @@ impl Engine {
         let signature = &agreed.signature;
         let set = &self.sets[&id];
         let (me, size, hosts) = (set.me(), set.size(), Arc::clone(&set.hosts));
-        let root =
-            if signature.collective.has_root() { set.member_of(signature.root).unwrap_or(0) } else { 0 };
+        let root = set.root_of(signature);
         let (mut bytes, mut regions, mut total_bytes) = (Vec::new(), Vec::new(), 0);
         for t in tensors.clone() {
             total_bytes += batch::push_bytes(agreed, t, me, size, &mut bytes);
@@ -221,23 +215,7 @@ impl Engine {
             self.take_tensor(op, t, &signature.tensors[t], sizes, &mut regions);
         }
         let dtype = signature.tensors[tensors.clone().next().unwrap_or(0)].dtype;
-        let shape = BatchShape {
-            collective: signature.collective,
-            op: if signature.collective.reduces() { signature.op } else { ReduceOp::Sum },
-            dtype,
-            me,
-            root,
-            scale: signature.scale,
-            divisor: batch::divisor(agreed, size),
-            hosts: &hosts,
-            bytes: &bytes,
-            tensors: tensors.len(),
-            total_bytes,
-            longest: match signature.collective {
-                Collective::Alltoall => batch::longest_block(agreed, size),
-                _ => 0,
-            },
-        };
+        let shape = batch::shape(agreed, dtype, (me, root), &hosts, (&bytes, total_bytes), tensors.len());
         let exchange = Arc::new(boards::exchange(&shape, slot_bytes(signature, size)));
         (memory.register(regions), exchange)
     }
@@ -245,20 +223,10 @@ impl Engine {
     /// This member has given up a plan; when all have, its memory is free.
     pub fn free_plan(&mut self, id: SetId, number: u64, now: Time) {
         self.quiet_until = None;
-        let name = format!("{ENGINE_NAMES}{FREE}{number}");
-        let op = OpId(FREE_OPS + (number % (1 << 19)) as u32);
-        let signature = boards::signature();
-        let Some(coordinator) = self.coordinator_of(id) else { return };
-        let submission = coordinator::Submission {
-            op,
-            name: &name,
-            hold_if_busy: false,
-            signature: &signature,
-            call: &[],
-            refused: None,
-        };
-        // Who has joined has given up all plans before.
-        let _ = coordinator.submit(submission, now);
+        if let Some(coordinator) = self.coordinator_of(id) {
+            // Who has joined has given up all plans before.
+            Call::Free(number).make(coordinator, now);
+        }
     }
 
     /// All members have given up a plan.
@@ -327,11 +295,6 @@ impl Engine {
             }
         }
     }
-}
-
-/// The plan that an agreed call of the engine's own gives back.
-pub(super) fn freed(agreed: &Agreed) -> Option<u64> {
-    agreed.name.strip_prefix(ENGINE_NAMES)?.strip_prefix(FREE)?.parse().ok()
 }
 
 /// Bytes of a slot for such a plan: the same on all members before anything is agreed, and after.

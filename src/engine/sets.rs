@@ -3,13 +3,13 @@
 
 use super::Engine;
 use super::batch::Flight;
-use super::boards::{self, Seating};
-use super::direct::{self, AtDevices};
+use super::boards::Seating;
+use super::calls::Call;
+use super::direct::AtDevices;
 use super::operation::Operation;
-use super::persistent;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
 use crate::error::Error;
-use crate::types::{Collective, GLOBAL_SET, Member, Rank, SetId, Time};
+use crate::types::{Collective, GLOBAL_SET, Member, Rank, SetId, Signature, Time};
 use std::sync::Arc;
 
 /// A process set, as this rank sees it.
@@ -42,6 +42,11 @@ impl ProcessSet {
     }
     pub(super) fn size(&self) -> u32 {
         self.ranks.len() as u32
+    }
+    /// The member that is the root of what is agreed; 0 where there is none.
+    pub(super) fn root_of(&self, signature: &Signature) -> u32 {
+        let root = signature.collective.has_root().then(|| self.member_of(signature.root));
+        root.flatten().unwrap_or(0)
     }
     pub(super) fn member_of(&self, rank: Rank) -> Option<u32> {
         self.ranks.binary_search(&rank).ok().map(|m| m as u32)
@@ -182,16 +187,12 @@ impl Engine {
     /// Runs one cut of the agreed log: set changes and barriers at once, the rest in batches.
     fn run_cut(&mut self, id: SetId, cut: &[Agreed], now: Time) {
         for agreed in cut {
-            if boards::is_call_to_boards(agreed) {
-                self.sit_down(id, agreed);
-                continue;
-            }
-            if direct::is_call_to_devices(agreed) {
-                self.sit_down_at_devices(id, agreed);
-                continue;
-            }
-            if let Some(number) = persistent::freed(agreed) {
-                self.plan_freed(id, number);
+            if let Some(call) = Call::of(agreed) {
+                match call {
+                    Call::Boards => self.sit_down(id, agreed),
+                    Call::Devices => self.sit_down_at_devices(id, agreed),
+                    Call::Free(number) => self.plan_freed(id, number),
+                }
                 continue;
             }
             let tensors = agreed.signature.tensors.len();

@@ -264,10 +264,10 @@ impl Live {
         Ok((set, name))
     }
 
-    /// How often a wait that goes on is warned of.
-    pub(super) fn stall_warning(&self) -> Option<Duration> {
-        let seconds = self.config.stall_warn_s;
-        (seconds > 0).then(|| Duration::from_secs(seconds))
+    /// How often a wait that goes on is warned of, and after what time the epoch ends instead.
+    pub(super) fn stall_limits(&self) -> (Option<Duration>, Option<Duration>) {
+        let limit = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
+        (limit(self.config.stall_warn_s), limit(self.config.stall_fail_s))
     }
 
     /// What is submitted for tensors of a device, which begin to come to the host.

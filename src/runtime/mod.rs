@@ -310,7 +310,21 @@ pub unsafe fn submit_to_wait(request: &Request<'_>, keep: Option<Box<dyn Any + S
 /// The tensors must stay valid for as long as the plan lives; [`Persistent::start`] says when they may not be touched.
 pub unsafe fn plan(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -> Result<Persistent> {
     // SAFETY: the caller's promise.
-    unsafe { live()?.plan(request, keep) }
+    unsafe { plan_while(request, keep, &mut || true) }
+}
+
+/// As [`plan`], for callers that can be interrupted: `go_on` is asked every 100 ms, and when it says no this call ends
+/// with [`Error::Timeout`].
+///
+/// # Safety
+/// As [`plan`]; after `Timeout` the tensors are the caller's again.
+pub unsafe fn plan_while(
+    request: &Request<'_>,
+    keep: Option<Box<dyn Any + Send>>,
+    go_on: &mut dyn FnMut() -> bool,
+) -> Result<Persistent> {
+    // SAFETY: the caller's promise.
+    unsafe { live()?.plan(request, keep, go_on) }
 }
 
 /// Whether the operation has an outcome. Drives nothing; never blocks.

@@ -25,10 +25,20 @@ pub struct Persistent {
     closed: AtomicBool,
     /// Started, and not waited for since.
     started: AtomicBool,
+    /// Of who has waited for longer than a moment.
+    patience: Mutex<Option<Patience>>,
     outputs: Vec<PlannedOutput>,
     received_splits: Vec<u64>,
     /// What the binding had asked to be kept alive.
     keep: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// Since when a start is waited for, when that is warned of next, and when the epoch ends for it.
+#[derive(Clone, Copy)]
+struct Patience {
+    since: Instant,
+    warn_at: Option<Instant>,
+    fail_at: Option<Instant>,
 }
 
 /// One output of a plan.
@@ -74,6 +84,7 @@ impl Live {
         self: &Arc<Self>,
         request: &Request<'_>,
         keep: Option<Box<dyn Any + Send>>,
+        go_on: &mut dyn FnMut() -> bool,
     ) -> Result<Persistent> {
         let tensorless = matches!(request.collective, Collective::Barrier | Collective::Join);
         let refused = match request.stream {
@@ -100,10 +111,16 @@ impl Live {
             self.driver.abandon(handle);
             return Err(Error::Usage(reason));
         }
-        let Waited::Done(outcome, _) = self.driver.wait(handle, None)? else {
-            return Err(Error::usage("a plan without a limit has an outcome"));
+        let outcome = loop {
+            match self.driver.wait(handle, Some(Instant::now() + ASK_EVERY))? {
+                Waited::Done(outcome, _) => break outcome?,
+                Waited::Pending if go_on() => {}
+                Waited::Pending => {
+                    self.driver.abandon(handle);
+                    return Err(Error::Timeout(format!("the plan of '{name}' was given up")));
+                }
+            }
         };
-        let outcome = outcome?;
         self.plans.fetch_add(1, Ordering::SeqCst);
         Ok(Persistent::new(Arc::clone(self), request, outcome, name, keep))
     }
@@ -137,6 +154,7 @@ impl Persistent {
             number,
             closed: AtomicBool::new(false),
             started: AtomicBool::new(false),
+            patience: Mutex::default(),
             outputs,
             received_splits,
             keep: Mutex::new(keep),
@@ -193,6 +211,7 @@ impl Persistent {
                 self.name
             )));
         }
+        *lock(&self.patience) = None;
         let begun = match &self.plan {
             Plan::Channel(channel) => self.live.driver.start_channel(channel, waits),
             Plan::ByName(owned, handle) => {
@@ -245,22 +264,42 @@ impl Persistent {
     }
 
     fn wait_for_channel(&self, channel: &Channel, until: Option<Instant>) -> Result<()> {
-        let warn_every = self.live.stall_warning();
-        let mut warn_at = warn_every.map(|every| Instant::now() + every);
+        let (warn_every, fail_after) = self.live.stall_limits();
+        // Whoever waits again after a timeout goes on with the same patience.
+        let known = *lock(&self.patience);
+        let Patience { since, mut warn_at, mut fail_at } = known.unwrap_or_else(|| {
+            let since = Instant::now();
+            let after = |limit: Option<Duration>| limit.map(|limit| since + limit);
+            Patience { since, warn_at: after(warn_every), fail_at: after(fail_after) }
+        });
         loop {
-            let limit = until.into_iter().chain(warn_at).min();
+            let limit = [until, warn_at, fail_at].into_iter().flatten().min();
             if self.live.driver.wait_for_channel(channel, limit) {
                 return channel.outcome();
             }
-            if until.is_some_and(|at| Instant::now() >= at) {
+            let now = Instant::now();
+            let is_over = |at: Option<Instant>| at.is_some_and(|at| now >= at);
+            if is_over(until) {
+                *lock(&self.patience) = Some(Patience { since, warn_at, fail_at });
                 return Err(Error::Timeout(format!(
                     "persistent '{}' is not over: {}; it goes on and can be waited for again",
                     self.name,
                     waits_for(channel)
                 )));
             }
-            log::warn(format_args!("persistent '{}' waits: {}", self.name, waits_for(channel)));
-            warn_at = warn_every.map(|every| Instant::now() + every);
+            if is_over(fail_at) {
+                fail_at = None;
+                self.live.driver.fail_stalled(&self.name, channel.missing());
+            }
+            if is_over(warn_at) {
+                log::warn(format_args!(
+                    "persistent '{}' waits since {} s: {}",
+                    self.name,
+                    since.elapsed().as_secs(),
+                    waits_for(channel)
+                ));
+                warn_at = warn_every.map(|every| now + every);
+            }
         }
     }
 
@@ -340,6 +379,8 @@ impl Drop for Persistent {
     }
 }
 
+/// How often a caller that plans is asked whether it still wants to.
+const ASK_EVERY: Duration = Duration::from_millis(100);
 /// How long a plan that is dropped while it is under way is waited for.
 const LAST: Duration = Duration::from_secs(2);
 

@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// How long a wait goes without looking at Python's signals.
-const SIGNALS_EVERY: Duration = Duration::from_millis(100);
+pub const SIGNALS_EVERY: Duration = Duration::from_millis(100);
 
 /// What a finished operation is turned into.
 pub enum Finish {

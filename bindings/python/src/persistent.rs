@@ -1,18 +1,15 @@
 //! Planned collectives, as Python sees them.
 
 use crate::errors;
-use crate::handle::wrap;
+use crate::handle::{SIGNALS_EVERY, wrap};
 use crate::output::Output;
-use crate::submit::{Call, refuse_plan, view_all};
+use crate::submit::{Call, arguments, outs_for, refuse_by, view_all};
 use carole::error::Error;
-use carole::runtime::{self, TensorArg};
+use carole::runtime;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyType};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-/// How long a wait goes without looking at Python's signals.
-const SIGNALS_EVERY: Duration = Duration::from_millis(100);
 
 /// A collective that was planned once and can be started many times.
 #[pyclass(frozen, module = "carole._native", weakref)]
@@ -40,46 +37,45 @@ pub fn plan<'py>(
     post: &Bound<'py, PyAny>,
     root: &Bound<'py, PyAny>,
     splits: Option<&Bound<'py, PyAny>>,
+    refused: Option<&str>,
 ) -> PyResult<Persistent> {
     let size = pyo3::types::PyString::new(py, "size").into_any();
     let (join_average, waits) = (&size, true);
     let call = Call { collective, name, set, op, pre, post, root, join_average, splits, waits };
-    let understood = call.understand().map_err(|reason| refuse_plan(py, &call, &reason))?;
-    let outs = match outs {
-        Some(outs) if outs.len() != tensors.len() => {
-            let reason = format!("{} outputs were given for {} inputs", outs.len(), tensors.len());
-            return Err(refuse_plan(py, &call, &reason));
-        }
-        outs => outs.unwrap_or_default(),
+    let refuse = |reason: &str| {
+        // SAFETY: a refused request names no memory.
+        refuse_by(py, &call, reason, |request| unsafe { runtime::plan(request, None) }.map(drop))
     };
-    let views =
-        view_all(py, &tensors, &outs, &understood, set).map_err(|reason| refuse_plan(py, &call, &reason))?;
+    if let Some(reason) = refused {
+        return Err(refuse(reason));
+    }
+    let understood = call.understand().map_err(|reason| refuse(&reason))?;
+    let outs = outs_for(outs, tensors.len()).map_err(|reason| refuse(&reason))?;
+    let views = view_all(py, &tensors, &outs, &understood, set).map_err(|reason| refuse(&reason))?;
     if views.device.is_some() {
         let reason =
             "persistent collectives are of arrays in host memory; use the ordinary ones on a CUDA device";
-        return Err(refuse_plan(py, &call, reason));
+        return Err(refuse(reason));
     }
-    let arguments: Vec<TensorArg<'_>> = views
-        .inputs
-        .iter()
-        .enumerate()
-        .map(|(i, input)| TensorArg {
-            input: input.data,
-            output: views.outputs.get(i).copied().unwrap_or(std::ptr::null_mut()),
-            dtype: input.dtype,
-            shape: &input.shape,
-        })
-        .collect();
+    let arguments = arguments(&views.inputs, &views.outputs);
     let request = call.request(&understood, &arguments, None);
     let keep: Box<dyn std::any::Any + Send> = Box::new(views.keeps);
     // The addresses in the request are of memory that `keep` holds where it is.
     let request = Planned(&request);
-    let planned = py.detach(move || {
+    let mut interrupted = None;
+    let planned = py.detach(|| {
         let request = request;
+        let mut go_on = || {
+            interrupted = Python::attach(|py| py.check_signals().err());
+            interrupted.is_none()
+        };
         // SAFETY: `keep` holds all memory for as long as the plan lives; that Python code does not write inputs or
         // touch outputs while it is under way is its documented duty.
-        unsafe { runtime::plan(request.0, Some(keep)) }
+        unsafe { runtime::plan_while(request.0, Some(keep), &mut go_on) }
     });
+    if let Some(signal) = interrupted {
+        return Err(signal);
+    }
     let planned = planned.map_err(|error| errors::to_python(py, &error))?;
     let like = tensors.first().map(|tensor| tensor.get_type().unbind());
     let result = results(py, &planned, outs, like.as_ref(), single, splits.is_some())?;

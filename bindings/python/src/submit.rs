@@ -62,27 +62,11 @@ pub fn submit<'py>(
         return Err(refuse(py, &call, reason));
     }
     let understood = call.understand().map_err(|reason| refuse(py, &call, &reason))?;
-    let outs = match outs {
-        Some(outs) if outs.len() != tensors.len() => {
-            let reason = format!("{} outputs were given for {} inputs", outs.len(), tensors.len());
-            return Err(refuse(py, &call, &reason));
-        }
-        outs => outs.unwrap_or_default(),
-    };
+    let outs = outs_for(outs, tensors.len()).map_err(|reason| refuse(py, &call, &reason))?;
     let views =
         view_all(py, &tensors, &outs, &understood, set).map_err(|reason| refuse(py, &call, &reason))?;
     let place = views.place().map_err(|reason| refuse(py, &call, &reason))?;
-    let arguments: Vec<TensorArg<'_>> = views
-        .inputs
-        .iter()
-        .enumerate()
-        .map(|(i, input)| TensorArg {
-            input: input.data,
-            output: views.outputs.get(i).copied().unwrap_or(std::ptr::null_mut()),
-            dtype: input.dtype,
-            shape: &input.shape,
-        })
-        .collect();
+    let arguments = arguments(&views.inputs, &views.outputs);
     let handle = call.post(py, &understood, &arguments, Box::new(views.keeps), place)?;
     let like = tensors.first().map(|tensor| tensor.get_type().unbind());
     let outs = outs.into_iter().map(|out| out.map(Bound::unbind)).collect();
@@ -312,34 +296,27 @@ impl<'a> Call<'a, '_> {
     }
 }
 
-/// Tells the other ranks that this one could not accept a plan, and makes the exception for this one.
-pub(crate) fn refuse_plan(py: Python<'_>, call: &Call<'_, '_>, reason: &str) -> PyErr {
+/// Tells the other ranks that this one could not accept the call, and makes the exception for this one.
+fn refuse(py: Python<'_>, call: &Call<'_, '_>, reason: &str) -> PyErr {
+    let submit = |request: &Request<'_>| {
+        // SAFETY: a refused request names no memory.
+        unsafe { runtime::submit(request, None) }.map(runtime::abandon)
+    };
+    refuse_by(py, call, reason, submit)
+}
+
+/// The same, by what submits such a call.
+pub(crate) fn refuse_by(
+    py: Python<'_>,
+    call: &Call<'_, '_>,
+    reason: &str,
+    submit: impl FnOnce(&Request<'_>) -> carole::error::Result<()>,
+) -> PyErr {
     let Some(collective) = Collective::from_code(call.collective) else { return errors::usage(py, reason) };
     let (name, set) = (call.name, SetId(call.set));
     let request = Request { name, set, collective, refused: Some(reason), ..Request::default() };
-    // SAFETY: a refused request names no memory.
-    match unsafe { runtime::plan(&request, None) } {
-        Ok(_) => errors::usage(py, reason),
-        Err(error) => errors::to_python(py, &error),
-    }
-}
-
-/// Tells the other ranks that this one could not accept the call, and makes the exception for this one.
-fn refuse(py: Python<'_>, call: &Call<'_, '_>, reason: &str) -> PyErr {
-    let Some(collective) = Collective::from_code(call.collective) else { return errors::usage(py, reason) };
-    let request = Request {
-        name: call.name,
-        set: SetId(call.set),
-        collective,
-        refused: Some(reason),
-        ..Request::default()
-    };
-    // SAFETY: a refused request names no memory.
-    match unsafe { runtime::submit(&request, None) } {
-        Ok(handle) => {
-            runtime::abandon(handle);
-            errors::usage(py, reason)
-        }
+    match submit(&request) {
+        Ok(()) => errors::usage(py, reason),
         Err(error) => errors::to_python(py, &error),
     }
 }
@@ -390,6 +367,15 @@ impl Views {
     }
 }
 
+pub(crate) fn outs_for<T>(outs: Option<Vec<T>>, inputs: usize) -> Result<Vec<T>, String> {
+    match outs {
+        Some(outs) if outs.len() != inputs => {
+            Err(format!("{} outputs were given for {inputs} inputs", outs.len()))
+        }
+        outs => Ok(outs.unwrap_or_default()),
+    }
+}
+
 pub(crate) fn view_all(
     py: Python<'_>,
     tensors: &[Bound<'_, PyAny>],
@@ -416,6 +402,17 @@ pub(crate) fn view_all(
         views.inputs.push(input);
     }
     Ok(views)
+}
+
+/// The memory of a call, as the runtime takes it.
+pub(crate) fn arguments<'a>(inputs: &'a [Array], outputs: &[*mut u8]) -> Vec<TensorArg<'a>> {
+    let argument = |(i, input): (usize, &'a Array)| TensorArg {
+        input: input.data,
+        output: outputs.get(i).copied().unwrap_or(std::ptr::null_mut()),
+        dtype: input.dtype,
+        shape: &input.shape,
+    };
+    inputs.iter().enumerate().map(argument).collect()
 }
 
 fn check_output(output: &Array, input: &Array, collective: Collective, set: u32) -> Result<(), String> {

@@ -105,6 +105,8 @@ def body_mistakes():
     bad = x[:3] if me else "text"
     text = catch((carole.MismatchError, carole.UsageError), lambda: carole.allreduce_init(bad, name="bad"))
     assert "'bad'" in text and "rank 0 refused" in text if me else "str" in text, text
+    text = catch((carole.MismatchError, carole.UsageError), lambda: carole.grouped_allreduce_init(5 if me else [x[:3]]))
+    assert "lists of arrays" in text, text
     plan = carole.allreduce_init(x[:3], carole.Sum, name="good")
     plan.start()
     text = catch(carole.UsageError, plan.start)
@@ -205,3 +207,41 @@ def body_many():
 
 def test_many_plans():
     assert run(2, body_many, env={"CAROLE_MEMORY": "64M"}) == ["ok"] * 2
+
+
+def body_interrupted():
+    """Ctrl-C ends a call that plans alone."""
+    if carole.rank() == 0:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        started = time.monotonic()
+        try:
+            carole.allreduce_init(np.ones(3), name="alone")
+        except KeyboardInterrupt:
+            assert time.monotonic() - started < 20
+            return "interrupted"
+        raise AssertionError("it planned alone")
+    time.sleep(1)
+    return "interrupted"
+
+
+def test_planning_can_be_interrupted():
+    assert run(2, body_interrupted) == ["interrupted"] * 2
+
+
+def body_stalled():
+    alone = carole.add_process_set([1])
+    plan = carole.allreduce_init(np.ones(3), name="stalled")
+    broken = False
+    while carole.rank() == 1 and not broken:
+        try:
+            carole.barrier(process_set=alone)
+            time.sleep(0.01)
+        except carole.BrokenError:
+            broken = True
+    assert "'stalled' was not submitted by rank 1" in catch(carole.BrokenError, plan)
+    return "ok"
+
+
+def test_who_never_starts_ends_the_epoch_where_that_is_asked_for():
+    assert run(2, body_stalled, env={"CAROLE_STALL_FAIL_S": "1"}) == ["ok"] * 2

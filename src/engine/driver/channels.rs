@@ -5,7 +5,7 @@
 use super::{Driver, Mail, NAP, Shared, lock};
 use crate::engine::channel::{Channel, Turn};
 use crate::error::Result;
-use crate::types::SetId;
+use crate::types::{Rank, SetId};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -56,6 +56,12 @@ impl Driver {
             let left = until.map_or(NAP, |at| at.saturating_duration_since(Instant::now()).min(NAP));
             channel.sleep(left);
         }
+    }
+
+    /// Ends the epoch: members do not start a plan that this one waits for.
+    pub fn fail_stalled(&self, name: &str, missing: Vec<Rank>) {
+        self.shared.send(Mail::Stalled(name.to_owned(), missing));
+        self.shared.wake_driver();
     }
 
     /// Gives up a plan.

@@ -6,7 +6,7 @@ use super::super::message::MessageSubmission;
 use super::super::{Engine, Submission, TensorMemory};
 use super::{Mail, Shared, lock};
 use crate::coordinator::OpId;
-use crate::error::Error;
+use crate::error::{Cause, Error};
 use crate::types::Time;
 use std::sync::atomic::Ordering;
 
@@ -48,6 +48,9 @@ impl Shared {
                     }
                 }
                 Mail::Waiting(index) => self.wait_for(engine, OpId(index), now),
+                Mail::Stalled(tensor, missing) => {
+                    engine.break_epoch_with(None, Cause::Stalled { tensor, missing });
+                }
                 Mail::Freed(set, number) => engine.free_plan(set, number, now),
             }
         }

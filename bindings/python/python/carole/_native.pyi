@@ -173,6 +173,7 @@ def plan(
     post: Any,
     root: Any,
     splits: Optional[Any],
+    refused: Optional[str],
 ) -> Persistent: ...
 def transfer(sending: bool, tensor: Any, peer: Any, tag: Any, set: int) -> Handle: ...
 def transfer_raw(

@@ -15,39 +15,8 @@ from __future__ import annotations
 
 from typing import Any, Optional, Sequence
 
-from . import _native
 from ._native import Persistent
-from ._sets import set_id
-from ._submit import (
-    ALLGATHER,
-    ALLREDUCE,
-    ALLTOALL,
-    BROADCAST,
-    REDUCE,
-    REDUCESCATTER,
-    Average,
-    Set,
-    Sum,
-)
-
-
-def _plan(
-    collective: int,
-    tensors: Sequence[Any],
-    name: Optional[str],
-    process_set: Set,
-    outs: Optional[Sequence[Any]] = None,
-    single: bool = True,
-    op: int = Sum,
-    pre: float = 1.0,
-    post: float = 1.0,
-    root: int = 0,
-    splits: Optional[Sequence[int]] = None,
-) -> Persistent:
-    outs = None if outs is None else list(outs)
-    return _native.plan(
-        collective, list(tensors), outs, single, name, set_id(process_set), op, pre, post, root, splits
-    )
+from ._submit import ALLGATHER, ALLREDUCE, ALLTOALL, BROADCAST, REDUCE, REDUCESCATTER, Average, Set, plan
 
 
 def allreduce_init(
@@ -62,8 +31,15 @@ def allreduce_init(
 ) -> Persistent:
     """Plans an `allreduce`. Arguments are those of `allreduce`; `out=tensor` reduces in place."""
     outs = None if out is None else [out]
-    return _plan(
-        ALLREDUCE, [tensor], name, process_set, outs, op=op, pre=prescale_factor, post=postscale_factor
+    return plan(
+        ALLREDUCE,
+        [tensor],
+        name=name,
+        process_set=process_set,
+        outs=outs,
+        op=op,
+        pre=prescale_factor,
+        post=postscale_factor,
     )
 
 
@@ -78,8 +54,16 @@ def grouped_allreduce_init(
     out: Optional[Sequence[Any]] = None,
 ) -> Persistent:
     """Plans a `grouped_allreduce`; `out=tensors` reduces in place."""
-    return _plan(
-        ALLREDUCE, tensors, name, process_set, out, single=False, op=op, pre=prescale_factor, post=postscale_factor
+    return plan(
+        ALLREDUCE,
+        tensors,
+        name=name,
+        process_set=process_set,
+        outs=out,
+        single=False,
+        op=op,
+        pre=prescale_factor,
+        post=postscale_factor,
     )
 
 
@@ -95,8 +79,15 @@ def reducescatter_init(
 ) -> Persistent:
     """Plans a `reducescatter`."""
     outs = None if out is None else [out]
-    return _plan(
-        REDUCESCATTER, [tensor], name, process_set, outs, op=op, pre=prescale_factor, post=postscale_factor
+    return plan(
+        REDUCESCATTER,
+        [tensor],
+        name=name,
+        process_set=process_set,
+        outs=outs,
+        op=op,
+        pre=prescale_factor,
+        post=postscale_factor,
     )
 
 
@@ -113,8 +104,16 @@ def reduce_init(
 ) -> Persistent:
     """Plans a `reduce`; its result is None on all ranks but the root."""
     outs = None if out is None else [out]
-    return _plan(
-        REDUCE, [tensor], name, process_set, outs, op=op, pre=prescale_factor, post=postscale_factor, root=root
+    return plan(
+        REDUCE,
+        [tensor],
+        name=name,
+        process_set=process_set,
+        outs=outs,
+        op=op,
+        pre=prescale_factor,
+        post=postscale_factor,
+        root=root,
     )
 
 
@@ -123,12 +122,12 @@ def broadcast_init(
 ) -> Persistent:
     """Plans a `broadcast`; `out=tensor` receives in place."""
     outs = None if out is None else [out]
-    return _plan(BROADCAST, [tensor], name, process_set, outs, root=root)
+    return plan(BROADCAST, [tensor], name=name, process_set=process_set, outs=outs, root=root)
 
 
 def allgather_init(tensor: Any, *, name: Optional[str] = None, process_set: Set = None) -> Persistent:
     """Plans an `allgather`. How many rows each rank has is part of the plan."""
-    return _plan(ALLGATHER, [tensor], name, process_set)
+    return plan(ALLGATHER, [tensor], name=name, process_set=process_set)
 
 
 def alltoall_init(
@@ -139,4 +138,4 @@ def alltoall_init(
     process_set: Set = None,
 ) -> Persistent:
     """Plans an `alltoall`. The splits are part of the plan."""
-    return _plan(ALLTOALL, [tensor], name, process_set, splits=splits)
+    return plan(ALLTOALL, [tensor], name=name, process_set=process_set, splits=splits)

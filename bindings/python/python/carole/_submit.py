@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Tuple, Union
 
 from . import _native
-from ._native import Handle
+from ._native import Handle, Persistent
 from ._sets import ProcessSet, set_id
 
 
@@ -55,19 +55,45 @@ def submit(
     splits: Optional[Sequence[int]] = None,
     waits: bool = False,
 ) -> Handle:
-    refused = None
-    if not single:
-        try:
-            tensors = list(tensors)
-            outs = None if outs is None else list(outs)
-        except TypeError:
-            refused, tensors, outs = "a grouped operation takes lists of arrays", [], None
-    if not single and not tensors and refused is None:
-        refused = "a grouped operation takes at least one array"
+    tensors, outs, refused = lists(tensors, outs, single)
     return _native.submit(
         collective, tensors, outs, single, name, set_id(process_set), op, pre, post, root, join_average,
         splits, refused, waits,
     )  # fmt: skip
+
+
+def plan(
+    collective: int,
+    tensors: Sequence[Any],
+    *,
+    name: Optional[str],
+    process_set: Set,
+    outs: Optional[Sequence[Any]] = None,
+    single: bool = True,
+    op: int = Sum,
+    pre: float = 1.0,
+    post: float = 1.0,
+    root: int = 0,
+    splits: Optional[Sequence[int]] = None,
+) -> Persistent:
+    tensors, outs, refused = lists(tensors, outs, single)
+    return _native.plan(
+        collective, tensors, outs, single, name, set_id(process_set), op, pre, post, root, splits, refused
+    )
+
+
+def lists(
+    tensors: Sequence[Any], outs: Optional[Sequence[Any]], single: bool
+) -> Tuple[Sequence[Any], Optional[Sequence[Any]], Optional[str]]:
+    """The arrays of an operation as lists, and why they are none, if so."""
+    if single:
+        return tensors, outs, None
+    try:
+        tensors = list(tensors)
+        outs = None if outs is None else list(outs)
+    except TypeError:
+        return [], None, "a grouped operation takes lists of arrays"
+    return tensors, outs, None if tensors else "a grouped operation takes at least one array"
 
 
 def poll(handle: Handle) -> bool:
