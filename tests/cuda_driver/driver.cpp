@@ -205,8 +205,10 @@ int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ==
 int cuDeviceGetAttribute(int *value, int, int) { return *value = 4, SUCCESS; }
 int cuDevicePrimaryCtxRetain(void **context, int) { return *context = (void *)1, SUCCESS; }
 int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
-int cuCtxPushCurrent_v2(void *) { return SUCCESS; }
-int cuCtxPopCurrent_v2(void **context) { return *context = (void *)1, SUCCESS; }
+static thread_local int current = 0; // contexts that this thread has entered
+int cuCtxPushCurrent_v2(void *) { return current++, SUCCESS; }
+int cuCtxPopCurrent_v2(void **context) { return current--, *context = (void *)1, SUCCESS; }
+int cuCtxGetDevice(int *device) { return *device = 0, current > 0 ? SUCCESS : 201; }
 int cuCtxGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0, SUCCESS; }
 
 int cuPointerGetAttribute(void *value, int attribute, uint64_t address) {

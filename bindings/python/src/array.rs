@@ -130,6 +130,8 @@ fn view_cuda_interface(
             let number = cuda::number_of(array.data.addr() as u64).map_err(|cause| cause.to_string())?;
             Some(number.ok_or("its __cuda_array_interface__ names memory that is on no CUDA device")?)
         }
+        // Without values there is no address to ask about; whoever made it works on its device.
+        None => cuda::current_number(),
         known => known,
     };
     array.source = Some(match device::stream_of(interface)? {

@@ -84,6 +84,8 @@ class Array:
         address = ctypes.c_uint64()
         call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(self.values.nbytes, 1)))
         self.address = address.value
+        # As libraries show arrays without values.
+        self.shown = self.address if self.values.nbytes else 0
         if self.values.nbytes:
             dawdle()
             size, stream = ctypes.c_size_t(self.values.nbytes), ctypes.c_void_p(_current)
@@ -111,7 +113,7 @@ class Streamed(Array):
     @property
     def __cuda_array_interface__(self) -> Dict[str, Any]:
         return {
-            "version": 3, "shape": self.shape, "typestr": self.dtype.str, "data": (self.address, False),
+            "version": 3, "shape": self.shape, "typestr": self.dtype.str, "data": (self.shown, False),
             "strides": None, "stream": _current or 1,
         }  # fmt: skip
 
@@ -120,7 +122,7 @@ class Unstreamed(Array):
     @property
     def __cuda_array_interface__(self) -> Dict[str, Any]:
         return {
-            "version": 2, "shape": self.shape, "typestr": self.dtype.str, "data": (self.address, False), "strides": None,
+            "version": 2, "shape": self.shape, "typestr": self.dtype.str, "data": (self.shown, False), "strides": None,
         }  # fmt: skip
 
 

@@ -139,6 +139,15 @@ impl Context {
         Ok(Some(ordinal))
     }
 
+    /// The number of the device whose context this thread has entered; none where it has entered none.
+    pub fn current_number() -> Option<i32> {
+        version().ok()?;
+        let mut number = 0;
+        // SAFETY: the result is written to a variable of ours.
+        unsafe { call!(cuCtxGetDevice(&mut number)) }.ok()?;
+        Some(number)
+    }
+
     /// The context of a device that the user has named; makes it where nobody has yet.
     pub fn of_device(ordinal: i32) -> Result<Context, Cause> {
         version().map_err(|why| Cause::System(why.to_string()))?;

@@ -110,6 +110,16 @@ pub fn number_of(address: u64) -> Result<Option<i32>, Cause> {
     }
 }
 
+/// The number of the device that this thread works on, by the libraries that it has called; none where it has none. Makes
+/// no context.
+#[must_use]
+pub fn current_number() -> Option<i32> {
+    #[cfg(feature = "cuda")]
+    return driver::Context::current_number();
+    #[cfg(not(feature = "cuda"))]
+    None
+}
+
 /// What a build without this feature says.
 #[cfg(not(feature = "cuda"))]
 const NOT_BUILT: &str = "CUDA is not built in (the cargo feature cuda)";
