@@ -189,7 +189,7 @@ impl Live {
         let plans = self.plans.load(Ordering::SeqCst);
         if request.collective == Collective::Join && plans > 0 {
             return Err(Error::usage(format!(
-                "rank {} has {plans} persistent collectives, which it cannot take part in once it has joined; close \
+                "rank {} has persistent collectives ({plans}), which it cannot take part in once it has joined; close \
                  them first",
                 self.world.rank
             )));

@@ -79,7 +79,8 @@ pub fn plan<'py>(
     let planned = planned.map_err(|error| errors::to_python(py, &error))?;
     let like = tensors.first().map(|tensor| tensor.get_type().unbind());
     let result = results(py, &planned, outs, like.as_ref(), single, splits.is_some())?;
-    let what = name.map_or_else(|| "the persistent collective".to_owned(), |name| format!("'{name}'"));
+    let what = "persistent collective".to_owned();
+    let what = name.map_or(what, |name| format!("persistent '{name}'"));
     Ok(Persistent { plan: Mutex::new(Some(Arc::new(planned))), result: result.unbind(), what })
 }
 
@@ -181,7 +182,7 @@ impl Persistent {
     }
 
     fn __repr__(&self) -> String {
-        format!("<persistent collective {}>", self.what)
+        format!("<carole {}>", self.what)
     }
 }
 
