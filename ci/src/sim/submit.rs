@@ -6,11 +6,13 @@ use super::program::{Kind, Planned, Program, Wrong};
 use carole::coordinator::OpId;
 use carole::engine::{MessageSubmission, Submission, TensorMemory};
 use carole::error::Error;
+use carole::limits::IN_FLIGHT_MAX;
 use carole::memory::Region;
 use carole::types::{Collective, DType, Place, Rank, ReduceOp, SetId, Signature, TensorSignature, Time};
 
-/// Added to an operation's number for a second one of its name, which must be refused.
-const TWICE: u32 = 1 << 20;
+/// Added to an operation's number for a second one of its name, which must be refused. The sum stays below
+/// `IN_FLIGHT_MAX`, as users' numbers do: from there on they are the engine's own.
+const TWICE: u32 = IN_FLIGHT_MAX as u32 / 2;
 
 /// Submits operation `op`. With `twice`, submits its name once more, which must be refused.
 pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: Time) -> Result<(), String> {
