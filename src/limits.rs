@@ -2,6 +2,8 @@
 //! anything is allocated.
 #![forbid(unsafe_code)]
 
+/// Batches of fewer bytes are packed even where all tensors lie in shared memory: to ask where costs more.
+pub const LENT_BYTES_MIN: u64 = 64 << 10;
 /// Ranks in a job: fan-in trees and per-rank tables are sized for it.
 pub const RANKS_MAX: usize = 1 << 16;
 /// Operations in flight per process set; beyond it submit is an error, never a wait (ranks that submit in

@@ -133,6 +133,14 @@ impl Memory {
         self.free.push(run.slot);
     }
 
+    /// The regions of a run.
+    #[must_use]
+    pub fn regions(&self, run: RunId) -> &[Region] {
+        let table = &self.runs[run.slot as usize];
+        assert!(table.live && table.generation == run.generation, "memory of a run that is over");
+        &table.regions
+    }
+
     /// The address of a piece, checked to lie inside its region.
     #[must_use]
     pub fn address(&self, run: RunId, piece: &Piece) -> *mut u8 {

@@ -985,6 +985,25 @@ int32_t carole_process_set_ranks(uint32_t process_set, uint32_t *ranks, size_t c
 int32_t carole_process_sets(uint32_t *process_sets, size_t capacity, size_t *count);
 
 /*
+ Allocates `bytes` zeroed bytes for tensors, in memory that the ranks of this host share: an allreduce of at least
+ 64 KiB whose tensors and outputs lie there on all ranks is done where they lie, without a copy. Ordinary memory where
+ ranks share none. It can be used until carole_deallocate, after carole_shutdown too; a forked child shares it.
+
+ # Safety
+ `memory` can be written.
+ */
+int32_t carole_allocate(uint64_t bytes,
+                        void **memory);
+
+/*
+ Gives memory of carole_allocate back. NULL is fine.
+
+ # Safety
+ No operation or plan that uses it is under way, and nobody touches it any more.
+ */
+int32_t carole_deallocate(void *memory);
+
+/*
  The error of the last call on this thread that failed, in words, as UTF-8; an empty string when none has.
  The pointer is valid until the next failing call on this thread or its end. Never NULL.
  */

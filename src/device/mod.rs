@@ -38,6 +38,9 @@ pub struct Finish {
 }
 
 impl Finish {
+    /// Changes nothing.
+    pub const NOTHING: Finish = Finish { divisor: 1, post: 1.0 };
+
     /// Whether it changes nothing.
     #[must_use]
     pub fn is_identity(&self) -> bool {

@@ -42,6 +42,8 @@ pub(super) struct BatchFlight {
     id: Option<RunId>,
     /// Whether it goes over the boards.
     pub(super) on_boards: bool,
+    /// Whether it goes over the boards, and members tell each other where their tensors lie.
+    pub(super) lends: bool,
     /// Whether it goes from device to device.
     direct: bool,
     /// The operation of each tensor; none where this member has joined. A join that waits for the flight stands
@@ -84,6 +86,7 @@ impl Engine {
             total_bytes += push_bytes(agreed, part.tensor as usize, me, size, &mut flight.bytes);
         }
         flight.direct = self.goes_direct(set, cut, batch.operation as usize, total_bytes);
+        flight.lends = false;
         flight.on_boards = !flight.direct && self.goes_over_boards(set, &signature);
         for part in batch.parts {
             let agreed = &cut[part.operation as usize];
@@ -109,7 +112,8 @@ impl Engine {
             return self.launch_direct(flight, &rounds);
         }
         if flight.on_boards {
-            let exchange = self.plans.exchange(set.0, &shape);
+            flight.lends = self.asks_where(set, &shape);
+            let exchange = self.plans.exchange(set.0, &shape, flight.lends);
             return self.launch_on_boards(flight, &exchange);
         }
         let plan = self.plans.get(set.0, &shape);
@@ -348,6 +352,7 @@ impl Engine {
 
     /// Fails everything in flight and withdraws it from the links.
     pub(super) fn fail_all(&mut self, error: &Error) {
+        self.take_back_lent(None);
         self.fail_channels(None, error);
         for slot in 0..self.flights.len() {
             self.drop_flight(slot);
@@ -360,6 +365,7 @@ impl Engine {
     /// Fails everything in flight of one set; with `without`, only what needs this rank: messages between
     /// others go on.
     pub(super) fn fail_set(&mut self, set: SetId, without: Option<Rank>, error: &Error) {
+        self.take_back_lent(Some(set));
         self.fail_channels(Some(set), error);
         let mut kept = Vec::new();
         for slot in 0..self.flights.len() {

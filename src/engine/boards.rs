@@ -262,8 +262,9 @@ impl Engine {
     }
 }
 
-/// What this member does for a batch of this shape, through slots of so many bytes.
-pub(super) fn exchange(shape: &BatchShape<'_>, slot_bytes: usize) -> Exchange {
+/// What this member does for a batch of this shape, through slots of so many bytes. With `lends` the members tell each
+/// other first where their tensors lie, if it is an allreduce of more than one step.
+pub(super) fn exchange(shape: &BatchShape<'_>, slot_bytes: usize, lends: bool) -> Exchange {
     let members = shape.hosts.len();
     let (me, root) = (shape.me as usize, shape.root as usize);
     let reduces = matches!(shape.collective, Collective::Allreduce | Collective::Reduce);
@@ -280,6 +281,7 @@ pub(super) fn exchange(shape: &BatchShape<'_>, slot_bytes: usize) -> Exchange {
         keep: None,
         area_bytes: 0,
         ticks: 0,
+        lends: lends && shape.collective == Collective::Allreduce && !tiny,
     };
     let part = |chunk: usize, back: Back| Part {
         reduction: Reduction { dtype: shape.dtype, op: shape.op },
@@ -329,7 +331,7 @@ pub(super) fn exchange(shape: &BatchShape<'_>, slot_bytes: usize) -> Exchange {
     let fitting = longest.next_multiple_of(AREA_UNIT as u64).max(AREA_UNIT as u64);
     let most = slot_bytes / plan.areas(members) / AREA_UNIT * AREA_UNIT;
     plan.area_bytes = most.min(usize::try_from(fitting).unwrap_or(most));
-    plan.ticks = longest.div_ceil(plan.area_bytes as u64);
+    plan.ticks = longest.div_ceil(plan.area_bytes as u64) + u64::from(plan.lends);
     plan
 }
 

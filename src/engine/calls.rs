@@ -13,6 +13,8 @@ pub(super) enum Call {
     Boards,
     /// Large tensors of devices go from device to device from here on.
     Devices,
+    /// Members tell each other where large tensors lie from here on.
+    Lend,
     /// The plan of this number was given up by all.
     Free(u64),
 }
@@ -23,6 +25,7 @@ impl Call {
         match agreed.name.strip_prefix(ENGINE_NAMES)? {
             "boards" => Some(Call::Boards),
             "devices" => Some(Call::Devices),
+            "lend" => Some(Call::Lend),
             other => other.strip_prefix("free ")?.parse().ok().map(Call::Free),
         }
     }
@@ -32,7 +35,8 @@ impl Call {
         let (name, number) = match self {
             Call::Boards => (format!("{ENGINE_NAMES}boards"), 0),
             Call::Devices => (format!("{ENGINE_NAMES}devices"), 1),
-            Call::Free(plan) => (format!("{ENGINE_NAMES}free {plan}"), 2 + (plan as u32 & 0xFFF_FFFF)),
+            Call::Lend => (format!("{ENGINE_NAMES}lend"), 2),
+            Call::Free(plan) => (format!("{ENGINE_NAMES}free {plan}"), 3 + (plan as u32 & 0xFFF_FFFF)),
         };
         let submission = Submission {
             op: OpId(IN_FLIGHT_MAX as u32 + number),

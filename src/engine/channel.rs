@@ -24,6 +24,8 @@ pub struct Channel {
     failed: OnceLock<Error>,
     over: Condvar,
     activity: Arc<Activity>,
+    /// Whether it reduces tensors where they lie.
+    pub(super) lends: bool,
 }
 
 /// What the channels of an engine and whoever drives it tell each other.
@@ -117,6 +119,7 @@ impl Channel {
         inner: Inner,
         activity: Arc<Activity>,
     ) -> Channel {
+        let lends = inner.jobs.iter().any(|(_, exchange)| exchange.lends);
         Channel {
             ranks,
             boards,
@@ -125,6 +128,7 @@ impl Channel {
             failed: OnceLock::new(),
             over: Condvar::new(),
             activity,
+            lends,
         }
     }
 

@@ -16,6 +16,7 @@ pub mod driver;
 mod epoch;
 pub mod handles;
 mod inline;
+mod lending;
 mod links;
 #[cfg(all(test, loom))]
 mod loom;
@@ -79,6 +80,8 @@ pub struct EngineSetup {
     pub membership: membership::Rules,
     /// Which tensors stay on their devices.
     pub direct: Direct,
+    /// From how many bytes on batches of tensors in shared memory are reduced where they lie.
+    pub lent_bytes: u64,
     /// Whether an operation that is complete on one rank is so on all, though the epoch breaks (uniform completion).
     pub uniform: bool,
     /// Process sets of the epoch before, by their numbers, besides the global one.
@@ -256,7 +259,10 @@ impl Engine {
         self.hang_together();
         match submission.name.starts_with(coordinator::PLAN_NAMES) {
             true => self.submit_plan(submission, now),
-            false => self.seek_seat(submission.set),
+            false => {
+                self.seek_seat(submission.set);
+                self.offer_to_lend(submission, now);
+            }
         }
         Ok(())
     }

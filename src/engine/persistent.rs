@@ -89,6 +89,9 @@ impl Engine {
 
     fn propose(&mut self, planning: Planning, block: Option<Block>, now: Time) {
         let Planning { op, set, name, hold, signature, mut call, refused } = planning;
+        // The last two values of a member's call: whether its tensors lie in shared memory, and where its block does.
+        let lends = self.ops.get(&op).is_some_and(|operation| self.lie_in_arena(&operation.tensors));
+        call.push(u64::from(lends));
         call.push(block.as_ref().map_or(0, |block| block.at() as u64));
         if let Some(operation) = self.ops.get_mut(&op) {
             operation.block = block;
@@ -216,7 +219,9 @@ impl Engine {
         }
         let dtype = signature.tensors[tensors.clone().next().unwrap_or(0)].dtype;
         let shape = batch::shape(agreed, dtype, (me, root), &hosts, (&bytes, total_bytes), tensors.len());
-        let exchange = Arc::new(boards::exchange(&shape, slot_bytes(signature, size)));
+        let lent = |member| agreed.call.of(Member(member)).iter().nth_back(1) == Some(&1);
+        let lends = total_bytes >= self.setup.lent_bytes && (0..size).all(lent);
+        let exchange = Arc::new(boards::exchange(&shape, slot_bytes(signature, size), lends));
         (memory.register(regions), exchange)
     }
 
@@ -282,9 +287,16 @@ impl Engine {
 
     /// A member of a set has left in good order.
     pub(super) fn leave_channels(&mut self, set: SetId, who: Rank) {
+        self.take_back_lent(Some(set));
         for (_, _, channel) in self.plannings.channels.iter().filter(|(of, ..)| *of == set) {
             channel.depart(who, &Error::Shutdown(Some(who)));
         }
+    }
+
+    /// The sets of channels that are under way and lend tensors.
+    pub(super) fn sets_that_lend_in_channels(&self) -> impl Iterator<Item = SetId> {
+        let lends = |channel: &Channel| channel.lends && channel.is_under_way();
+        self.plannings.channels.iter().filter(move |(_, _, channel)| lends(channel)).map(|(set, ..)| *set)
     }
 
     /// Channels of a set, or of all, end with an error.

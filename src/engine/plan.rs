@@ -156,10 +156,11 @@ impl Plans {
     }
 
     /// The exchange of a shape over boards, which is made when it is first seen.
-    pub fn exchange(&mut self, set: u32, shape: &BatchShape<'_>) -> Arc<Exchange> {
+    pub fn exchange(&mut self, set: u32, shape: &BatchShape<'_>, lends: bool) -> Arc<Exchange> {
         self.find(set, shape);
+        self.key.push(u64::from(lends));
         let Plans { rules, exchanges, key, .. } = self;
-        remembered(exchanges, key, rules.plans_max, || boards::exchange(shape, BOARD_SLOT_BYTES))
+        remembered(exchanges, key, rules.plans_max, || boards::exchange(shape, BOARD_SLOT_BYTES, lends))
     }
 
     /// What is done for a shape at devices, which is made when it is first seen. With `absent` this member has joined.

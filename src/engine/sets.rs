@@ -1,6 +1,7 @@
 //! Process sets: who is in them, and the coordinator of each.
 #![forbid(unsafe_code)]
 
+use super::lending::Lending;
 use super::Engine;
 use super::batch::Flight;
 use super::boards::Seating;
@@ -32,6 +33,8 @@ pub(super) struct ProcessSet {
     pub(super) plans: u64,
     /// Where it exchanges over boards, if it does.
     pub(super) seating: Seating,
+    /// Whether its members tell each other where their tensors lie.
+    pub(super) lending: Lending,
     /// Where its devices exchange among themselves, if they do.
     pub(super) at_devices: AtDevices,
 }
@@ -87,6 +90,7 @@ impl Engine {
             plans: 0,
             departed: None,
             seating,
+            lending: Lending::No,
             at_devices: AtDevices::Unsought,
         };
         self.sets.insert(id, set);
@@ -191,6 +195,7 @@ impl Engine {
                 match call {
                     Call::Boards => self.sit_down(id, agreed),
                     Call::Devices => self.sit_down_at_devices(id, agreed),
+                    Call::Lend => self.lending_agreed(id, agreed),
                     Call::Free(number) => self.plan_freed(id, number),
                 }
                 continue;

@@ -25,6 +25,8 @@ use crate::rendezvous::listen::Doors;
 use crate::rendezvous::over_mpi;
 use crate::rendezvous::porter::{self, Porter, PorterOptions};
 use crate::rendezvous::secret::Secret;
+use crate::transport::Fabric;
+use crate::transport::board::BoardMemory;
 use crate::transport::shm::Budget;
 use crate::transport::tcp::TcpOptions;
 use crate::transport::wake::Waker;
@@ -57,6 +59,8 @@ pub(super) struct Live {
     unnamed: Mutex<Unnamed>,
     stages: Stages,
     pub(super) changes: Changes,
+    /// The memory that this rank shares with the others of its host.
+    pub(super) board: Option<Arc<BoardMemory>>,
     /// Persistent collectives that were not let go of.
     pub(super) plans: AtomicUsize,
 }
@@ -122,6 +126,7 @@ impl Live {
         let (table, secret) = (Arc::clone(&joined.table), joined.secret.clone());
         let options_of_porter = porter_options(&config);
         let (porter, fabric) = Porter::start(joined, options_of_porter, waker.clone()).map_err(system)?;
+        let board = fabric.board();
         let driver = Driver::start(waker, handles, patience(&config, &world), move || {
             Engine::new(setup, Box::new(fabric))
         })
@@ -142,6 +147,7 @@ impl Live {
             unnamed: Mutex::default(),
             stages,
             changes: Changes::default(),
+            board,
             plans: AtomicUsize::new(0),
         };
         live.know_set(GLOBAL_SET, everyone);
@@ -461,6 +467,7 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
             // Slots begin where allocations do.
             slot_bytes: config.direct_memory / limits::DEVICE_SLOTS as u64 / 256 * 256,
         },
+        lent_bytes: limits::LENT_BYTES_MIN,
         uniform: config.uniform.unwrap_or(config.worker.is_some()),
         sets: joined.table.sets.list.clone(),
         next_set: joined.table.sets.next,

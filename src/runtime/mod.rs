@@ -5,6 +5,7 @@ mod live;
 mod persistent;
 mod reform;
 mod request;
+mod shared;
 mod staged;
 pub mod typed;
 
@@ -14,6 +15,7 @@ pub use crate::engine::{Outcome, OutputTensor};
 use crate::error::{Error, Result};
 use crate::fork;
 pub use crate::memory::OwnedBytes;
+pub use shared::SharedBytes;
 pub use crate::rendezvous::card::News;
 use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
 use live::Live;
@@ -325,6 +327,20 @@ pub unsafe fn plan_while(
 ) -> Result<Persistent> {
     // SAFETY: the caller's promise.
     unsafe { live()?.plan(request, keep, go_on) }
+}
+
+/// Memory for tensors that the ranks of this host share: an allreduce of at least 64 KiB whose tensors and results lie
+/// there on all ranks is done where they lie, without a copy of them. Ordinary memory where ranks share none. It counts
+/// against `CAROLE_MEMORY`.
+///
+/// When an epoch breaks while such an allreduce is under way, this memory becomes private, at the same address: a rank
+/// that was only silent may still write what it believes to be shared. After [`reform`] or another [`init`] the job has
+/// other memory; what was allocated before remains usable as any other.
+///
+/// # Errors
+/// [`Error::Usage`] before [`init`], and where there is not so much shared memory.
+pub fn allocate(bytes: usize) -> Result<SharedBytes> {
+    SharedBytes::new(live()?.board.as_ref(), bytes)
 }
 
 /// Whether the operation has an outcome. Drives nothing; never blocks.

@@ -18,5 +18,6 @@ mod messages;
 mod output;
 mod persistent;
 mod sets;
+mod shared;
 mod status;
 mod world;

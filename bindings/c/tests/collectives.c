@@ -405,6 +405,33 @@ static void persistent(void) {
     OK(carole_persistent_free(NULL));
 }
 
+static void shared(void) {
+    enum { COUNT = 100000 };
+    uint64_t shape[1] = {COUNT};
+    void *memory = NULL, *other = NULL;
+    float *x;
+    int turn, i, wrong;
+    OK(carole_allocate(COUNT * sizeof(float), &memory));
+    OK(carole_allocate(0, &other));
+    EXPECT(other != NULL && other != memory);
+    x = (float *)memory;
+    for (turn = wrong = 0; turn < 3; turn++) {
+        carole_tensor t = vector(x, x, CAROLE_FLOAT32, shape);
+        carole_options o = named("shared", CAROLE_SUM);
+        for (i = 0; i < COUNT; i++) wrong += turn == 0 && x[i] != 0, x[i] = (float)(me + i % 100);
+        OK(carole_allreduce(&t, 1, &o, NULL));
+        for (i = 0; i < COUNT; i++) wrong += x[i] != rank_sum() + (float)(size * (i % 100));
+    }
+    EXPECT(wrong == 0);
+    EXPECT(carole_allocate(1, NULL) == CAROLE_ERROR_USAGE);
+    EXPECT(carole_allocate(UINT64_MAX, &memory) == CAROLE_ERROR_USAGE && memory == x);
+    EXPECT(carole_deallocate(&i) == CAROLE_ERROR_USAGE);
+    OK(carole_deallocate(x));
+    EXPECT(carole_deallocate(x) == CAROLE_ERROR_USAGE);
+    OK(carole_deallocate(other));
+    OK(carole_deallocate(NULL));
+}
+
 int main(void) {
     int round;
     EXPECT(carole_abi_version() == CAROLE_ABI_VERSION);
@@ -421,6 +448,7 @@ int main(void) {
         alltoall();
         rooted();
         persistent();
+        shared();
         messages();
         process_sets();
         mistakes();

@@ -33,7 +33,7 @@ mod _native {
         shutdown, world,
     };
     #[pymodule_export]
-    use crate::output::Output;
+    use crate::output::{Output, shared_zeros};
     #[pymodule_export]
     use crate::persistent::{Persistent, plan};
     #[pymodule_export]

@@ -1,8 +1,9 @@
 //! Memory that the engine allocated, lent to Python without a copy.
-#![forbid(unsafe_code)]
 
 use crate::dlpack;
-use carole::runtime::OwnedBytes;
+use crate::errors;
+use carole::error::Error;
+use carole::runtime::{self, OwnedBytes, SharedBytes};
 use carole::types::DType;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
@@ -12,21 +13,56 @@ use std::sync::Arc;
 /// it without a copy, and the memory lives as long as the last of them.
 #[pyclass(frozen, module = "carole._native")]
 pub struct Output {
-    memory: Arc<OwnedBytes>,
+    memory: Bytes,
     dtype: DType,
     shape: Vec<u64>,
 }
 
+/// Whose memory it is.
+#[derive(Clone)]
+enum Bytes {
+    /// A result.
+    Engine(Arc<OwnedBytes>),
+    /// A tensor's, which the ranks of the host share.
+    Shared(Arc<SharedBytes>),
+}
+
+impl Bytes {
+    fn as_ptr(&self) -> *mut u8 {
+        match self {
+            Bytes::Engine(memory) => memory.as_ptr(),
+            Bytes::Shared(memory) => memory.as_ptr(),
+        }
+    }
+    fn len(&self) -> usize {
+        match self {
+            Bytes::Engine(memory) => memory.as_slice().len(),
+            Bytes::Shared(memory) => memory.len(),
+        }
+    }
+}
+
+/// Zeros in memory that the ranks of this host share.
+#[pyfunction]
+pub fn shared_zeros(py: Python<'_>, shape: Vec<u64>, dtype: &str) -> PyResult<Output> {
+    let known = DType::from_name(dtype).ok_or_else(|| Error::usage(format!("'{dtype}' is no type of tensors")));
+    let made = known.and_then(|dtype| {
+        let elements = shape.iter().try_fold(dtype.size() as u64, |all, n| all.checked_mul(*n));
+        let bytes = elements.and_then(|bytes| usize::try_from(bytes).ok()).filter(|n| *n <= isize::MAX as usize);
+        let bytes = bytes.ok_or_else(|| Error::usage(format!("a tensor of shape {shape:?} fits no memory")))?;
+        Ok((runtime::allocate(bytes)?, dtype))
+    });
+    let (memory, dtype) = made.map_err(|error| errors::to_python(py, &error))?;
+    Ok(Output { memory: Bytes::Shared(Arc::new(memory)), dtype, shape })
+}
+
 impl Output {
     pub fn new(memory: OwnedBytes, dtype: DType, shape: Vec<u64>) -> Output {
-        Output { memory: Arc::new(memory), dtype, shape }
+        Output::shared(Arc::new(memory), dtype, shape)
     }
     /// Over memory that others hold, too.
     pub fn shared(memory: Arc<OwnedBytes>, dtype: DType, shape: Vec<u64>) -> Output {
-        Output { memory, dtype, shape }
-    }
-    fn bytes(&self) -> &[u8] {
-        self.memory.as_slice()
+        Output { memory: Bytes::Engine(memory), dtype, shape }
     }
 }
 
@@ -42,10 +78,15 @@ impl Output {
     fn dtype(&self) -> &'static str {
         self.dtype.name()
     }
+    /// Whether the other ranks of this host see the memory.
+    #[getter]
+    fn is_shared(&self) -> bool {
+        matches!(&self.memory, Bytes::Shared(memory) if memory.is_shared())
+    }
     /// The number of bytes.
     #[getter]
     fn nbytes(&self) -> usize {
-        self.bytes().len()
+        self.memory.len()
     }
     /// The address of the first byte.
     #[getter]
@@ -54,12 +95,15 @@ impl Output {
     }
     /// A copy of the bytes.
     fn tobytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, self.bytes())
+        // SAFETY: so many bytes lie there for as long as `self` lives; that nobody writes them meanwhile is the duty of
+        // Python code, as with every buffer.
+        let bytes = unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.memory.len()) };
+        PyBytes::new(py, bytes)
     }
     /// The same memory as a flat array of uint8, which every framework's DLPack can read.
     fn as_uint8(&self) -> Output {
-        let shape = vec![self.bytes().len() as u64];
-        Output { memory: Arc::clone(&self.memory), dtype: DType::U8, shape }
+        let shape = vec![self.memory.len() as u64];
+        Output { memory: self.memory.clone(), dtype: DType::U8, shape }
     }
     /// NumPy's array interface, version 3. bfloat16 shows as two bytes without a type.
     #[getter]
@@ -87,7 +131,7 @@ impl Output {
             return Err(pyo3::exceptions::PyBufferError::new_err(message));
         }
         let versioned = max_version.is_some_and(|(major, _)| major >= 1);
-        let owner = Arc::clone(&self.memory);
+        let owner = self.memory.clone();
         dlpack::lend(py, owner, dlpack::HOST, self.memory.as_ptr(), self.dtype, &self.shape, versioned)
     }
     /// DLPack: host memory.

@@ -1,6 +1,7 @@
 //! A cluster of engines over a simulated network: submits, drives, injects a fault.
 #![forbid(unsafe_code)]
 
+use super::buffer::Buffer;
 use super::program::{Fault, HORIZON_NS, Kind, Planned, Program, Random, fault, program};
 use super::reform::regroup;
 use super::sabotage::{Sabotage, Sabotaged};
@@ -52,7 +53,7 @@ pub struct Node {
     pub stopped_until: Option<Time>,
     /// Indices into the program with the time at which each is submitted, latest first.
     pub plan: Vec<(Time, usize)>,
-    pub buffers: Vec<Vec<Vec<u8>>>,
+    pub buffers: Vec<Vec<Buffer>>,
     pub submitted: Vec<bool>,
     /// What it needed did not end well, so it was not submitted.
     pub skipped: Vec<bool>,
@@ -211,6 +212,7 @@ impl Cluster {
         let eager_bytes_max = random.pick(&[0, 64, 8 << 10]);
         let window_bytes = random.pick(&[4096, 1 << 20]);
         let uniform = random.once_in(2);
+        let lent_bytes = random.pick(&[1, 1000, 64 << 10]);
         let fault = fault(&mut random, size);
         // Every other cluster has links as between hosts; where bits are flipped, they must be such.
         let checksums = random.once_in(2) || matches!(fault, Some((_, Fault::Flip(..))));
@@ -226,6 +228,7 @@ impl Cluster {
                     agreement: coordinator::Rules { fusion_bytes, cache_keys, ..Default::default() },
                     fusion: fusion::Rules { fusion_bytes },
                     direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
+                    lent_bytes,
                     plans: PlanRules {
                         prices: Prices::default(),
                         forced: forced.map(str::to_string),
@@ -457,7 +460,7 @@ impl Cluster {
             for tensor in &outcome.tensors {
                 hash(tensor.memory.as_ref().map_or(&[], |m| m.as_slice()));
             }
-            node.buffers[op].iter().for_each(|buffer| hash(buffer));
+            node.buffers[op].iter().for_each(|buffer| hash(buffer.bytes()));
             match planned.kind {
                 Kind::AddSet(set) => node.sets[set] = outcome.set,
                 Kind::RemoveSet(set) => node.sets[set] = None,
@@ -544,7 +547,7 @@ fn node(rank: Rank, engine: Engine, program: &Program, start: Time) -> Node {
         engine: Some(engine),
         stopped_until: None,
         plan,
-        buffers: vec![Vec::new(); n],
+        buffers: (0..n).map(|_| Vec::new()).collect(),
         submitted: vec![false; n],
         skipped: vec![false; n],
         results: (0..n).map(|_| None).collect(),

@@ -146,7 +146,7 @@ impl Cluster {
             if bytes != room && (received || !planned.may_be_eager(self.eager_bytes_max)) {
                 return Err(format!("'{}' of two lengths succeeded on {}", planned.name, node.rank));
             }
-            if received && node.buffers[i][0] != message_bytes(planned, bytes) {
+            if received && node.buffers[i][0].bytes() != message_bytes(planned, bytes) {
                 return Err(format!("'{}' arrived wrong on {}", planned.name, node.rank));
             }
             return Ok(());
@@ -162,7 +162,7 @@ impl Cluster {
             let Some(expected) = check::expected(planned, members, node.rank.0, t) else { continue };
             let got = match outcome.tensors.get(t).map(|o| &o.memory) {
                 Some(Some(owned)) => owned.as_slice(),
-                Some(None) => &node.buffers[i][t],
+                Some(None) => node.buffers[i][t].bytes(),
                 None => return Err(format!("'{}' has no output {t} on {}", planned.name, node.rank)),
             };
             if !check::same(planned, got, &expected) {

@@ -1,6 +1,7 @@
 //! The simulator: N whole engines in one thread, virtual time, a seed, faults, checkers after every step.
 //! A seed is a bug report: the same seed and number of ranks replay the same cluster.
 
+mod buffer;
 mod check;
 mod cluster;
 mod judge;

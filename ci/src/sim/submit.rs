@@ -1,13 +1,13 @@
 //! How a rank of a simulated cluster hands an operation of the program to its engine.
 
+use super::buffer::Buffer;
 use super::check;
 use super::cluster::Node;
 use super::program::{Kind, Planned, Program, Wrong};
 use carole::coordinator::OpId;
-use carole::engine::{MessageSubmission, Submission, TensorMemory};
+use carole::engine::{Engine, MessageSubmission, Submission, TensorMemory};
 use carole::error::Error;
 use carole::limits::IN_FLIGHT_MAX;
-use carole::memory::Region;
 use carole::types::{Collective, DType, Place, Rank, ReduceOp, SetId, Signature, TensorSignature, Time};
 
 /// Added to an operation's number for a second one of its name, which must be refused. The sum stays below
@@ -76,9 +76,8 @@ fn submit_message(node: &mut Node, planned: &Planned, op: usize, set: SetId) {
         unreachable!("only messages come here")
     };
     let sends = node.rank.0 == from;
-    let mut buffer = if sends { message_bytes(planned, bytes) } else { vec![0xEE; room as usize] };
-    // SAFETY: the node keeps the buffer until the cluster is judged, and its heap does not move.
-    let memory = unsafe { Region::new(buffer.as_mut_ptr(), buffer.len() as u64) };
+    let buffer = Buffer::own(if sends { message_bytes(planned, bytes) } else { vec![0xEE; room as usize] });
+    let memory = buffer.region();
     node.buffers[op] = vec![buffer];
     let submission = MessageSubmission {
         op: OpId(op as u32),
@@ -104,25 +103,25 @@ pub fn message_bytes(planned: &Planned, bytes: u64) -> Vec<u8> {
 fn buffers(node: &mut Node, program: &Program, op: usize) -> Vec<TensorMemory> {
     let planned = &program.ops[op];
     let members = &program.sets[planned.set];
-    let mut inputs: Vec<Vec<u8>> =
-        (0..planned.tensors.len()).map(|t| check::input(planned, members, node.rank.0, t)).collect();
-    let mut outputs: Vec<Vec<u8>> = Vec::new();
+    // Of some operations all ranks have the tensors in shared memory, of some only a part of the ranks.
+    let lends = planned.salt % 3 == 0 || planned.salt % 3 == 1 && node.rank.0 % 2 == 0;
+    let board = node.engine.as_ref().and_then(Engine::own_board).filter(|_| lends);
     let own_output = matches!(planned.collective, Collective::Allreduce | Collective::Broadcast);
-    let mut tensors = Vec::new();
-    for input in &mut inputs {
-        // SAFETY: the node keeps the buffers until the cluster is judged, and their heap does not move.
-        let region = unsafe { Region::new(input.as_mut_ptr(), input.len() as u64) };
+    let (mut inputs, mut outputs, mut tensors) = (Vec::new(), Vec::new(), Vec::new());
+    for t in 0..planned.tensors.len() {
+        let input = Buffer::new(board, check::input(planned, members, node.rank.0, t));
+        let region = input.region();
         let output = match (own_output, planned.in_place) {
             (false, _) => None,
             (true, true) => Some(region),
             (true, false) => {
-                let mut bytes = vec![0xEE; input.len()];
-                // SAFETY: as above.
-                let to = unsafe { Region::new(bytes.as_mut_ptr(), bytes.len() as u64) };
-                outputs.push(bytes);
+                let buffer = Buffer::new(board, vec![0xEE; input.bytes().len()]);
+                let to = buffer.region();
+                outputs.push(buffer);
                 Some(to)
             }
         };
+        inputs.push(input);
         tensors.push(TensorMemory { input: region, output });
     }
     outputs.append(&mut inputs);

@@ -25,7 +25,7 @@ pub(super) unsafe fn combine<E: Loops + Real>(dst: *mut E, a: *const E, b: *cons
         let [dot, a_norm, b_norm] = products::<E>(a, b, count);
         let by_a = share(dot, a_norm);
         let by_b = share(dot, b_norm);
-        E::zip(dst, a, b, count, |x, y| E::blend(x, by_a, y, by_b));
+        E::zip((dst, dst), a, b, count, |x, y| E::blend(x, by_a, y, by_b));
     }
 }
 

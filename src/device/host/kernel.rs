@@ -17,10 +17,10 @@ use std::mem::MaybeUninit;
 /// exactly one of the sources or overlaps none. The processor must have the
 /// instructions of the element, where it names any.
 pub(super) trait Loops: Element {
-    /// `dst[i] = f(a[i], b[i])`, where `f` commutes.
+    /// `dst[i] = back[i] = f(a[i], b[i])`, where `f` commutes.
     #[inline(always)]
     unsafe fn zip(
-        dst: *mut Self,
+        (dst, back): (*mut Self, *mut Self),
         a: *const Self,
         b: *const Self,
         count: usize,
@@ -28,7 +28,7 @@ pub(super) trait Loops: Element {
     ) {
         // SAFETY: the caller's promise; `i` stays below `count`.
         unsafe {
-            zip_raw(dst, a, b, count, |x: Self, y: Self| Self::narrow(f(x.widen(), y.widen())));
+            zip_raw((dst, back), a, b, count, |x: Self, y: Self| Self::narrow(f(x.widen(), y.widen())));
         }
     }
 
@@ -105,23 +105,52 @@ macro_rules! plain_loops {
 
 plain_loops!(u8, i8, u16, i16, u32, i32, u64, i64, f32, f64, Bool, Complex<f32>, Complex<f64>, F16);
 
-/// `dst[i] = f(a[i], b[i])` where `f` commutes; a form in place and one that is not.
+/// `dst[i] = back[i] = f(a[i], b[i])` where `f` commutes. `back` is `dst` where the result goes nowhere else. Forms for a
+/// `dst` that is an operand and for one that is not, each with and without a `back` that is the other operand: two ranks
+/// leave the result where both operands lay, and a pass for that alone would cost half as much again.
 ///
 /// # Safety
-/// As for [`Loops`].
+/// As for [`Loops`]; `back` is `dst`, or an operand that `dst` is not, or overlaps nothing.
 #[inline(always)]
-unsafe fn zip_raw<T: Copy>(dst: *mut T, a: *const T, b: *const T, count: usize, f: impl Fn(T, T) -> T) {
-    let (a, b) = if dst.cast_const() == b { (b, a) } else { (a, b) };
+unsafe fn zip_raw<T: Copy>(
+    (dst, back): (*mut T, *mut T),
+    a: *const T,
+    b: *const T,
+    count: usize,
+    f: impl Fn(T, T) -> T,
+) {
+    let is = |to: *mut T, operand: *const T| to.cast_const() == operand;
+    let (a, b) = if is(dst, b) || back != dst && is(back, a) { (b, a) } else { (a, b) };
     // SAFETY: the caller's promise; `i` stays below `count`.
     unsafe {
-        if dst.cast_const() == a {
-            for i in 0..count {
-                dst.add(i).write_unaligned(f(dst.add(i).read_unaligned(), b.add(i).read_unaligned()));
+        match (is(dst, a), back != dst && is(back, b)) {
+            (true, true) => {
+                for i in 0..count {
+                    let value = f(dst.add(i).read_unaligned(), back.add(i).read_unaligned());
+                    dst.add(i).write_unaligned(value);
+                    back.add(i).write_unaligned(value);
+                }
             }
-        } else {
-            for i in 0..count {
-                dst.add(i).write_unaligned(f(a.add(i).read_unaligned(), b.add(i).read_unaligned()));
+            (false, true) => {
+                for i in 0..count {
+                    let value = f(a.add(i).read_unaligned(), back.add(i).read_unaligned());
+                    dst.add(i).write_unaligned(value);
+                    back.add(i).write_unaligned(value);
+                }
             }
+            (true, false) => {
+                for i in 0..count {
+                    dst.add(i).write_unaligned(f(dst.add(i).read_unaligned(), b.add(i).read_unaligned()));
+                }
+            }
+            (false, false) => {
+                for i in 0..count {
+                    dst.add(i).write_unaligned(f(a.add(i).read_unaligned(), b.add(i).read_unaligned()));
+                }
+            }
+        }
+        if back != dst && !is(back, b) {
+            back.copy_from_nonoverlapping(dst, count);
         }
     }
 }
@@ -130,7 +159,13 @@ impl Loops for BF16 {
     /// Two at a time in one 32-bit word, each in its own half: no value changes its lane, which is twice as
     /// fast as widening 16-bit lanes to 32 bits and back.
     #[inline(always)]
-    unsafe fn zip(dst: *mut BF16, a: *const BF16, b: *const BF16, count: usize, f: impl Fn(f32, f32) -> f32) {
+    unsafe fn zip(
+        (dst, back): (*mut BF16, *mut BF16),
+        a: *const BF16,
+        b: *const BF16,
+        count: usize,
+        f: impl Fn(f32, f32) -> f32,
+    ) {
         const HIGH: u32 = 0xffff_0000;
         let pair = |x: u32, y: u32| {
             let low = BF16::round(f(f32::from_bits(x << 16), f32::from_bits(y << 16)));
@@ -139,12 +174,14 @@ impl Loops for BF16 {
         };
         // SAFETY: the caller's promise; `count / 2` words and the odd element cover `count` elements.
         unsafe {
-            zip_raw(dst.cast::<u32>(), a.cast(), b.cast(), count / 2, pair);
+            zip_raw((dst.cast::<u32>(), back.cast()), a.cast(), b.cast(), count / 2, pair);
             if count % 2 == 1 {
                 let i = count - 1;
                 let x = a.add(i).read_unaligned().widen();
                 let y = b.add(i).read_unaligned().widen();
-                dst.add(i).write_unaligned(BF16::narrow(f(x, y)));
+                let value = BF16::narrow(f(x, y));
+                dst.add(i).write_unaligned(value);
+                back.add(i).write_unaligned(value);
             }
         }
     }
@@ -206,7 +243,7 @@ macro_rules! by_lanes {
 impl<I: Isa> Loops for VectorF16<I> {
     #[inline(always)]
     unsafe fn zip(
-        dst: *mut VectorF16<I>,
+        (dst, back): (*mut VectorF16<I>, *mut VectorF16<I>),
         a: *const VectorF16<I>,
         b: *const VectorF16<I>,
         count: usize,
@@ -220,6 +257,9 @@ impl<I: Isa> Loops for VectorF16<I> {
                 sums[lane] = f(x[lane], y[lane]);
             }
             store::<I>(dst.add(i), sums, some);
+            if back != dst {
+                store::<I>(back.add(i), sums, some);
+            }
         });
     }
 
@@ -301,14 +341,26 @@ impl Last {
     }
 }
 
-/// `dst = a ⊕ b`.
+/// `dst = back = finish(a ⊕ b)`; `back` is `dst` where the result goes nowhere else.
 ///
 /// # Safety
-/// As for [`Loops`].
+/// As for [`zip_raw`].
 #[inline(always)]
-pub(super) unsafe fn reduce<E: Loops, O: Op<E::Wide>>(dst: *mut E, a: *const E, b: *const E, count: usize) {
+pub(super) unsafe fn reduce<E: Loops, O: Op<E::Wide>>(
+    to: (*mut E, *mut E),
+    a: *const E,
+    b: *const E,
+    count: usize,
+    finish: crate::device::Finish,
+) {
     // SAFETY: the caller's promise. Every operation of the table commutes.
-    unsafe { E::zip(dst, a, b, count, |x, y| O::combine(x, y)) };
+    unsafe {
+        match Last::new::<E::Wide>(finish) {
+            Last::Nothing => E::zip(to, a, b, count, |x, y| O::combine(x, y)),
+            Last::Multiply(factor) => E::zip(to, a, b, count, |x, y| O::combine(x, y).scale(factor)),
+            _ => unreachable!("integers are divided by reduce_many"),
+        }
+    }
 }
 
 /// `dst = src * factor`.

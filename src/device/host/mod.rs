@@ -172,7 +172,36 @@ pub unsafe fn copy(dst: *mut u8, src: *const u8, bytes: usize) {
 /// `bytes` is no multiple of the element's size: submission has checked all that.
 pub unsafe fn reduce(reduction: Reduction, dst: *mut u8, a: *const u8, b: *const u8, bytes: usize) {
     // SAFETY: the caller's promise; the level in use is one that the processor has.
-    unsafe { table::reduce(level(), reduction, dst, a, b, bytes) };
+    unsafe { table::reduce(level(), reduction, (dst, dst), a, b, bytes, Finish::NOTHING) };
+}
+
+/// `dst = back = (a ⊕ b) * post / divisor`, rounded once: what [`reduce_many`] gives for two operands.
+///
+/// # Safety
+/// As for [`reduce`]; `back` is `dst`, or the operand that `dst` is not, or overlaps nothing.
+///
+/// # Panics
+/// As [`reduce`].
+pub unsafe fn reduce_pair(
+    reduction: Reduction,
+    (dst, back): (*mut u8, *mut u8),
+    a: *const u8,
+    b: *const u8,
+    bytes: usize,
+    finish: Finish,
+) {
+    // Integers are divided with care, which has its own loops.
+    let fits = finish.is_identity() || reduction.dtype.is_float() || reduction.dtype.is_complex();
+    // SAFETY: the caller's promise; the level in use is one that the processor has.
+    unsafe {
+        if fits {
+            return table::reduce(level(), reduction, (dst, back), a, b, bytes, finish);
+        }
+        table::reduce_many(level(), reduction, dst, &[a, b], bytes, 1.0, finish);
+        if back != dst {
+            back.copy_from_nonoverlapping(dst, bytes);
+        }
+    }
 }
 
 /// `dst = src * factor`, rounded once; a copy where the factor is 1.
@@ -233,9 +262,7 @@ pub unsafe fn reduce_many(
     unsafe {
         match *srcs {
             // Two operands need no accumulators beside the registers, and come to the same bits.
-            [a, b] if pre == 1.0 && finish.is_identity() => {
-                table::reduce(level(), reduction, dst, a, b, bytes);
-            }
+            [a, b] if pre == 1.0 => reduce_pair(reduction, (dst, dst), a, b, bytes, finish),
             _ => table::reduce_many(level(), reduction, dst, srcs, bytes, pre, finish),
         }
     }

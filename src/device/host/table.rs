@@ -111,9 +111,12 @@ macro_rules! kernels {
             // the features; the functions of `kernel` ask for no more.
 
             $(#[$feature])*
-            unsafe fn reduce_as<E: Loops, O: Op<E::Wide>>(dst: *mut u8, a: *const u8, b: *const u8, n: usize) {
+            unsafe fn reduce_as<E: Loops, O: Op<E::Wide>>(
+                (dst, back): (*mut u8, *mut u8), a: *const u8, b: *const u8, n: usize, finish: Finish,
+            ) {
+                let to = (dst.cast(), back.cast());
                 // SAFETY: see above.
-                unsafe { kernel::reduce::<E, O>(dst.cast(), a.cast(), b.cast(), count::<E>(n)) }
+                unsafe { kernel::reduce::<E, O>(to, a.cast(), b.cast(), count::<E>(n), finish) }
             }
             $(#[$feature])*
             unsafe fn scale_as<E: Loops>(dst: *mut u8, src: *const u8, n: usize, factor: f64) {
@@ -139,10 +142,10 @@ macro_rules! kernels {
             }
 
             pub(super) unsafe fn reduce(
-                reduction: Reduction, dst: *mut u8, a: *const u8, b: *const u8, n: usize,
+                reduction: Reduction, to: (*mut u8, *mut u8), a: *const u8, b: *const u8, n: usize, finish: Finish,
             ) {
                 // SAFETY: see above.
-                unsafe { with_reductions!(match_reduction!(reduction, reduce_as (dst, a, b, n))) }
+                unsafe { with_reductions!(match_reduction!(reduction, reduce_as (to, a, b, n, finish))) }
             }
             pub(super) unsafe fn scale(dtype: DType, dst: *mut u8, src: *const u8, n: usize, factor: f64) {
                 // SAFETY: see above.
@@ -204,8 +207,10 @@ macro_rules! by_level {
 }
 
 by_level! {
-    /// `dst = a ⊕ b`.
-    fn reduce(reduction: Reduction, dst: *mut u8, a: *const u8, b: *const u8, bytes: usize)
+    /// `to.0 = to.1 = finish(a ⊕ b)`, of integers without a finish. Both may be the same, and each may be an operand.
+    fn reduce(
+        reduction: Reduction, to: (*mut u8, *mut u8), a: *const u8, b: *const u8, bytes: usize, finish: Finish
+    )
 }
 by_level! {
     /// `dst = src * factor`.

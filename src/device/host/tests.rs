@@ -163,7 +163,7 @@ fn assert_same(dtype: DType, got: &[u8], want: &[u8], what: impl Fn() -> String)
 fn reduce_at(level: Level, reduction: Reduction, a: &[u8], b: &[u8], shifts: &[usize]) -> Vec<u8> {
     placed(a.len(), &[a, b], shifts, |dst, srcs| {
         // SAFETY: all three hold `a.len()` bytes and are disjoint.
-        unsafe { table::reduce(level, reduction, dst, srcs[0], srcs[1], a.len()) }
+        unsafe { table::reduce(level, reduction, (dst, dst), srcs[0], srcs[1], a.len(), Finish::NOTHING) }
     })
 }
 
@@ -270,9 +270,9 @@ fn operands_may_be_the_result() {
             let [px, py, pz] = [&mut x, &mut y, &mut z].map(|v| v.as_mut_ptr());
             // SAFETY: each vector holds `bytes` bytes; `dst` is exactly one operand or both.
             unsafe {
-                table::reduce(level, reduction, px, px, b.as_ptr(), bytes);
-                table::reduce(level, reduction, py, a.as_ptr(), py, bytes);
-                table::reduce(level, reduction, pz, pz, pz, bytes);
+                table::reduce(level, reduction, (px, px), px, b.as_ptr(), bytes, Finish::NOTHING);
+                table::reduce(level, reduction, (py, py), a.as_ptr(), py, bytes, Finish::NOTHING);
+                table::reduce(level, reduction, (pz, pz), pz, pz, bytes, Finish::NOTHING);
             }
             assert_same(dtype, &x, &want, || format!("{reduction:?} at {level} into a"));
             assert_same(dtype, &y, &want, || format!("{reduction:?} at {level} into b"));
@@ -284,6 +284,34 @@ fn operands_may_be_the_result() {
                 // SAFETY: each holds `bytes` bytes; `dst` is exactly one of them.
                 unsafe { table::reduce_many(level, reduction, pointers[into], &srcs, bytes, 1.0, finish) };
                 assert_same(dtype, &copies[into], &many, || format!("{reduction:?} at {level} into {into}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_result_of_a_pair_may_go_where_both_operands_lay() {
+    for reduction in reductions() {
+        let Reduction { dtype, op } = reduction;
+        let inputs = [random(3, dtype, 333), random(4, dtype, 333)];
+        let bytes = inputs[0].len();
+        for (post, divisor) in [(1.0, 1), (1.0, 2), (0.7, 3)] {
+            let finish = Finish { divisor, post };
+            let want = oracle::reduce_all(op, dtype, &inputs, 1.0, post, divisor, Order::Tree);
+            for level in levels() {
+                set_level(level).unwrap();
+                // Places 0 and 1 are the operands.
+                for (to, back) in [(0, 0), (1, 1), (2, 2), (0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (1, 2), (2, 3)] {
+                    let [a, b] = inputs.clone();
+                    let mut places = [a, b, vec![0; bytes], vec![0; bytes]];
+                    let at = places.each_mut().map(|place| place.as_mut_ptr());
+                    // SAFETY: each place has so many bytes, and is an operand or apart from both.
+                    unsafe { reduce_pair(reduction, (at[to], at[back]), at[0], at[1], bytes, finish) };
+                    for place in [to, back] {
+                        let words = || format!("{reduction:?} at {level} into {to} and {back}, {finish:?}");
+                        assert_same(dtype, &places[place], &want, words);
+                    }
+                }
             }
         }
     }
@@ -556,7 +584,7 @@ fn what_types_refuse_the_table_has_not() {
             let mut bytes = [0u8; 16];
             let pointer = bytes.as_mut_ptr();
             // SAFETY: 16 bytes, in place.
-            let run = || unsafe { table::reduce(Level::Baseline, reduction, pointer, pointer, pointer, 16) };
+            let run = || unsafe { table::reduce(Level::Baseline, reduction, (pointer, pointer), pointer, pointer, 16, Finish::NOTHING) };
             let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err();
             assert_eq!(refused, op == ReduceOp::Adasum || op.accepts(dtype).is_err(), "{reduction:?}");
         }

@@ -1,5 +1,7 @@
 //! What a batch exchanges over the boards, and the copies and reductions of one tick.
 
+use super::Blame;
+use super::lent::Lent;
 use super::memory::{BOARD_BYTES, BoardMemory, LINE_BYTES};
 use crate::device::{Finish, Reduction, host};
 use crate::limits::{BOARD_SLOT_BYTES, BOARD_SLOTS};
@@ -11,6 +13,8 @@ use std::sync::atomic::AtomicU64;
 /// Bytes that are reduced before the result is copied to where else it is wanted: it lies in the first-level
 /// cache then.
 const REDUCE_BYTES: usize = 8 << 10;
+/// What is reduced in one tick where tensors lie: about 50 us. Later ticks have nothing left to do then.
+const LENT_WINDOW_BYTES: usize = 1 << 20;
 /// Areas of a slot begin at multiples of it.
 pub const AREA_UNIT: usize = LINE_BYTES;
 
@@ -70,6 +74,13 @@ impl Place {
         );
         let at = self.words_at + (2 + line) * LINE_BYTES + 8 * word;
         self.board.word_at(at).expect("a place lies on its board")
+    }
+
+    /// A word of the slot of a tick; none behind its end.
+    pub(super) fn slot_word(&self, tick: u64, word: usize) -> Option<&AtomicU64> {
+        let slot = (tick % BOARD_SLOTS as u64) as usize;
+        let fits = word < self.slot_bytes / 8;
+        fits.then(|| self.board.word_at(self.slots_at + slot * self.slot_bytes + 8 * word))?
     }
 
     /// An area of the slot of a tick.
@@ -133,8 +144,10 @@ pub struct Exchange {
     pub keep: Option<(PieceRange, PieceRange)>,
     /// Bytes of an area in a slot: what one member gets in one tick.
     pub area_bytes: usize,
-    /// Windows: the same number on all members.
+    /// Windows, and the tick of the cards: the same number on all members.
     pub ticks: u64,
+    /// Whether the members tell each other in the first tick where their tensors lie, so as to reduce them there.
+    pub lends: bool,
 }
 
 impl Exchange {
@@ -190,9 +203,12 @@ pub struct Job {
     dst: Walk,
     kept: (Walk, Walk),
     sources: Vec<*const u8>,
+    /// Where the tensors of all members lie, if all have told that.
+    lent: Lent,
 }
 
-// SAFETY: the addresses are only a buffer that is empty whenever nobody is inside `reduce`.
+// SAFETY: `sources` is only a buffer that is empty whenever nobody is inside `reduce`, and what is lent lies in boards
+// that outlive the job.
 unsafe impl Send for Job {}
 
 impl Job {
@@ -208,6 +224,7 @@ impl Job {
             dst: Walk::default(),
             kept: Default::default(),
             sources: Vec::new(),
+            lent: Lent::default(),
         };
         job.renew(run, exchange, first);
         job
@@ -231,7 +248,18 @@ impl Job {
         if let Some((src, dst)) = &exchange.keep {
             self.kept = (Walk::new(src), Walk::new(dst));
         }
+        self.lent.clear();
         (self.run, self.exchange, self.first) = (run, exchange, first);
+    }
+
+    /// Whether a tick is the one in which the members tell where their tensors lie.
+    fn is_for_cards(&self, tick: u64) -> bool {
+        self.exchange.lends && tick == self.first
+    }
+
+    /// Whether what is done in a tick is not known before all cards have been read, and they were not.
+    pub fn awaits_cards(&self, tick: u64, taken: u64) -> bool {
+        self.exchange.lends && tick > self.first && taken <= self.first
     }
 
     /// Whether anything is copied out of the own slots at the end.
@@ -241,6 +269,12 @@ impl Job {
 
     /// Puts the window of a tick into the own slot.
     pub fn post(&mut self, tick: u64, me: usize, place: &Place, memory: &Memory) {
+        if self.is_for_cards(tick) {
+            return Lent::tell(place, tick, memory.regions(self.run));
+        }
+        if self.lent.is_known() {
+            return;
+        }
         let exchange = &*self.exchange;
         let ranges = match &exchange.share {
             Share::Each(ranges) => ranges.as_slice(),
@@ -267,8 +301,14 @@ impl Job {
     }
 
     /// Takes the window of a tick out of the others' slots.
-    pub fn take(&mut self, tick: u64, me: usize, places: &[Place], memory: &Memory) {
+    pub fn take(&mut self, tick: u64, me: usize, places: &[Place], memory: &Memory) -> Result<(), Blame> {
+        if self.is_for_cards(tick) {
+            return self.lent.learn(places, tick, memory.regions(self.run));
+        }
         self.reduce(tick, me, places, memory);
+        if self.lent.is_known() {
+            return Ok(());
+        }
         let exchange = Arc::clone(&self.exchange);
         for (from, (range, walk)) in exchange.takes.iter().zip(&mut self.takes).enumerate() {
             let left = walk.left.min(exchange.area_bytes as u64) as usize;
@@ -287,22 +327,28 @@ impl Job {
                 left -= n;
             }
         }
+        Ok(())
     }
 
-    /// Reduces the window of this member's part.
+    /// Reduces the window of this member's part: of the others' slots and into them, or, where all have lent their
+    /// tensors, of these and into these.
     fn reduce(&mut self, tick: u64, me: usize, places: &[Place], memory: &Memory) {
         let exchange = &*self.exchange;
         let Some(part) = &exchange.part else { return };
-        let bytes = self.dst.left.min(exchange.area_bytes as u64) as usize;
+        // Windows are as large as slots allow; without slots they only let the links have their turn now and then.
+        let window = if self.lent.is_known() { LENT_WINDOW_BYTES } else { exchange.area_bytes };
+        let bytes = self.dst.left.min(window as u64) as usize;
         let mut done = 0;
         while done < bytes {
             let limit = (bytes - done).min(REDUCE_BYTES);
             let (dst, n) = self.dst.next(memory, self.run, &part.dst, limit);
             let (own, n) = self.own.next(memory, self.run, &part.own, n);
+            let (from, to) = (self.own.cursor.region(&part.own), self.dst.cursor.region(&part.dst));
             self.sources.clear();
             for (member, place) in places.iter().enumerate() {
-                self.sources.push(match member == me {
-                    true => own.cast_const(),
+                self.sources.push(match self.lent.is_known() {
+                    _ if member == me => own.cast_const(),
+                    true => self.lent.like((me, from, own.cast_const()), member).cast_const(),
                     false => {
                         let area = place.area(tick, exchange.area_of(member, me), exchange.area_bytes);
                         // SAFETY: `done` < `bytes` <= the area's length.
@@ -310,19 +356,34 @@ impl Job {
                     }
                 });
             }
-            // SAFETY: `n` bytes lie at each address: pieces as Memory vouches, areas as just said; `n` is a
-            // multiple of the element's size, since lists hold whole elements and windows are cut at multiples
-            // of AREA_UNIT. `dst` is `own` or apart from it, and the slots are nobody's own memory.
-            unsafe { host::reduce_many(part.reduction, dst, &self.sources, n, part.pre, part.finish) };
-            for (member, source) in self.sources.iter().enumerate() {
-                let wanted = match part.back {
-                    Back::Nowhere => false,
-                    Back::All => true,
-                    Back::To(root) => root as usize == member,
-                };
-                if wanted && member != me {
-                    // SAFETY: the bytes in the owner's slot are this member's until it counts them as taken.
-                    unsafe { std::ptr::copy_nonoverlapping(dst, source.cast_mut(), n) };
+            // SAFETY: `n` bytes lie at each address: pieces as Memory vouches, areas as just said, and what is lent at
+            // the same place of a region as long (`Lent::learn`), which its owner leaves alone before all members have
+            // counted the last tick. `n` is a multiple of the element's size, since lists hold whole elements and
+            // windows are cut at multiples of AREA_UNIT. `dst` is `own` or apart from it, and the slots are nobody's
+            // own memory.
+            let theirs = |member: usize| match self.lent.is_known() {
+                true => self.lent.like((me, to, dst.cast_const()), member),
+                false => self.sources[member].cast_mut(),
+            };
+            let is_wanted = |member: usize| match part.back {
+                Back::Nowhere => false,
+                Back::All => member != me,
+                Back::To(root) => root as usize == member && member != me,
+            };
+            // SAFETY: as just said; and the bytes in an owner's slot or tensor to which the result goes are this
+            // member's until it counts them as taken.
+            unsafe {
+                match self.sources[..] {
+                    [a, b] if part.pre == 1.0 => {
+                        let back = if is_wanted(1 - me) { theirs(1 - me) } else { dst };
+                        host::reduce_pair(part.reduction, (dst, back), a, b, n, part.finish);
+                    }
+                    _ => {
+                        host::reduce_many(part.reduction, dst, &self.sources, n, part.pre, part.finish);
+                        for member in (0..places.len()).filter(|member| is_wanted(*member)) {
+                            theirs(member).copy_from_nonoverlapping(dst, n);
+                        }
+                    }
                 }
             }
             self.own.advance(&part.own, n);
@@ -334,6 +395,9 @@ impl Job {
 
     /// Copies the results of a tick out of the own slot.
     pub fn settle(&mut self, tick: u64, me: usize, place: &Place, memory: &Memory) {
+        if self.is_for_cards(tick) || self.lent.is_known() {
+            return;
+        }
         let exchange = &*self.exchange;
         for (by, (range, walk)) in exchange.results.iter().zip(&mut self.results).enumerate() {
             let left = walk.left.min(exchange.area_bytes as u64) as usize;

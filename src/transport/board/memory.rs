@@ -133,7 +133,23 @@ impl BoardMemory {
         let at = address.addr().checked_sub(self.base.as_ptr().addr())? as u64;
         let inside =
             at >= BOARD_BYTES as u64 && at.checked_add(len).is_some_and(|end| end <= self.len as u64);
-        inside.then_some(at)
+        let is_lent = self.arena.as_ref().is_some_and(|arena| !arena.is_closed());
+        (inside && is_lent).then_some(at)
+    }
+
+    /// The first of `len` bytes at a place of the arena that its owner has told; none where they cannot lie there.
+    pub(super) fn lent_at(&self, at: u64, len: u64) -> Option<*mut u8> {
+        let (at, len) = (usize::try_from(at).ok()?, usize::try_from(len).ok()?);
+        (at >= BOARD_BYTES).then(|| self.bytes_at(at, len))?
+    }
+
+    /// Peers may go on with what has failed here: the tensors of the arena become memory of this process alone, at the
+    /// same addresses and with the same values, and no other is lent any more.
+    pub fn take_back(&self) {
+        if let Some(arena) = &self.arena {
+            // SAFETY: the arena's tensors lie in this board's mapping, at these places.
+            arena.close(|at, bytes| unsafe { sealed::detach(self.base.as_ptr().add(at), bytes) });
+        }
     }
 
     /// Whether the owner sleeps, and is to be woken when something is published beside the links. The owner writes it.

@@ -18,6 +18,9 @@
 //! line of its own that another core has read last is not (it must be asked back). Measured with two ranks and
 //! 64 KiB: 6.5 us, against 22 us with the results in other lines, and 8.6 us for whole windows (benches/README.md).
 //!
+//! Where the tensors of all members lie in the arenas of their boards ([`BoardMemory::find`]), nothing is posted and
+//! nothing settled: the members reduce them where they are (`lent`).
+//!
 //! Tensors on devices go from device to device, with boards for the counters only: [`device`].
 //!
 //! A board is a star of single-writer words: every counter has one writer, and what a peer writes is copied out
@@ -26,6 +29,7 @@
 mod arena;
 pub mod device;
 mod exchange;
+mod lent;
 mod memory;
 #[cfg(test)]
 mod tests;
@@ -139,7 +143,7 @@ impl Seat {
             self.look()?;
             // The oldest first: what it frees lets the others go on.
             let mut any = self.settle(memory, complete);
-            any |= self.take(memory);
+            any |= self.take(memory)?;
             any |= self.post(memory);
             if !any {
                 break;
@@ -215,6 +219,9 @@ impl Seat {
             return false;
         }
         let job = &mut self.jobs[self.posting.job];
+        if job.awaits_cards(tick, self.taking.done) {
+            return false;
+        }
         let place = &self.places[self.me];
         job.post(tick, self.me, place, memory);
         self.posting.advance(job);
@@ -224,18 +231,18 @@ impl Seat {
     }
 
     /// Takes this member's share of the next tick that all have posted.
-    fn take(&mut self, memory: &Memory) -> bool {
+    fn take(&mut self, memory: &Memory) -> Result<bool, Blame> {
         let tick = self.taking.done;
         if tick >= self.posted_seen.min(self.posting.done) {
-            return false;
+            return Ok(false);
         }
         let job = &mut self.jobs[self.taking.job];
-        job.take(tick, self.me, &self.places, memory);
+        job.take(tick, self.me, &self.places, memory)?;
         self.taking.advance(job);
         let place = &self.places[self.me];
         place.taken().store(self.taking.done, Ordering::Release);
         self.published = true;
-        true
+        Ok(true)
     }
 
     /// Copies the results of the next tick out, once all have taken their share of it.

@@ -21,7 +21,7 @@ fn list(from: usize, to: usize) -> PieceRange {
 }
 
 /// An allreduce of `n` values over all members.
-fn allreduce(me: usize, members: usize, n: usize) -> Arc<Exchange> {
+fn allreduce(me: usize, members: usize, n: usize, lends: bool) -> Arc<Exchange> {
     // Cut at multiples of 16 values, as layouts are.
     let at = |k: usize| (n.div_ceil(16) * k / members * 16).min(n);
     let chunk = |k: usize| list(at(k), at(k + 1));
@@ -42,7 +42,8 @@ fn allreduce(me: usize, members: usize, n: usize) -> Arc<Exchange> {
         results: (0..members).map(but).collect(),
         keep: None,
         area_bytes,
-        ticks: longest.div_ceil(area_bytes) as u64,
+        ticks: longest.div_ceil(area_bytes) as u64 + u64::from(lends),
+        lends,
     })
 }
 
@@ -67,7 +68,7 @@ impl Member {
         // SAFETY: the values are not touched otherwise until the batch is complete.
         let region = unsafe { Region::new(self.values.as_mut_ptr().cast(), 4 * n as u64) };
         let run = self.memory.register([region]);
-        self.seat.push(run, &allreduce(me, members, n));
+        self.seat.push(run, &allreduce(me, members, n, false));
         run
     }
     fn turn(&mut self) -> bool {
@@ -99,6 +100,71 @@ fn sums_are_right_and_batches_follow_each_other() {
                 assert_eq!(wrong, 0, "{count} members, {n} values");
             }
         }
+    }
+}
+
+/// Tensors in the arenas of the members' boards; with `private` one member's lies elsewhere.
+#[test]
+fn lent_tensors_are_reduced_where_they_lie() {
+    for (count, private) in [(2, false), (3, false), (5, false), (3, true)] {
+        let mut all = members(count);
+        for n in [17, 5000, 100_000] {
+            let mut blocks = Vec::new();
+            let mut own: Vec<f32> = Vec::new();
+            for (me, member) in all.iter_mut().enumerate() {
+                let block = Block::take_for_tensor(member.seat.places[me].board(), 4 * n).unwrap();
+                let mut start: *mut f32 = block.as_ptr().cast();
+                if private && me == 1 {
+                    own.resize(n, 0.0);
+                    start = own.as_mut_ptr();
+                }
+                // SAFETY: the block and the vector have room for `n` values, and live until the batch is complete.
+                let region = unsafe {
+                    (0..n).for_each(|i| *start.add(i) = (i % 1000 + me) as f32);
+                    Region::new(start.cast(), 4 * n as u64)
+                };
+                let run = member.memory.register([region]);
+                member.seat.push(run, &allreduce(me, count, n, true));
+                blocks.push((run, start, block));
+            }
+            while all.iter_mut().any(Member::turn) {}
+            for (member, (run, start, _)) in all.iter_mut().zip(&blocks) {
+                assert_eq!(std::mem::take(&mut member.complete), [*run]);
+                member.memory.forget(*run);
+                let expected = |i: usize| (i % 1000 * count + count * (count - 1) / 2) as f32;
+                // SAFETY: `n` values lie there, and the batch is complete.
+                let wrong = (0..n).filter(|&i| unsafe { *start.add(i) } != expected(i)).count();
+                assert_eq!(wrong, 0, "{count} members, {n} values");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_member_that_tells_an_impossible_place_is_blamed() {
+    for (words, told) in [([5, 1 << 20], "5: "), ([1, 1 << 62], "1: "), ([1, 64], "1: ")] {
+        let mut all = members(2);
+        for (me, member) in all.iter_mut().enumerate() {
+            member.values = vec![1.0; 5000];
+            // SAFETY: the values are not touched otherwise until the batch is complete.
+            let region = unsafe { Region::new(member.values.as_mut_ptr().cast(), 20_000) };
+            let run = member.memory.register([region]);
+            member.seat.push(run, &allreduce(me, 2, 5000, true));
+        }
+        // Member 0 has told that its tensor lies elsewhere; the other writes over both cards.
+        for member in &mut all {
+            let Member { seat, memory, complete, .. } = member;
+            let _ = (seat.post(memory), &complete);
+        }
+        let places = all[0].seat.places.clone();
+        for place in &places {
+            for (at, word) in words.iter().enumerate() {
+                place.slot_word(0, at).unwrap().store(*word, Ordering::Release);
+            }
+        }
+        let Member { seat, memory, complete, .. } = &mut all[0];
+        let (_, cause) = seat.progress(memory, complete).unwrap_err();
+        assert!(matches!(&cause, Cause::Misbehaved(words) if words.contains(told)), "{cause:?}");
     }
 }
 

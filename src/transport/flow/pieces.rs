@@ -50,6 +50,11 @@ impl Cursor {
         (unsafe { address.add(self.within as usize) }, n)
     }
 
+    /// The region in which the next bytes lie.
+    pub fn region(&self, range: &PieceRange) -> u32 {
+        range.pieces()[self.piece as usize].region
+    }
+
     /// Appends the next `len` bytes to `parts` as slices, as far as there is room; returns how many bytes they are.
     pub fn gather<'a>(
         mut self,

@@ -3,7 +3,7 @@
 
 use crate::error::Cause;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
@@ -52,6 +52,47 @@ pub fn discard(fd: &OwnedFd, at: usize, bytes: usize) {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     // Where that cannot be it stays memory, which is used again or ends with the process.
     let _ = rustix::fs::fallocate(fd, flags, at as u64, bytes as u64);
+}
+
+/// Makes private memory of a part of a mapping, at the same address and with the same values.
+///
+/// # Safety
+/// The bytes must lie in a mapping of [`map`], in whole pages, and nobody in this process may write them meanwhile.
+pub unsafe fn detach(start: *mut u8, bytes: usize) -> Result<(), Cause> {
+    let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let copy = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, prot, flags) }
+        .map_err(|e| system("private memory for a tensor", e))?;
+    // SAFETY: the copy is as long and apart. Moving it replaces the part of the shared mapping in one step, so that
+    // whoever reads it sees its values at any time.
+    let moved = unsafe {
+        std::ptr::copy_nonoverlapping(start.cast_const(), copy.cast(), bytes);
+        rustix::mm::mremap_fixed(copy, bytes, bytes, MremapFlags::MAYMOVE, start.cast())
+    };
+    moved.map(drop).map_err(|e| {
+        // SAFETY: nobody knows the copy.
+        let _ = unsafe { rustix::mm::munmap(copy, bytes) };
+        system("moving private memory", e)
+    })
+}
+
+/// Gives the memory of a detached part back to the system.
+///
+/// # Safety
+/// The bytes were given to [`detach`], and nobody uses them any more.
+pub unsafe fn empty(start: *mut u8, bytes: usize) {
+    // SAFETY: the caller's promise. Where it cannot be it stays memory until the process ends.
+    let _ = unsafe { rustix::mm::madvise(start.cast(), bytes, Advice::LinuxDontNeed) };
+}
+
+/// Whether forked children get a part of a mapping. Best effort: a child that misses it is told so by its fault.
+///
+/// # Safety
+/// The bytes must lie in a mapping of [`map`], in whole pages.
+pub unsafe fn set_inherited(start: *mut u8, bytes: usize, inherited: bool) {
+    let advice = if inherited { Advice::LinuxDoFork } else { Advice::LinuxDontFork };
+    // SAFETY: it changes no byte.
+    let _ = unsafe { rustix::mm::madvise(start.cast(), bytes, advice) };
 }
 
 /// Takes the page faults of committed memory at once.

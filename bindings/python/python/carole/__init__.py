@@ -111,6 +111,7 @@ from ._reductions import (
 )
 from ._run import run
 from ._sets import ProcessSet, add_process_set, global_process_set, remove_process_set
+from ._shared import shared_zeros
 from ._submit import (
     Adasum,
     Average,
@@ -204,6 +205,7 @@ __all__ = [
     "scatter_async",
     "send",
     "send_async",
+    "shared_zeros",
     "shutdown",
     "size",
     "synchronize",

@@ -48,6 +48,7 @@ from .ops import (
     HorovodGroupedReducescatter,
     HorovodReducescatter,
 )
+from .memory import shared_zeros
 from .optimizer import DistributedOptimizer
 from .sync_batch_norm import SyncBatchNorm
 
@@ -99,6 +100,7 @@ __all__ = [
     "reducescatter_init",
     "remove_process_set",
     "rocm_built",
+    "shared_zeros",
     "shutdown",
     "size",
     "start_timeline",

@@ -6,6 +6,9 @@ from typing import Dict, Iterator, List, Sequence
 
 import torch
 
+from .._errors import UsageError
+from .memory import shared_zeros
+
 # As torch's DDP: few reductions, and the first of them early.
 FIRST_BUCKET_BYTES = 1 << 20
 BUCKET_BYTES = 25 << 20
@@ -17,7 +20,7 @@ class Bucket:
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self.parameters = list(parameters)
         self.ready = 0
-        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=self.parameters[0].dtype)
+        self.flat = _zeros(sum(p.numel() for p in self.parameters), self.parameters[0].dtype)
         self.views: Dict[torch.Tensor, torch.Tensor] = {}
         start = 0
         for parameter in self.parameters:
@@ -46,6 +49,14 @@ class Bucket:
         self.flat.zero_()
         for parameter, view in self.views.items():
             parameter.grad = view
+
+
+def _zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that the ranks share, where there is so much of it."""
+    try:
+        return shared_zeros(elements, dtype=dtype)
+    except UsageError:
+        return torch.zeros(elements, dtype=dtype)
 
 
 def split(parameters: Sequence[torch.Tensor]) -> Iterator[List[torch.Tensor]]:
