@@ -44,7 +44,7 @@ impl Engine {
         }
         let Some(set) = self.sets.get_mut(&submission.set) else { return };
         if set.lending == Lending::No
-            && matches!(set.seating, Seating::Taken(_))
+            && !matches!(set.seating, Seating::None)
             && let Some(coordinator) = &mut set.coordinator
             && Call::Lend.make(coordinator, now)
         {

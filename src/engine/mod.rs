@@ -28,14 +28,16 @@ pub mod plan;
 mod rounds;
 mod sets;
 mod spin;
+mod submission;
 mod uniform;
 
 pub use direct::Direct;
 pub use message::MessageSubmission;
 pub use operation::{Ended, Outcome, OutputTensor, TensorMemory};
 pub(crate) use rounds::serves as devices_serve;
+pub use submission::Submission;
 
-use crate::coordinator::{self, OpId, Rules};
+use crate::coordinator::{OpId, Rules};
 use crate::device::host::HostDevice;
 use crate::error::{Cause, Error, Result};
 use crate::fusion::{self, Fusion};
@@ -46,14 +48,13 @@ use crate::membership::{self, Membership};
 use crate::memory::{Memory, OwnedBytes, Region};
 use crate::run::Order;
 use crate::transport::{Events, Fabric, LinkEvent};
-use crate::types::{Epoch, GLOBAL_SET, Rank, SetId, Signature, Time};
+use crate::types::{Epoch, GLOBAL_SET, Rank, SetId, Time};
 use crate::wire;
 use batch::{BatchFlight, Flight};
 use boards::Boards;
 use direct::Devices;
 use links::{LinkChange, Links};
 use operation::Operation;
-use passage::OnDevice;
 use persistent::Plannings;
 use plan::{PlanRules, Plans};
 use sets::ProcessSet;
@@ -88,29 +89,6 @@ pub struct EngineSetup {
     pub sets: Vec<(SetId, Vec<Rank>)>,
     /// The number of the next process set; all lower ones were given.
     pub next_set: u32,
-}
-
-/// An operation, as the engine takes it.
-#[derive(Clone, Copy, Debug)]
-pub struct Submission<'a> {
-    /// The caller's number for it, free until now.
-    pub op: OpId,
-    /// The process set.
-    pub set: SetId,
-    /// Its name.
-    pub name: &'a str,
-    /// Whether a busy name is waited for instead of refused.
-    pub hold: bool,
-    /// What must agree.
-    pub signature: &'a Signature,
-    /// Row counts or splits.
-    pub call: &'a [u64],
-    /// Memory of the tensors.
-    pub tensors: &'a [TensorMemory],
-    /// Why this rank cannot take part.
-    pub refused: Option<&'a str>,
-    /// Where the tensors are on a device, if they are: then the engine may leave them there.
-    pub on_device: Option<&'a Arc<OnDevice>>,
 }
 
 /// One process's engine.
@@ -236,54 +214,6 @@ impl Engine {
         }
         engine.next_set = engine.next_set.max(next);
         engine
-    }
-
-    /// Takes an operation. What goes wrong later is told through [`Engine::ended`].
-    pub fn submit(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
-        self.quiet_until = None;
-        self.admit(submission.set, submission.op)?;
-        if !submission.name.starts_with(coordinator::PLAN_NAMES) {
-            self.submit_now(submission, now)?;
-        }
-        let mut operation = self.spare_ops.pop().unwrap_or_default();
-        operation.set = submission.set;
-        operation.tensors.clear();
-        operation.tensors.extend_from_slice(submission.tensors);
-        operation.on_device = submission.on_device.cloned();
-        operation.remaining = 0;
-        operation.agreed = false;
-        operation.place = None;
-        operation.name.clear();
-        operation.name.push_str(submission.name);
-        self.ops.insert(submission.op, operation);
-        self.hang_together();
-        match submission.name.starts_with(coordinator::PLAN_NAMES) {
-            true => self.submit_plan(submission, now),
-            false => {
-                self.seek_seat(submission.set);
-                self.offer_to_lend(submission, now);
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells the coordinator of an operation.
-    fn submit_now(&mut self, submission: &Submission<'_>, now: Time) -> Result<()> {
-        let mut words = [0; inline::WORDS_MAX];
-        let call = self.inline_values(submission, &mut words).unwrap_or(submission.call);
-        let coordinator = self.coordinator_of(submission.set).expect("admitted sets have a coordinator");
-        let accepted = coordinator.submit(
-            coordinator::Submission {
-                op: submission.op,
-                name: submission.name,
-                hold_if_busy: submission.hold,
-                signature: submission.signature,
-                call,
-                refused: submission.refused,
-            },
-            now,
-        );
-        accepted.map_err(|error| Error::usage(format!("'{}' on {}: {error}", submission.name, self.me)))
     }
 
     /// Somebody waits for this operation: the batching window closes now.

@@ -1,12 +1,12 @@
 //! Process sets: who is in them, and the coordinator of each.
 #![forbid(unsafe_code)]
 
-use super::lending::Lending;
 use super::Engine;
 use super::batch::Flight;
 use super::boards::Seating;
 use super::calls::Call;
 use super::direct::AtDevices;
+use super::lending::Lending;
 use super::operation::Operation;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
 use crate::error::Error;
@@ -319,30 +319,6 @@ impl Engine {
     /// All sets.
     pub fn set_ids(&self) -> impl Iterator<Item = SetId> + '_ {
         self.sets.keys().copied()
-    }
-
-    /// Whether an operation may be submitted to a set now.
-    pub(super) fn admit(&self, set: SetId, op: OpId) -> Result<(), Error> {
-        if let Some(error) = &self.broken {
-            return Err(error.clone());
-        }
-        if self.ops.contains_key(&op) {
-            return Err(Error::usage("this operation's number is in use"));
-        }
-        match self.sets.get(&set) {
-            None => Err(Error::usage(format!(
-                "process set {} does not exist; add_process_set() makes one",
-                set.0
-            ))),
-            Some(s) if s.member.is_none() => Err(Error::usage(format!(
-                "{} is not a member of process set {} ({})",
-                self.me,
-                set.0,
-                list(&s.ranks)
-            ))),
-            Some(ProcessSet { departed: Some(rank), .. }) => Err(Error::Shutdown(Some(*rank))),
-            Some(_) => Ok(()),
-        }
     }
 }
 

@@ -1,8 +1,44 @@
 //! Calls that wait for their end, so that the buffers they borrow are safe.
 
 use crate::error::Result;
-use crate::runtime::{self, Handle, Outcome, Persistent, Request, TensorArg};
+use crate::runtime::{self, Handle, Outcome, Persistent, Request, SharedBytes, TensorArg};
 use crate::types::{DType, GLOBAL_SET, Rank};
+use std::ops::{Deref, DerefMut};
+
+/// Memory of a tensor.
+pub(super) enum Memory {
+    Own(Vec<u8>),
+    Shared(SharedBytes),
+}
+
+impl Memory {
+    pub(super) fn zeroed(len: usize, shared: bool) -> Result<Memory> {
+        if shared { runtime::allocate(len).map(Memory::Shared) } else { Ok(Memory::Own(vec![0; len])) }
+    }
+}
+
+impl Deref for Memory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Memory::Own(bytes) => bytes,
+            // SAFETY: the bytes live as long as `self`; other ranks touch them only during an operation on them, which
+            // borrows them for writing.
+            Memory::Shared(bytes) => unsafe { std::slice::from_raw_parts(bytes.as_ptr(), bytes.len()) },
+        }
+    }
+}
+
+impl DerefMut for Memory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Memory::Own(bytes) => bytes,
+            // SAFETY: as above.
+            Memory::Shared(bytes) => unsafe { std::slice::from_raw_parts_mut(bytes.as_ptr(), bytes.len()) },
+        }
+    }
+}
 
 /// Where a tensor's bytes are, and where its output goes.
 pub(super) enum Buffers<'a> {
@@ -30,8 +66,8 @@ pub(super) fn run(
 /// An operation on one tensor of one dimension that is planned once, with its memory.
 pub(super) struct Planned {
     plan: Persistent,
-    input: Vec<u8>,
-    output: Vec<u8>,
+    input: Memory,
+    output: Memory,
 }
 
 impl Planned {
@@ -40,8 +76,8 @@ impl Planned {
         request: &Request<'_>,
         dtype: DType,
         elements: u64,
-        mut input: Vec<u8>,
-        mut output: Vec<u8>,
+        mut input: Memory,
+        mut output: Memory,
         in_place: bool,
     ) -> Result<Planned> {
         let shape = [elements];
@@ -50,7 +86,7 @@ impl Planned {
             false => Buffers::Apart(&input, &mut output),
         };
         let tensors = [argument(dtype, &shape, buffers)];
-        // SAFETY: the value keeps both vectors, whose memory does not move, behind the plan, which is dropped first.
+        // SAFETY: the value keeps both, whose memory does not move, behind the plan, which is dropped first.
         let plan = unsafe { runtime::plan(&Request { tensors: &tensors, ..*request }, None) }?;
         Ok(Planned { plan, input, output })
     }
@@ -74,7 +110,7 @@ impl Planned {
     /// The result.
     pub(super) fn result(&self, in_place: bool) -> &[u8] {
         let made = self.plan.outputs().first().and_then(|output| output.memory.as_ref());
-        made.map_or(if in_place { &self.input } else { &self.output }, |memory| memory.as_slice())
+        made.map_or(if in_place { &*self.input } else { &*self.output }, |memory| memory.as_slice())
     }
 }
 

@@ -1,7 +1,7 @@
 //! One rank's part of a measurement.
 #![forbid(unsafe_code)]
 
-use super::calls::{self, Buffers, Planned};
+use super::calls::{self, Buffers, Memory, Planned};
 use super::pattern::{self, Pattern};
 use super::report::{self, Heading, Row};
 use super::{Settings, start};
@@ -183,9 +183,9 @@ impl Job<'_> {
         }
         let bytes = self.kind.bytes(elements, self.settings.dtype, self.size);
         let iterations = self.settings.iterations.unwrap_or_else(|| iterations_for(bytes)).max(1);
-        let mut input = vec![0; len];
+        let mut input = Memory::zeroed(len, self.settings.shared)?;
         self.fill(&mut input);
-        let mut output = vec![0; if self.has_own_output() { len } else { 0 }];
+        let mut output = Memory::zeroed(if self.has_own_output() { len } else { 0 }, self.settings.shared)?;
         let mut wrong = 0;
         for _ in 0..self.settings.warmup {
             self.call(elements, &mut input, &mut output)?;
@@ -223,9 +223,9 @@ impl Job<'_> {
         let len = elements as usize * self.settings.dtype.size();
         let bytes = self.kind.bytes(elements, self.settings.dtype, self.size);
         let iterations = self.settings.iterations.unwrap_or_else(|| iterations_for(bytes)).max(1);
-        let mut input = vec![0; len];
+        let mut input = Memory::zeroed(len, self.settings.shared)?;
         self.fill(&mut input);
-        let output = vec![0; if self.has_own_output() { len } else { 0 }];
+        let output = Memory::zeroed(if self.has_own_output() { len } else { 0 }, self.settings.shared)?;
         let Kind::Collective(collective) = self.kind else {
             unreachable!("settings that cannot be persistent are refused")
         };

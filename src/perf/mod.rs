@@ -102,6 +102,9 @@ pub(crate) struct Settings {
     /// Plans each operation once and starts it many times.
     #[arg(long)]
     persistent: bool,
+    /// The tensors lie in memory that the ranks of a host share.
+    #[arg(long)]
+    shared: bool,
     /// Writes the rows to this file as JSON.
     #[arg(long)]
     json: Option<PathBuf>,

@@ -1,4 +1,5 @@
 //! Tensors that live in shared memory from the start.
+#![forbid(unsafe_code)]
 
 use super::OwnedBytes;
 use crate::error::{Error, Result};

@@ -49,7 +49,9 @@ pub unsafe extern "C" fn carole_deallocate(memory: *mut c_void) -> i32 {
         }
         let known = given().remove(&memory.addr());
         known.map(drop).ok_or_else(|| {
-            Error::usage("this memory is not of carole_allocate, or was given back before; free() what malloc() gave")
+            Error::usage(
+                "this memory is not of carole_allocate, or was given back before; free() what malloc() gave",
+            )
         })
     })
 }

@@ -45,11 +45,14 @@ impl Bytes {
 /// Zeros in memory that the ranks of this host share.
 #[pyfunction]
 pub fn shared_zeros(py: Python<'_>, shape: Vec<u64>, dtype: &str) -> PyResult<Output> {
-    let known = DType::from_name(dtype).ok_or_else(|| Error::usage(format!("'{dtype}' is no type of tensors")));
+    let known =
+        DType::from_name(dtype).ok_or_else(|| Error::usage(format!("'{dtype}' is no type of tensors")));
     let made = known.and_then(|dtype| {
         let elements = shape.iter().try_fold(dtype.size() as u64, |all, n| all.checked_mul(*n));
-        let bytes = elements.and_then(|bytes| usize::try_from(bytes).ok()).filter(|n| *n <= isize::MAX as usize);
-        let bytes = bytes.ok_or_else(|| Error::usage(format!("a tensor of shape {shape:?} fits no memory")))?;
+        let bytes =
+            elements.and_then(|bytes| usize::try_from(bytes).ok()).filter(|n| *n <= isize::MAX as usize);
+        let bytes =
+            bytes.ok_or_else(|| Error::usage(format!("a tensor of shape {shape:?} fits no memory")))?;
         Ok((runtime::allocate(bytes)?, dtype))
     });
     let (memory, dtype) = made.map_err(|error| errors::to_python(py, &error))?;

@@ -212,7 +212,7 @@ impl Cluster {
         let eager_bytes_max = random.pick(&[0, 64, 8 << 10]);
         let window_bytes = random.pick(&[4096, 1 << 20]);
         let uniform = random.once_in(2);
-        let lent_bytes = random.pick(&[1, 1000, 64 << 10]);
+        let lent_bytes = random.pick(&[1, 1000, 16 << 10]);
         let fault = fault(&mut random, size);
         // Every other cluster has links as between hosts; where bits are flipped, they must be such.
         let checksums = random.once_in(2) || matches!(fault, Some((_, Fault::Flip(..))));

@@ -162,6 +162,9 @@ pub fn program(random: &mut Random, size: u32, strict: bool, carried: &Sets) -> 
         };
         program.push(op);
     }
+    if (2..=9).contains(&size) && random.once_in(3) {
+        repeat(random, size, &mut program);
+    }
     if size > 1 && random.once_in(4) {
         join(random, size, strict, &mut program);
     }
@@ -330,6 +333,26 @@ fn collective(random: &mut Random, size: u32, set: usize, members: &[u32], i: u6
         }
     }
     op
+}
+
+/// As training does: large allreduces in one set, one after the other, late enough that what sets agree on for such (seats
+/// on boards, lending tensors) is agreed during them.
+fn repeat(random: &mut Random, size: u32, program: &mut Program) {
+    let set = random.below(program.sets.len() as u64) as usize;
+    let pause = HORIZON_NS / 8;
+    for step in 1..=2 + random.below(6) {
+        let mut op = plain(random, size, Collective::Allreduce, set, format!("step/{step}"));
+        op.dtype = random.pick(&[DType::F32, DType::F32, DType::I64, DType::BF16]);
+        op.op = random.pick(&[ReduceOp::Sum, ReduceOp::Average, ReduceOp::Max]);
+        let members = program.sets[set].len();
+        op.tensors =
+            (0..random.pick(&[1, 1, 3])).map(|_| (700, vec![random.pick(&[5, 8]); members])).collect();
+        op.in_place = random.once_in(2);
+        // Which ranks have their tensors in shared memory is taken from the salt.
+        op.salt = if random.once_in(4) { op.salt } else { op.salt / 3 * 3 };
+        op.at = (0..size).map(|_| step * pause + random.below(pause)).collect();
+        program.push(op);
+    }
 }
 
 /// The ranks of one set join, each at its own time: what they would have submitted later goes on without

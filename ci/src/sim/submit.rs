@@ -1,4 +1,5 @@
 //! How a rank of a simulated cluster hands an operation of the program to its engine.
+#![forbid(unsafe_code)]
 
 use super::buffer::Buffer;
 use super::check;
@@ -104,7 +105,11 @@ fn buffers(node: &mut Node, program: &Program, op: usize) -> Vec<TensorMemory> {
     let planned = &program.ops[op];
     let members = &program.sets[planned.set];
     // Of some operations all ranks have the tensors in shared memory, of some only a part of the ranks.
-    let lends = planned.salt % 3 == 0 || planned.salt % 3 == 1 && node.rank.0 % 2 == 0;
+    let lends = match planned.salt % 3 {
+        0 => true,
+        1 => node.rank.0.is_multiple_of(2),
+        _ => false,
+    };
     let board = node.engine.as_ref().and_then(Engine::own_board).filter(|_| lends);
     let own_output = matches!(planned.collective, Collective::Allreduce | Collective::Broadcast);
     let (mut inputs, mut outputs, mut tensors) = (Vec::new(), Vec::new(), Vec::new());

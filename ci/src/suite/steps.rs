@@ -123,7 +123,7 @@ pub fn all(scale: Scale) -> Vec<Step> {
             .with("CARGO_TARGET_DIR", "target/loom"),
     );
     steps.push(
-        Step::task("simulator", &format!("sim --seeds {}", scale.of(2000, 1_000_000)))
+        Step::task("simulator", &format!("sim --seeds {}", scale.of(1500, 1_000_000)))
             .within(Duration::from_secs(if long { 48 * 3600 } else { 1800 })),
     );
     steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));
@@ -230,7 +230,7 @@ fn processes(long: bool) -> Vec<Step> {
             pick("startup --ranks 32 --simulated 64,256 --cycles 10", "startup --ranks 128 --cycles 200"),
         )
         .within(hours(2)),
-        Step::task("threads and memory", "figures --simulated 64,1024"),
+        Step::task("threads and memory", "figures --simulated 64,512"),
     ];
     if long {
         steps.push(Step::task("more than 2^31 elements", "huge"));

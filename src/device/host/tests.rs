@@ -301,7 +301,9 @@ fn the_result_of_a_pair_may_go_where_both_operands_lay() {
             for level in levels() {
                 set_level(level).unwrap();
                 // Places 0 and 1 are the operands.
-                for (to, back) in [(0, 0), (1, 1), (2, 2), (0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (1, 2), (2, 3)] {
+                for (to, back) in
+                    [(0, 0), (1, 1), (2, 2), (0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (1, 2), (2, 3)]
+                {
                     let [a, b] = inputs.clone();
                     let mut places = [a, b, vec![0; bytes], vec![0; bytes]];
                     let at = places.each_mut().map(|place| place.as_mut_ptr());
@@ -584,7 +586,17 @@ fn what_types_refuse_the_table_has_not() {
             let mut bytes = [0u8; 16];
             let pointer = bytes.as_mut_ptr();
             // SAFETY: 16 bytes, in place.
-            let run = || unsafe { table::reduce(Level::Baseline, reduction, (pointer, pointer), pointer, pointer, 16, Finish::NOTHING) };
+            let run = || unsafe {
+                table::reduce(
+                    Level::Baseline,
+                    reduction,
+                    (pointer, pointer),
+                    pointer,
+                    pointer,
+                    16,
+                    Finish::NOTHING,
+                )
+            };
             let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err();
             assert_eq!(refused, op == ReduceOp::Adasum || op.accepts(dtype).is_err(), "{reduction:?}");
         }
