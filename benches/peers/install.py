@@ -62,10 +62,12 @@ def carole(python: Path, wheel: Optional[Path]) -> List[Launch]:
     run = [str(python), str(folder / "bin" / "carolerun")]
     return [
         Launch(
-            name, "carole", transport, str(python), lambda ranks: [*run, "-np", str(ranks)],
+            name, library, transport, str(python), lambda ranks: [*run, "-np", str(ranks)],
             {"PYTHONPATH": places, "CAROLE_TRANSPORT": transport},
         )
-        for name, transport in (("carole", "shm"), ("carole-tcp", "tcp"))
+        for name, library, transport in (
+            ("carole", "carole", "shm"), ("carole-shared", "shared", "shm"), ("carole-tcp", "carole", "tcp")
+        )
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from .report import ORDER, OURS, TITLES  # noqa: E402
 
 COLOURS = {
     "Carole": "#c1121f",
+    "Carole, shared tensors": "#780000",
     "Carole from Rust": "#f4978e",
     "Open MPI": "#1d4e89",
     "MPICH": "#00b2ca",

@@ -380,7 +380,8 @@ fn with_two_dashes(argv: Vec<OsString>) -> Vec<OsString> {
         };
         let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
         let name = match name {
-            "-np" => "--num-proc",
+            // mpirun takes the short one, too.
+            "-np" | "-n" => "--num-proc",
             "-cb" => "--check-build",
             "-hostfile" => "--hostfile",
             "-prefix-timestamp" => "--prefix-output-with-timestamp",
@@ -438,7 +439,9 @@ mod tests {
         assert_eq!(arguments.command, ["python", "x.py", "-np", "3", "-cb", "--verbose"]);
         assert!(!arguments.verbose && !arguments.about.check_build);
         assert_eq!(arguments.hosts.ssh_port, Some(22));
-        for line in ["carolerun -np=3 x", "carolerun --num-proc 3 x", "carolerun --np 3 -- x"] {
+        for line in
+            ["carolerun -np=3 x", "carolerun --num-proc 3 x", "carolerun --np 3 -- x", "carolerun -n 3 x"]
+        {
             let arguments = read(line).unwrap();
             assert_eq!((arguments.num_proc, &arguments.command[..]), (Some(3), &["x".into()][..]), "{line}");
         }

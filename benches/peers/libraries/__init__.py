@@ -38,6 +38,7 @@ class Library:
 
 _PLACES = {
     "carole": ("carole_", "Carole"),
+    "shared": ("carole_", "Shared"),
     "mpi": ("mpi", "Mpi"),
     "gloo": ("gloo", "Gloo"),
     "horovod": ("horovod_", "Horovod"),

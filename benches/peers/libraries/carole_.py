@@ -6,8 +6,9 @@ from typing import Dict
 
 import carole
 import carole.torch as hvd
+import torch
 
-from . import Library, Tensors, Way
+from . import Cannot, Library, Tensors, Way
 
 
 class Carole(Library):
@@ -32,7 +33,8 @@ class Carole(Library):
         def by_name() -> None:
             hvd.allreduce_(tensor, op=hvd.Sum, name="one")
 
-        return {"by name": by_name}
+        planned = hvd.allreduce_init(tensor, op=hvd.Sum, out=tensor)
+        return {"by name": by_name, "planned": lambda: _nothing(planned())}
 
     def _set(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
         names = [f"gradient.{i}" for i in range(len(inputs))]
@@ -45,7 +47,8 @@ class Carole(Library):
         def grouped() -> None:
             hvd.grouped_allreduce_(inputs, op=hvd.Sum, name="all")
 
-        return {"each": each, "grouped": grouped}
+        planned = hvd.grouped_allreduce_init(inputs, op=hvd.Sum, out=inputs)
+        return {"each": each, "grouped": grouped, "planned": lambda: _nothing(planned())}
 
     def _allgather(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
         # There is no out= for an allgather: the output is new memory each time, and what its pages cost counts.
@@ -68,3 +71,19 @@ class Carole(Library):
 
     def leave(self) -> None:
         hvd.shutdown()
+
+
+class Shared(Carole):
+    """Its tensors live in memory that the ranks share, which only an allreduce makes use of."""
+
+    def ways(self, kind: str, inputs: Tensors, outputs: Tensors) -> Dict[str, Way]:
+        if kind not in ("allreduce", "set"):
+            raise Cannot("tensors in shared memory are as any others there")
+        return super().ways(kind, inputs, outputs)
+
+    def empty(self, count: int) -> torch.Tensor:
+        return hvd.shared_zeros(count)
+
+
+def _nothing(_: object) -> None:
+    """In place: there are no outputs to look at."""
