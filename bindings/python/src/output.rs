@@ -61,10 +61,10 @@ pub fn shared_zeros(py: Python<'_>, shape: Vec<u64>, dtype: &str) -> PyResult<Ou
 
 impl Output {
     pub fn new(memory: OwnedBytes, dtype: DType, shape: Vec<u64>) -> Output {
-        Output::shared(Arc::new(memory), dtype, shape)
+        Output::over(Arc::new(memory), dtype, shape)
     }
     /// Over memory that others hold, too.
-    pub fn shared(memory: Arc<OwnedBytes>, dtype: DType, shape: Vec<u64>) -> Output {
+    pub fn over(memory: Arc<OwnedBytes>, dtype: DType, shape: Vec<u64>) -> Output {
         Output { memory: Bytes::Engine(memory), dtype, shape }
     }
 }

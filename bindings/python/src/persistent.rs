@@ -105,7 +105,7 @@ fn results<'py>(
         arrays.push(match (outs.next().flatten(), &output.memory) {
             (Some(out), _) => out,
             (None, Some(memory)) => {
-                wrap(py, Output::shared(Arc::clone(memory), output.dtype, output.shape.clone()), like)?
+                wrap(py, Output::over(Arc::clone(memory), output.dtype, output.shape.clone()), like)?
             }
             (None, None) => py.None().into_bound(py),
         });

@@ -97,6 +97,29 @@ def test_shapes(size):
     assert run(size, body_shapes) == ["ok"] * size
 
 
+def body_one_has_none():
+    """A rank without arrays in shared memory stalls nobody, in no set."""
+    me, size = carole.rank(), carole.size()
+    pair = carole.add_process_set([0, 1])
+    array = np.zeros(BIG, np.float32) if me == 1 else carole.shared_zeros(BIG)
+    until = time.monotonic() + 2.5
+    going = np.full(1, size)
+    while going[0] == size:
+        array[...] = me
+        carole.allreduce_(array, carole.Sum, name="mixed")
+        assert (array == sum(range(size))).all()
+        if me < 2:
+            carole.allreduce_(array, carole.Average, process_set=pair)
+        going[...] = time.monotonic() < until
+        carole.allreduce_(going, carole.Sum)
+    carole.remove_process_set(pair)
+    return "ok"
+
+
+def test_one_has_none():
+    assert run(3, body_one_has_none, env={"CAROLE_STALL_WARN_S": "1", "CAROLE_STALL_FAIL_S": "2"}) == ["ok"] * 3
+
+
 def body_memory():
     for turn in range(300):
         array = carole.shared_zeros(256, 1024)

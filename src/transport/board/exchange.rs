@@ -338,9 +338,11 @@ impl Job {
         // Windows are as large as slots allow; without slots they only let the links have their turn now and then.
         let window = if self.lent.is_known() { LENT_WINDOW_BYTES } else { exchange.area_bytes };
         let bytes = self.dst.left.min(window as u64) as usize;
+        // The result of two goes to both places at once; of more it is copied while it lies in the first-level cache.
+        let most = if places.len() == 2 { bytes } else { REDUCE_BYTES };
         let mut done = 0;
         while done < bytes {
-            let limit = (bytes - done).min(REDUCE_BYTES);
+            let limit = (bytes - done).min(most);
             let (dst, n) = self.dst.next(memory, self.run, &part.dst, limit);
             let (own, n) = self.own.next(memory, self.run, &part.own, n);
             let (from, to) = (self.own.cursor.region(&part.own), self.dst.cursor.region(&part.dst));

@@ -253,8 +253,8 @@ def DistributedOptimizer(
         sparse_as_dense: whether sparse gradients are made dense first.
         process_set: the ranks that train together.
         gradient_as_bucket_view: whether gradients are views of flat regions (one for each group, else by size), which
-            are reduced in place as one tensor each. Saves copies and calls. `zero_grad` then writes zeros, and never
-            sets gradients to None.
+            are reduced in place as one tensor each, in memory that the ranks of a host share as far as `CAROLE_MEMORY`
+            allows. Saves copies and calls. `zero_grad` then writes zeros, and never sets gradients to None.
     Raises:
         ValueError: for arguments that do not go together.
     """
