@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU64;
 /// Bytes that are reduced before the result is copied to where else it is wanted: it lies in the first-level
 /// cache then.
 const REDUCE_BYTES: usize = 8 << 10;
-/// What is reduced in one tick where tensors lie: about 50 us. Later ticks have nothing left to do then.
+/// What is reduced in one tick where tensors lie. Later ticks have nothing left to do then.
 const LENT_WINDOW_BYTES: usize = 1 << 20;
 /// Areas of a slot begin at multiples of it.
 pub const AREA_UNIT: usize = LINE_BYTES;
