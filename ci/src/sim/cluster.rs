@@ -333,8 +333,9 @@ impl Cluster {
         for node in &mut self.nodes {
             let gone = node.engine.as_ref().is_some_and(Engine::is_gone);
             if node.left && (gone || node.gone_at.is_some_and(|at| at <= now)) {
-                // As `Driver::stop` does: its process lingers for a bounded time.
+                // As `Driver::stop` does: its process lingers for a bounded time. Who asks for it now is refused.
                 (node.engine, node.gone_at) = (None, None);
+                self.network.kill(node.rank);
             }
             if node.stopped_until.is_some_and(|until| until <= now) {
                 node.stopped_until = None;
