@@ -45,6 +45,12 @@ pub const BOARD_SEATS: usize = 4;
 pub const BOARD_SLOTS: usize = 4;
 /// Bytes of a slot: all slots of a seat together stay in a core's second-level cache.
 pub const BOARD_SLOT_BYTES: usize = 128 << 10;
+/// Bytes of each seat for niches: a thousand standing operations of 256 bytes fit.
+pub const BOARD_NICHES_BYTES: usize = 1 << 20;
+/// An allreduce of at most this many bytes that repeats gets a niche.
+pub const NICHE_BYTES_MAX: usize = 4 << 10;
+/// Agreements in a row, with one signature, after which an allreduce stands: a program that repeats shows it soon.
+pub const STANDS_AFTER: u32 = 3;
 /// Address space behind a board, of which its owner takes blocks: tensors in shared memory, and what persistent
 /// collectives exchange through. Every rank of the host maps it.
 pub const BOARD_ARENA_BYTES: usize = 16 << 30;

@@ -209,6 +209,12 @@ impl OwnedBytes {
     pub fn as_ptr(&self) -> *mut u8 {
         self.address
     }
+    /// The bytes as a region, which is good for as long as the operation that they were made for keeps them.
+    #[must_use]
+    pub(crate) fn as_region(&self) -> Region {
+        // SAFETY: allocated with this length; the operation keeps the value until it has ended, and reads it after.
+        unsafe { Region::new(self.address, self.len as u64) }
+    }
     /// The bytes.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {

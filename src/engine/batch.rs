@@ -354,6 +354,7 @@ impl Engine {
     pub(super) fn fail_all(&mut self, error: &Error) {
         self.take_back_lent(None);
         self.fail_channels(None, error);
+        self.fail_standings(None, None, error);
         for slot in 0..self.flights.len() {
             self.drop_flight(slot);
         }
@@ -367,6 +368,7 @@ impl Engine {
     pub(super) fn fail_set(&mut self, set: SetId, without: Option<Rank>, error: &Error) {
         self.take_back_lent(Some(set));
         self.fail_channels(Some(set), error);
+        self.fail_standings(Some(set), without, error);
         let mut kept = Vec::new();
         for slot in 0..self.flights.len() {
             let concerned = match &self.flights[slot] {

@@ -21,7 +21,11 @@ impl Engine {
     /// Says goodbye to everybody. Operations in flight end with [`Error::Shutdown`]. Keep turning until
     /// [`Engine::is_gone`], within reason.
     pub fn leave(&mut self) {
-        let clean = self.ops.is_empty() && self.flying == 0 && !self.has_active_channels();
+        self.settle_standings(None);
+        let clean = self.ops.is_empty()
+            && self.flying == 0
+            && !self.has_active_channels()
+            && !self.standings.is_any_under_way();
         self.left = Some(clean);
         self.fail_all(&Error::Shutdown(None));
         if self.broken.is_none() {
@@ -145,6 +149,7 @@ impl Engine {
             set.departed.get_or_insert(who);
             self.dissolve_ledger(id);
             self.leave_channels(id, who);
+            self.fail_standings(Some(id), Some(who), &Error::Shutdown(Some(who)));
             let Some(set) = self.sets.get(&id) else { continue };
             if !clean {
                 // It takes no further part in what had been agreed.

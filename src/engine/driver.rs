@@ -12,12 +12,14 @@
 
 mod channels;
 mod intake;
+mod standing;
 
 use super::Engine;
 use super::channel::Activity;
 use super::handles::{Handles, Submitted, Waited};
 use super::spin::{Naps, Spin};
-use crate::coordinator::OpId;
+use super::standing::Standings;
+use crate::coordinator::{OpId, rank_list};
 use crate::error::{Broken, Cause, Error, Result};
 use crate::limits;
 use crate::log;
@@ -27,6 +29,7 @@ use intake::Arriving;
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicBool as SleepFlag, fence};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use standing::Watched;
 use std::any::Any;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -69,6 +72,10 @@ pub struct Patience {
     pub yields: bool,
     /// The processor to which the background thread is bound.
     pub processor: Option<usize>,
+    /// How often a start of what stands is warned of that others do not make, in nanoseconds; 0 for never.
+    pub stall_warn_ns: u64,
+    /// After what time the epoch ends for it; 0 for never.
+    pub stall_fail_ns: u64,
 }
 
 /// What submitters leave for the driver.
@@ -88,6 +95,8 @@ struct Shared {
     handles: Arc<Handles>,
     /// What the engine's channels tell.
     activity: Arc<Activity>,
+    /// What stands.
+    standings: Arc<Standings>,
     mail: Mutex<Vec<Mail>>,
     has_mail: AtomicBool,
     /// In the order of submission. Whoever drives looks after them.
@@ -146,6 +155,7 @@ impl Driver {
         let engine = make();
         let shared = Arc::new(Shared {
             activity: engine.activity(),
+            standings: engine.standings(),
             engine: Mutex::new(engine),
             handles,
             mail: Mutex::default(),
@@ -208,6 +218,9 @@ impl Driver {
     pub fn wait(&self, handle: u64, until: Option<Instant>) -> Result<Waited> {
         let shared = &*self.shared;
         let mut told = false;
+        if let Some(standing) = shared.handles.standing(handle)? {
+            shared.spin_for_start(&standing);
+        }
         loop {
             if let Waited::Done(result, keep) = shared.handles.try_take(handle)? {
                 return Ok(Waited::Done(result, keep));
@@ -256,6 +269,9 @@ impl Driver {
     /// What an operation waits for.
     #[must_use]
     pub fn explain(&self, handle: u64) -> Option<String> {
+        if let Some(standing) = self.shared.handles.standing(handle).ok()?.filter(|s| s.number().is_some()) {
+            return Some(format!("waiting for {} on '{}'", rank_list(&standing.missing()), standing.name()));
+        }
         let index = self.shared.handles.index(handle).ok()?;
         // Not while another caller holds the baton in its sleep: an explanation is not worth a hang.
         let engine = self.shared.engine.try_lock().ok()?;
@@ -497,7 +513,9 @@ impl Shared {
     fn background(&self) {
         let mut fds = Vec::new();
         let (mut short_naps, mut naps) = (0, Naps::new());
+        let mut watched = Watched::default();
         while !self.stop.load(Ordering::SeqCst) {
+            self.look_after_standings(&mut watched);
             let (mut limit, moved, polled) = self.background_turns(&mut fds);
             // Tensors come in bursts: for a while it looks by itself, so that nobody needs to wake it.
             short_naps = if moved { NAPS } else { short_naps - short_naps.min(1) };
@@ -514,7 +532,8 @@ impl Shared {
                 self.background_wakes_ns.store(self.now().0 + limit.as_nanos() as u64, Ordering::SeqCst);
             }
             self.background_sleep.lie_down();
-            let news = self.has_mail.load(Ordering::SeqCst) || self.activity.calls();
+            let news =
+                self.has_mail.load(Ordering::SeqCst) || self.activity.calls() || self.standings.calls();
             let mail = news && !self.caller.load(Ordering::SeqCst);
             if !mail && !self.stop.load(Ordering::SeqCst) {
                 fds.push((self.nudge.descriptor(), false));

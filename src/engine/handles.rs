@@ -8,6 +8,7 @@
 
 use super::operation::Outcome;
 use super::passage::{OnDevice, Passage};
+use super::standing::Standing;
 use crate::coordinator;
 use crate::device::accelerator::Mark;
 use crate::error::{Cause, Error, Result};
@@ -73,6 +74,8 @@ struct Inner {
     /// Somebody sleeps on `done`: without sleepers there is nobody to wake, which would cost a system call.
     sleepers: u32,
     name: Option<u128>,
+    /// What it is a start of.
+    standing: Option<Arc<Standing>>,
 }
 
 #[derive(Default)]
@@ -81,6 +84,20 @@ struct Slot {
     state: AtomicU64,
     inner: Mutex<Inner>,
     done: Condvar,
+}
+
+impl Slot {
+    /// Begins with another operation; its handle.
+    fn begin(&self, index: u32, operation: Inner) -> u64 {
+        let mut inner = lock(&self.inner);
+        // Late risers of the slot's last operation still count themselves out.
+        let sleepers = inner.sleepers;
+        *inner = Inner { sleepers, ..operation };
+        drop(inner);
+        let generation = (self.state.load(Ordering::Relaxed) >> 2) + 1;
+        self.state.store(generation << 2 | PENDING, Ordering::Release);
+        (generation & 0xFF_FFFF_FFFF) << 24 | u64::from(index)
+    }
 }
 
 /// All handles of a process.
@@ -181,21 +198,8 @@ impl Handles {
     ) -> Result<(u64, u32)> {
         let (index, spare) = {
             let mut free = lock(&self.free);
-            let index = match free.slots.pop() {
-                Some(index) => index,
-                None if (free.made as usize) < IN_FLIGHT_MAX => {
-                    free.made += 1;
-                    free.made - 1
-                }
-                None => {
-                    return Err(Error::usage(format!(
-                        "{IN_FLIGHT_MAX} operations are in flight; wait for some of them first"
-                    )));
-                }
-            };
-            (index, free.spare.pop())
+            (self.take_slot(&mut free)?, free.spare.pop())
         };
-        self.pages[index as usize / PAGE].get_or_init(|| (0..PAGE).map(|_| Slot::default()).collect());
         let slot = self.slot(index);
         let mut submitted = spare.unwrap_or_default();
         fill(&mut submitted);
@@ -210,14 +214,42 @@ impl Handles {
             free.spare.push(submitted);
             return Err(Error::usage(words));
         }
-        let mut inner = lock(&slot.inner);
-        // Late risers of the slot's last operation still count themselves out.
-        let sleepers = inner.sleepers;
-        *inner = Inner { submitted: Some(submitted), keep, name, sleepers, ..Inner::default() };
-        drop(inner);
-        let generation = (slot.state.load(Ordering::Relaxed) >> 2) + 1;
-        slot.state.store(generation << 2 | PENDING, Ordering::Release);
-        Ok(((generation & 0xFF_FFFF_FFFF) << 24 | u64::from(index), index))
+        let inner = Inner { submitted: Some(submitted), keep, name, ..Inner::default() };
+        Ok((slot.begin(index, inner), index))
+    }
+
+    /// Takes a slot for a start of what stands, which is no submission. Returns the handle and the slot.
+    pub fn open_start(
+        &self,
+        keep: Option<Box<dyn Any + Send>>,
+        standing: &Arc<Standing>,
+    ) -> Result<(u64, u32)> {
+        let index = self.take_slot(&mut lock(&self.free))?;
+        let inner = Inner { keep, standing: Some(Arc::clone(standing)), ..Inner::default() };
+        Ok((self.slot(index).begin(index, inner), index))
+    }
+
+    /// What the operation of a handle is a start of, if it is one.
+    pub fn standing(&self, handle: u64) -> Result<Option<Arc<Standing>>> {
+        let (slot, _) = self.find(handle)?;
+        Ok(lock(&slot.inner).standing.clone())
+    }
+
+    fn take_slot(&self, free: &mut Free) -> Result<u32> {
+        let index = match free.slots.pop() {
+            Some(index) => index,
+            None if (free.made as usize) < IN_FLIGHT_MAX => {
+                free.made += 1;
+                free.made - 1
+            }
+            None => {
+                return Err(Error::usage(format!(
+                    "{IN_FLIGHT_MAX} operations are in flight; wait for some of them first"
+                )));
+            }
+        };
+        self.pages[index as usize / PAGE].get_or_init(|| (0..PAGE).map(|_| Slot::default()).collect());
+        Ok(index)
     }
 
     /// What was submitted in a slot; the engine takes it once.
@@ -286,6 +318,7 @@ impl Handles {
         slot.state.store(state & !3, Ordering::Release);
         let result = inner.result.take().expect("only what has ended is closed");
         let keep = inner.keep.take();
+        inner.standing = None;
         lock(&self.free).slots.push(index);
         (result, keep)
     }

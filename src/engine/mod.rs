@@ -28,6 +28,7 @@ pub mod plan;
 mod rounds;
 mod sets;
 mod spin;
+pub mod standing;
 mod submission;
 mod uniform;
 
@@ -58,6 +59,7 @@ use operation::Operation;
 use persistent::Plannings;
 use plan::{PlanRules, Plans};
 use sets::ProcessSet;
+use standing::Standings;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -100,6 +102,7 @@ pub struct Engine {
     boards: Boards,
     devices: Devices,
     plannings: Plannings,
+    standings: Arc<Standings>,
     memory: Memory,
     device: HostDevice,
     plans: Plans,
@@ -163,6 +166,7 @@ impl Engine {
             boards: Boards::new(fabric.board()),
             devices: Devices::default(),
             plannings: Plannings::default(),
+            standings: Arc::default(),
             links: Links::new(fabric, size),
             memory: Memory::default(),
             device: HostDevice::default(),
@@ -232,6 +236,7 @@ impl Engine {
         moved |= self.turn_seats();
         moved |= self.turn_devices();
         moved |= self.turn_channels();
+        moved |= self.turn_standings(now);
         let mut changes = std::mem::take(&mut self.changes);
         if self.left.is_some() {
             self.linger(&mut changes);
@@ -437,7 +442,11 @@ impl Engine {
     /// Whether something is unfinished, so that somebody must go on driving.
     #[must_use]
     pub fn is_busy(&self) -> bool {
-        !self.ops.is_empty() || self.flying > 0 || self.has_active_channels() || !self.links.drained()
+        !self.ops.is_empty()
+            || self.flying > 0
+            || self.has_active_channels()
+            || self.standings.is_busy()
+            || !self.links.drained()
     }
 
     /// Whether there is still something to agree: the epoch goes on, and this rank has not left.
@@ -463,6 +472,7 @@ impl Engine {
         busy || !self.changes.is_empty()
             || self.seats_have_news()
             || self.channels_have_news()
+            || self.standings_have_news()
             || self.devices_have_news()
     }
 

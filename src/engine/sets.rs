@@ -8,6 +8,7 @@ use super::calls::Call;
 use super::direct::AtDevices;
 use super::lending::Lending;
 use super::operation::Operation;
+use super::standing::Repeats;
 use crate::coordinator::{Agreed, Coordinator, Intent, OpId, Setup};
 use crate::error::Error;
 use crate::types::{Collective, GLOBAL_SET, Member, Rank, SetId, Signature, Time};
@@ -31,6 +32,8 @@ pub(super) struct ProcessSet {
     pub(super) departed: Option<Rank>,
     /// Plans agreed: the same number on every member.
     pub(super) plans: u64,
+    /// Which operations repeat: the same on every member.
+    pub(super) repeats: Repeats,
     /// Where it exchanges over boards, if it does.
     pub(super) seating: Seating,
     /// Whether its members tell each other where their tensors lie.
@@ -88,6 +91,7 @@ impl Engine {
             neighbours,
             next_batch: 0,
             plans: 0,
+            repeats: Repeats::default(),
             departed: None,
             seating,
             lending: Lending::No,
@@ -233,6 +237,7 @@ impl Engine {
         }
         let mut fusion = std::mem::take(&mut self.fusion);
         fusion.fuse(cut, self.setup.fusion);
+        cut.iter().for_each(|agreed| self.note_agreed(id, agreed));
         for batch in fusion.batches().filter(|batch| !batch.parts.is_empty()) {
             self.start_batch(id, cut, &batch);
         }
@@ -286,6 +291,7 @@ impl Engine {
             self.ledgers.remove(&id);
             self.fail_set(id, None, &error);
             self.leave_devices(id);
+            self.forget_standings(id);
             self.sets.remove(&id);
         }
         if let Some(operation) = agreed.op.and_then(|op| self.ops.get_mut(&op)) {

@@ -188,10 +188,16 @@ impl Live {
     pub(super) fn submit(
         &self,
         request: &Request<'_>,
-        keep: Option<Box<dyn Any + Send>>,
+        mut keep: Option<Box<dyn Any + Send>>,
         quiet: bool,
     ) -> Result<Handle> {
         let set = self.check_place(request)?;
+        if let Some(name) = request.name
+            && let Some(standing) = self.driver.find_standing(request.set, name)
+            && let Some(handle) = self.driver.post(&standing, &request::repeat(request), &mut keep)?
+        {
+            return Ok(Handle(handle));
+        }
         let plans = self.plans.load(Ordering::SeqCst);
         if request.collective == Collective::Join && plans > 0 {
             return Err(Error::usage(format!(
@@ -519,5 +525,11 @@ fn patience(config: &Config, world: &World) -> Patience {
     let crowded = world.local_size as usize > processors;
     let processor =
         config.thread_affinity.get(world.local_rank as usize).map(|&processor| processor as usize);
-    Patience { spin_ns: config.spin_us * 1000, yields: crowded, processor }
+    Patience {
+        spin_ns: config.spin_us * 1000,
+        yields: crowded,
+        processor,
+        stall_warn_ns: config.stall_warn_s * 1000 * MS,
+        stall_fail_ns: config.stall_fail_s * 1000 * MS,
+    }
 }

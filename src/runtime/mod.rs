@@ -343,12 +343,13 @@ pub fn allocate(bytes: usize) -> Result<SharedBytes> {
     SharedBytes::new(live()?.board.as_ref(), bytes)
 }
 
-/// Whether the operation has an outcome. Drives nothing; never blocks.
+/// Whether the operation has an outcome. Never blocks.
 pub fn poll(handle: Handle) -> Result<bool> {
-    if FORKED.load(Ordering::Relaxed) {
-        live()?;
+    match live() {
+        Ok(live) => live.driver.poll(handle.0),
+        Err(error) if FORKED.load(Ordering::Relaxed) => Err(error),
+        Err(_) => handles().poll(handle.0),
     }
-    handles().poll(handle.0)
 }
 
 /// Waits for the outcome and takes it; the handle is used up, except after `Timeout`. The caller's thread

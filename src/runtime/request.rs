@@ -3,6 +3,7 @@
 
 use super::{Request, SetInfo, TensorArg};
 use crate::engine::handles::Submitted;
+use crate::engine::standing::Repeat;
 use crate::limits;
 use crate::memory::Region;
 use crate::types::{Collective, Place, ReduceOp, Signature, TensorSignature};
@@ -35,6 +36,35 @@ pub(super) fn fill(request: &Request<'_>, set: &SetInfo, into: &mut Submitted) -
         push_memory(request, set, tensor, &mut into.tensors)?;
     }
     push_call(request, set, into)
+}
+
+/// A request as a start of what stands, if it can be one at all.
+pub(super) fn repeat<'a>(request: &Request<'a>) -> Repeat<'a> {
+    let plain = request.refused.is_none() && request.stream.is_none() && request.splits.is_empty();
+    let tensor = match request.tensors {
+        [tensor] if plain && !tensor.input.is_null() => Some(tensor),
+        _ => None,
+    };
+    let region = |address: *mut u8| {
+        let bytes = tensor.and_then(bytes_of).unwrap_or(0);
+        // SAFETY: the caller of `submit` promised that both stay valid until the operation has an outcome.
+        unsafe { Region::new(address, bytes) }
+    };
+    let input = tensor.map_or(std::ptr::null_mut(), |tensor| tensor.input.cast_mut());
+    let output = tensor.map(|tensor| tensor.output).filter(|output| !output.is_null());
+    let apart = output.is_none_or(|output| {
+        output == input
+            || output.addr().abs_diff(input.addr()) as u64 >= tensor.and_then(bytes_of).unwrap_or(0)
+    });
+    Repeat {
+        collective: request.collective,
+        op: request.op,
+        scale: request.scale,
+        join_average: request.join_average,
+        tensor: tensor.filter(|_| apart).map(|tensor| (tensor.dtype, tensor.shape)),
+        input: region(input),
+        output: output.map(region),
+    }
 }
 
 fn check_call(request: &Request<'_>, set: &SetInfo) -> Result<(), String> {

@@ -7,7 +7,7 @@ use super::super::{Engine, Submission, TensorMemory};
 use super::{Mail, Shared, lock};
 use crate::coordinator::OpId;
 use crate::error::{Cause, Error};
-use crate::types::Time;
+use crate::types::{Collective, Time};
 use std::sync::atomic::Ordering;
 
 /// A submission whose tensors are on their way to the host.
@@ -42,7 +42,10 @@ impl Shared {
             match letter {
                 Mail::Submitted(index) => {
                     let submitted = self.handles.take_submitted(index);
-                    match submitted.passage.is_some() || self.has_arriving.load(Ordering::Relaxed) {
+                    let waits = submitted.passage.is_some()
+                        || self.has_arriving.load(Ordering::Relaxed)
+                        || self.joins_too_early(submitted.signature.collective, submitted.set);
+                    match waits {
                         true => self.let_come(index, submitted),
                         false => self.accept(engine, index, submitted, now),
                     }
@@ -93,7 +96,7 @@ impl Shared {
             // Messages of one tag meet in the order in which they were submitted.
             let follows =
                 one.submitted.message.is_some_and(|m| earlier.iter().any(|e| e.submitted.message == Some(m)));
-            if ended.is_none() && (follows || !has_come(&mut one.submitted)) {
+            if ended.is_none() && (follows || !self.has_come(engine, &mut one.submitted)) {
                 place += 1;
                 continue;
             }
@@ -167,11 +170,16 @@ impl Shared {
     }
 }
 
-/// Whether the tensors are on the host. Where they cannot come the other ranks are told instead.
-fn has_come(submitted: &mut Submitted) -> bool {
-    let come = submitted.passage.as_mut().map_or(Ok(true), |passage| passage.has_come());
-    come.unwrap_or_else(|cause| {
-        submitted.refused = Some(format!("its tensors could not be brought to the host: {cause}"));
-        true
-    })
+impl Shared {
+    /// Whether the tensors are on the host. Where they cannot come the other ranks are told instead.
+    fn has_come(&self, engine: &mut Engine, submitted: &mut Submitted) -> bool {
+        if submitted.signature.collective == Collective::Join && !self.may_join(engine, submitted.set) {
+            return false;
+        }
+        let come = submitted.passage.as_mut().map_or(Ok(true), |passage| passage.has_come());
+        come.unwrap_or_else(|cause| {
+            submitted.refused = Some(format!("its tensors could not be brought to the host: {cause}"));
+            true
+        })
+    }
 }

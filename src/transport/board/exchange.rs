@@ -25,6 +25,8 @@ pub struct Place {
     words_at: usize,
     slots_at: usize,
     slot_bytes: usize,
+    /// Where niches begin; 0 where there are none.
+    niches_at: usize,
 }
 
 impl Place {
@@ -32,7 +34,15 @@ impl Place {
     #[must_use]
     pub fn seat(board: Arc<BoardMemory>, seat: usize) -> Place {
         let (words_at, slots_at) = BoardMemory::seat_at(seat);
-        Place { board, words_at, slots_at, slot_bytes: BOARD_SLOT_BYTES }
+        let niches_at = BoardMemory::niches_at(seat);
+        Place { board, words_at, slots_at, slot_bytes: BOARD_SLOT_BYTES, niches_at }
+    }
+
+    /// Where the niche lies that begins `offset` bytes behind the first of its seat.
+    #[must_use]
+    pub fn niche(&self, offset: usize) -> (Arc<BoardMemory>, usize) {
+        assert!(self.niches_at > 0, "seats have niches, blocks not");
+        (Arc::clone(&self.board), self.niches_at + offset)
     }
 
     /// Bytes of a block with slots of this size.
@@ -47,7 +57,7 @@ impl Place {
         let words_at =
             usize::try_from(at).ok().filter(|at| *at >= BOARD_BYTES && at.is_multiple_of(LINE_BYTES))?;
         board.bytes_at(words_at, Place::block_bytes(slot_bytes))?;
-        Some(Place { board, words_at, slots_at: words_at + 2 * LINE_BYTES, slot_bytes })
+        Some(Place { board, words_at, slots_at: words_at + 2 * LINE_BYTES, slot_bytes, niches_at: 0 })
     }
 
     /// The board.

@@ -2,18 +2,20 @@
 
 use super::arena::Arena;
 use crate::error::Cause;
-use crate::limits::{BOARD_ARENA_BYTES, BOARD_SEATS, BOARD_SLOT_BYTES, BOARD_SLOTS};
+use crate::limits::{BOARD_ARENA_BYTES, BOARD_NICHES_BYTES, BOARD_SEATS, BOARD_SLOT_BYTES, BOARD_SLOTS};
 use crate::transport::shm::{Budget, Share, sealed};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"carole\x00\x04");
+const MAGIC: u64 = u64::from_le_bytes(*b"carole\x00\x05");
 /// The words in front of the slots.
 const HEAD_BYTES: usize = 4096;
 /// What is memory from the beginning; the arena follows.
-pub const BOARD_BYTES: usize = HEAD_BYTES + BOARD_SEATS * BOARD_SLOTS * BOARD_SLOT_BYTES;
+pub const BOARD_BYTES: usize = NICHES_AT + BOARD_SEATS * BOARD_NICHES_BYTES;
+/// Behind the slots of all seats: their niches.
+const NICHES_AT: usize = HEAD_BYTES + BOARD_SEATS * BOARD_SLOTS * BOARD_SLOT_BYTES;
 /// The arena of a board within a process.
 const ARENA_BYTES_WITHIN: usize = 1 << 20;
 /// Two cache lines: the hardware fetches them in pairs.
@@ -162,6 +164,12 @@ impl BoardMemory {
         assert!(seat < BOARD_SEATS, "a board has BOARD_SEATS seats");
         let words = SEATS_AT + (seat * SEAT_WORDS + 1) * LINE_BYTES;
         (words, HEAD_BYTES + seat * BOARD_SLOTS * BOARD_SLOT_BYTES)
+    }
+
+    /// Where the niches of a seat lie.
+    pub(super) fn niches_at(seat: usize) -> usize {
+        assert!(seat < BOARD_SEATS, "a board has BOARD_SEATS seats");
+        NICHES_AT + seat * BOARD_NICHES_BYTES
     }
 
     /// Which process set has the seat: its number and one; 0 while nobody has.

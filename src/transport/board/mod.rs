@@ -21,6 +21,8 @@
 //! Where the tensors of all members lie in the arenas of their boards ([`BoardMemory::find`]), nothing is posted and
 //! nothing settled: the members reduce them where they are (`lent`).
 //!
+//! Small allreduces that repeat need no seat's turn: each has a *niche* on all boards ([`Niche`]).
+//!
 //! Tensors on devices go from device to device, with boards for the counters only: [`device`].
 //!
 //! A board is a star of single-writer words: every counter has one writer, and what a peer writes is copied out
@@ -31,12 +33,14 @@ pub mod device;
 mod exchange;
 mod lent;
 mod memory;
+mod niche;
 #[cfg(test)]
 mod tests;
 
 pub use arena::Block;
 pub use exchange::{AREA_UNIT, Back, Exchange, Part, Place, Share};
 pub use memory::{BOARD_BYTES, BoardMemory};
+pub use niche::{Niche, Progress};
 
 use crate::error::Cause;
 use crate::limits::BOARD_SLOTS;

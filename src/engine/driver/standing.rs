@@ -1,0 +1,196 @@
+//! Starts of operations that stand ([`crate::engine::standing`]): posted by who submits, reduced by who waits; the engine
+//! sees only to what somebody sleeps for, and to what a member has withdrawn from.
+#![forbid(unsafe_code)]
+
+use super::{Driver, Mail, Shared};
+use crate::coordinator::{OpId, rank_list};
+use crate::engine::Engine;
+use crate::engine::standing::{Look, Posted, Repeat, Standing};
+use crate::error::{Error, Result};
+use crate::log;
+use crate::types::{Collective, SetId};
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Looks between two looks at the clock.
+const LOOKS: u32 = 32;
+/// How often starts are looked at that nobody waits for.
+const LOOK_AFTER: Duration = Duration::from_millis(50);
+
+/// Since when starts are seen to be under way.
+#[derive(Default)]
+pub(super) struct Watched {
+    looked: Option<Instant>,
+    starts: Vec<(Arc<Standing>, u64, Instant, u64)>,
+}
+
+impl Driver {
+    /// The operation of this name, if it stands.
+    pub fn find_standing(&self, set: SetId, name: &str) -> Option<Arc<Standing>> {
+        self.shared.standings.find(set, name)
+    }
+
+    /// Starts what stands once more, and takes what is to be kept alive for it. None where the call is an ordinary
+    /// operation now.
+    pub fn post(
+        &self,
+        standing: &Arc<Standing>,
+        call: &Repeat<'_>,
+        keep: &mut Option<Box<dyn Any + Send>>,
+    ) -> Result<Option<u64>> {
+        let shared = &*self.shared;
+        let mut handle = 0;
+        let posted = shared.standings.post(standing, call, || {
+            let (opened, index) = shared.handles.open_start(keep.take(), standing)?;
+            handle = opened;
+            Ok(OpId(index))
+        })?;
+        shared.see_to_standings();
+        match posted {
+            Posted::Started => Ok(Some(handle)),
+            Posted::Ordinary => Ok(None),
+            Posted::Busy => Err(Error::usage(format!(
+                "an operation named '{}' is in flight already; wait for it first, or give each its own name",
+                standing.name()
+            ))),
+        }
+    }
+
+    /// Whether an operation has an outcome.
+    pub fn poll(&self, handle: u64) -> Result<bool> {
+        let shared = &*self.shared;
+        if shared.handles.poll(handle)? {
+            return Ok(true);
+        }
+        if let Some(standing) = shared.handles.standing(handle)? {
+            shared.look(&standing);
+        }
+        shared.handles.poll(handle)
+    }
+}
+
+impl Shared {
+    /// Looks at a start; whether there is nothing to wait for in its niche any more.
+    fn look(&self, standing: &Arc<Standing>) -> bool {
+        match self.standings.look(standing) {
+            Look::Waiting => return false,
+            Look::Idle => {}
+            Look::Done(op, outcome) => self.handles.complete(op.0, Ok(outcome)),
+            Look::Fallen => self.see_to_standings(),
+        }
+        true
+    }
+
+    /// Looks again and again for as long as a waiter may; then whoever drives does.
+    pub(super) fn spin_for_start(&self, standing: &Arc<Standing>) {
+        let limit = Duration::from_nanos(self.patience.spin_ns);
+        let since = Instant::now();
+        loop {
+            for _ in 0..LOOKS {
+                if self.look(standing) {
+                    return;
+                }
+                if self.patience.yields {
+                    std::thread::yield_now();
+                } else {
+                    std::hint::spin_loop();
+                }
+            }
+            if since.elapsed() > limit {
+                break;
+            }
+        }
+        self.standings.watch(standing);
+    }
+
+    /// Lets the engine see to what stands, if there is something: now, or when whoever drives comes to it.
+    pub(super) fn see_to_standings(&self) {
+        if !self.standings.calls() {
+            return;
+        }
+        match self.engine.try_lock() {
+            Ok(mut engine) => {
+                engine.turn_standings(self.now());
+                self.report(&mut engine);
+                let busy = self.is_busy(&engine);
+                drop(engine);
+                if busy {
+                    self.wake_driver();
+                }
+            }
+            Err(_) => self.wake_driver(),
+        }
+    }
+
+    /// A join waits for the starts of its set: they were submitted before it.
+    pub(super) fn joins_too_early(&self, collective: Collective, set: SetId) -> bool {
+        if collective != Collective::Join {
+            return false;
+        }
+        self.standings.withdraw_all(set);
+        self.standings.is_under_way(set)
+    }
+
+    /// Whether a join may be told to the engine by now.
+    pub(super) fn may_join(&self, engine: &mut Engine, set: SetId) -> bool {
+        engine.settle_standings(Some(set));
+        engine.turn_standings(self.now());
+        !self.standings.is_under_way(set)
+    }
+
+    /// Ends starts that nobody waits for, makes operations of those that a member has withdrawn from, and warns of
+    /// those that take long.
+    pub(super) fn look_after_standings(&self, watched: &mut Watched) {
+        if !self.standings.is_any_under_way() {
+            watched.starts.clear();
+            return;
+        }
+        let now = Instant::now();
+        if watched.looked.is_some_and(|at| now.duration_since(at) < LOOK_AFTER) {
+            return;
+        }
+        watched.looked = Some(now);
+        let mut done = Vec::new();
+        self.standings.look_at_all(None, &mut done);
+        for (op, outcome) in done {
+            self.handles.complete(op.0, Ok(outcome));
+        }
+        self.see_to_standings();
+        self.warn_of_starts(watched, now);
+    }
+
+    fn warn_of_starts(&self, watched: &mut Watched, now: Instant) {
+        watched.starts.retain(|(standing, number, ..)| standing.number() == Some(*number));
+        for standing in self.standings.under_way() {
+            let Some(number) = standing.number() else { continue };
+            let known = watched.starts.iter_mut().find(|(known, ..)| Arc::ptr_eq(known, &standing));
+            let Some((_, _, since, warned)) = known else {
+                watched.starts.push((standing, number, now, 0));
+                continue;
+            };
+            let waited = now.duration_since(*since).as_nanos() as u64;
+            let (warn, fail) = (self.patience.stall_warn_ns, self.patience.stall_fail_ns);
+            if fail > 0 && waited >= fail {
+                *since = now;
+                let (name, missing) = (standing.name().to_owned(), standing.missing());
+                self.send(Mail::Stalled(name, missing));
+                self.wake_driver();
+            } else if warn > 0 && waited / warn > *warned {
+                *warned = waited / warn;
+                log::warn(format_args!("{}", explain(&standing, Duration::from_nanos(waited))));
+            }
+        }
+    }
+}
+
+/// What a start waits for, in words.
+pub(super) fn explain(standing: &Standing, since: Duration) -> String {
+    let missing = rank_list(&standing.missing());
+    format!(
+        "'{}' waits since {} s for {missing}, which have not submitted it; look whether those ranks run the same steps, \
+         or have come to a stop",
+        standing.name(),
+        since.as_secs()
+    )
+}

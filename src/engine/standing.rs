@@ -1,0 +1,573 @@
+//! Standing operations: small allreduces that repeat, done without any agreement.
+//!
+//! An allreduce of a few kilobytes that has been agreed on with the same name and signature a few times *stands*: from
+//! there on each start goes through a niche on the boards of the members ([`Niche`]), by whoever submits and whoever
+//! waits, and neither the coordinator nor the engine hears of it. That it stands, and where its niche lies, are functions
+//! of the agreed log, so all members know it before any of them can submit that name again.
+//!
+//! Whoever deviates withdraws from the next start: by submitting the name with anything else, or by joining. The others
+//! see that in the niche, and the start becomes an ordinary operation on all members: what it then comes to is agreed as
+//! ever, a mismatch that names both ranks included. None of them can have finished that start, since one has never
+//! posted it. Where the name stands in the agreed log again, all have left the niche, and it is free.
+//!
+//! Where completion is uniform nothing stands: such starts are in no ledger.
+#![forbid(unsafe_code)]
+
+use super::batch::divisor;
+use super::boards::Seating;
+use super::operation::{Ended, Outcome, OutputTensor};
+use super::{Engine, Submission, TensorMemory};
+use crate::coordinator::{Agreed, ENGINE_NAMES, OpId, PLAN_NAMES};
+use crate::device::{Finish, Reduction};
+use crate::error::{Error, Result};
+use crate::hash::Map;
+use crate::limits::{BOARD_NICHES_BYTES, CACHE_KEYS_MAX, NICHE_BYTES_MAX, STANDS_AFTER};
+use crate::memory::{OwnedBytes, Region};
+use crate::transport::board::{Niche, Progress};
+use crate::types::{
+    Collective, DType, JoinAverage, Place, Rank, ReduceOp, Scale, SetId, SharedSignature, Signature,
+    TensorKey, Time,
+};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What the callers' threads and the engine share: the operations that stand, and what is to be done about them.
+#[derive(Default)]
+pub struct Standings {
+    sets: Mutex<BTreeMap<SetId, Map<Arc<str>, Arc<Standing>>>>,
+    /// Operations that stand.
+    count: AtomicUsize,
+    /// Starts that are not over.
+    under_way: AtomicUsize,
+    /// Those of them that somebody sleeps for, so that the engine looks at them.
+    awaited: Mutex<Vec<Arc<Standing>>>,
+    awaits: AtomicBool,
+    /// Starts from which a member has withdrawn, on their way to the coordinator.
+    fallen: Mutex<Vec<(Arc<Standing>, Start)>>,
+    has_fallen: AtomicBool,
+    /// Members that sleep are to be woken.
+    nudges: AtomicBool,
+}
+
+/// An operation that stands.
+#[derive(Debug)]
+pub struct Standing {
+    set: SetId,
+    name: Arc<str>,
+    signature: SharedSignature,
+    ranks: Arc<[Rank]>,
+    niche: Niche,
+    /// Where the niche lies behind each seat.
+    offset: usize,
+    finish: Finish,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// The number of the next start. That of one under way is one less.
+    next: u64,
+    start: Option<Start>,
+    /// Somebody has withdrawn, or the epoch is over: nothing is started any more.
+    is_over: bool,
+}
+
+/// A start that is under way.
+#[derive(Debug)]
+pub struct Start {
+    op: OpId,
+    input: Region,
+    output: Region,
+    /// The output's bytes, where the runtime allocated them.
+    made: Option<OwnedBytes>,
+}
+
+/// A call that may be the next start of an operation that stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Repeat<'a> {
+    /// What is to be done.
+    pub collective: Collective,
+    /// How values are combined.
+    pub op: ReduceOp,
+    /// Factors before and after.
+    pub scale: Scale,
+    /// How Average counts joined ranks.
+    pub join_average: JoinAverage,
+    /// Element type and dimensions of the one tensor in the host's memory; nothing where the call is something else.
+    pub tensor: Option<(DType, &'a [u64])>,
+    /// The input.
+    pub input: Region,
+    /// The output that the caller supplies; `None` to have it allocated.
+    pub output: Option<Region>,
+}
+
+/// What has become of a call.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Posted {
+    /// It is the next start.
+    Started,
+    /// It is none, or somebody has withdrawn: it is an ordinary operation.
+    Ordinary,
+    /// The start before is not over.
+    Busy,
+}
+
+/// What a look at a start has found.
+#[derive(Debug)]
+pub enum Look {
+    /// Nothing is under way.
+    Idle,
+    /// Somebody has not started.
+    Waiting,
+    /// It is over, and this is the outcome of that operation.
+    Done(OpId, Outcome),
+    /// A member has withdrawn: the engine makes an ordinary operation of it.
+    Fallen,
+}
+
+/// What a set remembers to see that an operation repeats, and where its niches lie.
+#[derive(Default)]
+pub(super) struct Repeats {
+    /// How often a key of the response cache was agreed on in a row, by what its name and signature were.
+    seen: Map<TensorKey, (Arc<str>, SharedSignature, u32)>,
+    /// Where the niches end that were given out.
+    end: usize,
+    /// Niches that were given back, by their size.
+    free: Vec<(usize, usize)>,
+    /// Niches given out so far: their starts have numbers that no other niche's ever had.
+    given: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere must not hide the outcome from the waiters; the data is valid at every step.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Standings {
+    /// The operation of this name, if it stands.
+    #[must_use]
+    pub fn find(&self, set: SetId, name: &str) -> Option<Arc<Standing>> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        lock(&self.sets).get(&set)?.get(name).cloned()
+    }
+
+    /// Starts it once more, if the call is what stands; else withdraws from it. `open` gives the start its number as an
+    /// operation.
+    pub fn post(
+        &self,
+        standing: &Standing,
+        call: &Repeat<'_>,
+        open: impl FnOnce() -> Result<OpId>,
+    ) -> Result<Posted> {
+        let mut inner = lock(&standing.inner);
+        if inner.start.is_some() {
+            return Ok(Posted::Busy);
+        }
+        if inner.is_over || !standing.is(call) || standing.niche.is_withdrawn(inner.next) {
+            self.withdraw(standing, &mut inner);
+            return Ok(Posted::Ordinary);
+        }
+        let op = open()?;
+        let made = call.output.is_none().then(|| OwnedBytes::recycled(standing.niche.bytes()));
+        let output = match (&made, call.output) {
+            (Some(made), _) => made.as_region(),
+            (None, given) => given.unwrap_or(call.input),
+        };
+        standing.niche.post(inner.next, call.input);
+        inner.next += 1;
+        inner.start = Some(Start { op, input: call.input, output, made });
+        self.under_way.fetch_add(1, Ordering::SeqCst);
+        drop(inner);
+        self.call(standing);
+        Ok(Posted::Started)
+    }
+
+    /// Members that sleep are to look at the niche.
+    fn call(&self, standing: &Standing) {
+        if standing.niche.has_sleepers() {
+            self.nudges.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn withdraw(&self, standing: &Standing, inner: &mut Inner) {
+        if !std::mem::replace(&mut inner.is_over, true) {
+            standing.niche.withdraw(inner.next);
+            self.call(standing);
+        }
+    }
+
+    /// This rank withdraws from all that stands in a set.
+    pub fn withdraw_all(&self, set: SetId) {
+        for standing in self.of(Some(set)) {
+            self.withdraw(&standing, &mut lock(&standing.inner));
+        }
+    }
+
+    /// What stands in a set, or in all, in order of the names.
+    fn of(&self, set: Option<SetId>) -> Vec<Arc<Standing>> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return Vec::new();
+        }
+        let sets = lock(&self.sets);
+        let of_set = sets.iter().filter(|(id, _)| set.is_none_or(|set| set == **id));
+        let mut all: Vec<Arc<Standing>> = of_set.flat_map(|(_, names)| names.values().cloned()).collect();
+        // So that the simulator repeats.
+        all.sort_unstable_by(|a, b| (a.set, &a.name).cmp(&(b.set, &b.name)));
+        all
+    }
+
+    /// Looks how far a start is, and ends it if it is over.
+    pub fn look(&self, standing: &Arc<Standing>) -> Look {
+        let mut inner = lock(&standing.inner);
+        if inner.start.is_none() {
+            return Look::Idle;
+        }
+        let number = inner.next - 1;
+        let progress = standing.niche.progress(number);
+        if progress == Progress::Waiting {
+            return Look::Waiting;
+        }
+        let Some(start) = inner.start.take() else { return Look::Idle };
+        if progress == Progress::Withdrawn {
+            inner.is_over = true;
+            drop(inner);
+            lock(&self.fallen).push((Arc::clone(standing), start));
+            self.has_fallen.store(true, Ordering::SeqCst);
+            return Look::Fallen;
+        }
+        let signature = &standing.signature;
+        let reduction = Reduction { dtype: signature.tensors[0].dtype, op: signature.op };
+        standing.niche.reduce(number, reduction, signature.scale.pre, standing.finish, start.output);
+        drop(inner);
+        self.under_way.fetch_sub(1, Ordering::SeqCst);
+        Look::Done(start.op, standing.outcome(start.made))
+    }
+
+    /// Somebody is about to sleep for it: whoever drives looks at it from now on.
+    pub fn watch(&self, standing: &Arc<Standing>) {
+        let mut awaited = lock(&self.awaited);
+        if !awaited.iter().any(|other| Arc::ptr_eq(other, standing)) {
+            awaited.push(Arc::clone(standing));
+        }
+        self.awaits.store(true, Ordering::SeqCst);
+    }
+
+    /// Looks at all that is under way, whether somebody waits for it or not; what is over is appended to `done`.
+    pub fn look_at_all(&self, set: Option<SetId>, done: &mut Vec<(OpId, Outcome)>) {
+        for standing in self.of(set) {
+            if let Look::Done(op, outcome) = self.look(&standing) {
+                done.push((op, outcome));
+            }
+        }
+    }
+
+    /// What has a start under way.
+    #[must_use]
+    pub fn under_way(&self) -> Vec<Arc<Standing>> {
+        let mut all = self.of(None);
+        all.retain(|standing| standing.number().is_some());
+        all
+    }
+
+    /// Whether a start is under way in a set, or on its way to the coordinator.
+    #[must_use]
+    pub fn is_under_way(&self, set: SetId) -> bool {
+        self.is_any_under_way()
+            && (self.of(Some(set)).iter().any(|standing| lock(&standing.inner).start.is_some())
+                || lock(&self.fallen).iter().any(|(standing, _)| standing.set == set))
+    }
+
+    /// Whether any start is under way.
+    #[must_use]
+    pub fn is_any_under_way(&self) -> bool {
+        self.under_way.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether somebody sleeps for a start, or one is on its way to the coordinator.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.calls() || self.awaits.load(Ordering::SeqCst)
+    }
+
+    /// Whether the engine is to do something.
+    #[must_use]
+    pub fn calls(&self) -> bool {
+        self.nudges.load(Ordering::SeqCst) || self.has_fallen.load(Ordering::SeqCst)
+    }
+
+    /// Starts of a set, or of all, are over without an outcome, and nothing is started any more; with `without`, starts
+    /// that this member has not posted.
+    fn give_up(&self, set: Option<SetId>, without: Option<Rank>) -> Vec<OpId> {
+        let mut ended = Vec::new();
+        for standing in self.of(set) {
+            let mut inner = lock(&standing.inner);
+            let number = inner.next - 1;
+            // Who has not heard of it yet must not wait for this rank.
+            self.withdraw(&standing, &mut inner);
+            if without.is_none_or(|who| standing.missing_at(number).contains(&who))
+                && let Some(start) = inner.start.take()
+            {
+                ended.push(start.op);
+            }
+        }
+        if without.is_none() {
+            let is_concerned = |standing: &Standing| set.is_none_or(|set| set == standing.set);
+            let fallen =
+                lock(&self.fallen).extract_if(.., |(standing, _)| is_concerned(standing)).collect::<Vec<_>>();
+            ended.extend(fallen.into_iter().map(|(_, start)| start.op));
+        }
+        self.under_way.fetch_sub(ended.len(), Ordering::SeqCst);
+        ended
+    }
+
+    fn insert(&self, standing: Standing) {
+        let mut sets = lock(&self.sets);
+        sets.entry(standing.set).or_default().insert(Arc::clone(&standing.name), Arc::new(standing));
+        self.count.fetch_add(1, Ordering::Release);
+    }
+
+    fn remove(&self, set: SetId, name: &str) -> Option<Arc<Standing>> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let removed = lock(&self.sets).get_mut(&set)?.remove(name)?;
+        self.count.fetch_sub(1, Ordering::Release);
+        Some(removed)
+    }
+
+    fn forget(&self, set: SetId) {
+        if let Some(names) = lock(&self.sets).remove(&set) {
+            self.count.fetch_sub(names.len(), Ordering::Release);
+        }
+    }
+}
+
+impl Standing {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether a call is the same as all those before.
+    fn is(&self, call: &Repeat<'_>) -> bool {
+        let (known, tensor) = (&*self.signature, &self.signature.tensors[0]);
+        call.collective == known.collective
+            && call.op == known.op
+            && call.scale == known.scale
+            && call.join_average == known.join_average
+            && call.tensor == Some((tensor.dtype, &tensor.shape[..]))
+            && call.input.len() == self.niche.bytes() as u64
+            && call.output.is_none_or(|output| output.len() == call.input.len())
+    }
+
+    fn outcome(&self, made: Option<OwnedBytes>) -> Outcome {
+        let tensor = &self.signature.tensors[0];
+        let output = OutputTensor {
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            memory: made,
+            ..OutputTensor::default()
+        };
+        Outcome { tensors: vec![output], ..Outcome::default() }
+    }
+
+    /// The number of the start under way, if one is.
+    #[must_use]
+    pub fn number(&self) -> Option<u64> {
+        let inner = lock(&self.inner);
+        inner.start.as_ref().map(|_| inner.next - 1)
+    }
+
+    fn missing_at(&self, number: u64) -> Vec<Rank> {
+        self.niche.missing(number).map(|member| self.ranks[member]).collect()
+    }
+
+    /// Ranks that have not begun with the start under way.
+    #[must_use]
+    pub fn missing(&self) -> Vec<Rank> {
+        self.number().map_or(Vec::new(), |number| self.missing_at(number))
+    }
+}
+
+impl Repeats {
+    /// Whether this is the time from which on the operation stands.
+    fn note(&mut self, agreed: &Agreed) -> bool {
+        if self.seen.len() >= CACHE_KEYS_MAX && !self.seen.contains_key(&agreed.key) {
+            self.seen.clear();
+        }
+        let fresh = || (Arc::clone(&agreed.name), Arc::clone(&agreed.signature), 0);
+        let (name, signature, times) = self.seen.entry(agreed.key).or_insert_with(fresh);
+        if *name != agreed.name || *signature != agreed.signature || !agreed.absent.is_empty() {
+            (*name, *signature, *times) = fresh();
+        }
+        *times += u32::from(agreed.absent.is_empty());
+        *times >= STANDS_AFTER
+    }
+
+    fn take(&mut self, size: usize) -> Option<(usize, u64)> {
+        let offset = match self.free.iter().position(|(of, _)| *of == size) {
+            Some(at) => self.free.swap_remove(at).1,
+            None if self.end + size <= BOARD_NICHES_BYTES => {
+                self.end += size;
+                self.end - size
+            }
+            None => return None,
+        };
+        self.given += 1;
+        Some((offset, self.given << 32))
+    }
+}
+
+impl Engine {
+    /// The operations that stand.
+    #[must_use]
+    pub fn standings(&self) -> Arc<Standings> {
+        Arc::clone(&self.standings)
+    }
+
+    /// An operation was agreed on. One that stood does not any more; one that repeats may from now on.
+    pub(super) fn note_agreed(&mut self, id: SetId, agreed: &Agreed) {
+        let removed = self.standings.remove(id, &agreed.name);
+        let may_stand = self.may_stand(id, agreed);
+        let Some(set) = self.sets.get_mut(&id) else { return };
+        if let Some(removed) = removed {
+            set.repeats.free.push((Niche::size(removed.niche.bytes()), removed.offset));
+            set.repeats.seen.remove(&agreed.key);
+        }
+        if !may_stand || !set.repeats.note(agreed) {
+            return;
+        }
+        let Seating::Taken(seat) = &set.seating else { return };
+        let bytes = bytes_of(&agreed.signature);
+        let Some((offset, next)) = set.repeats.take(Niche::size(bytes)) else { return };
+        set.repeats.seen.remove(&agreed.key);
+        let places = seat.places().iter().map(|place| place.niche(offset)).collect();
+        let finish = Finish { divisor: divisor(agreed, set.size()), post: agreed.signature.scale.post };
+        self.standings.insert(Standing {
+            set: id,
+            name: Arc::clone(&agreed.name),
+            signature: Arc::clone(&agreed.signature),
+            ranks: Arc::clone(&set.ranks),
+            niche: Niche::new(set.me() as usize, places, bytes),
+            offset,
+            finish,
+            inner: Mutex::new(Inner { next, start: None, is_over: false }),
+        });
+    }
+
+    /// Whether such an operation can stand: a function of what is agreed.
+    fn may_stand(&self, id: SetId, agreed: &Agreed) -> bool {
+        let signature = &agreed.signature;
+        // Names of a ring are told apart by order, and the same one may be in flight twice.
+        let is_named =
+            !agreed.name.starts_with([ENGINE_NAMES, PLAN_NAMES]) && !agreed.name.contains(".noname.");
+        signature.collective == Collective::Allreduce
+            && signature.place == Place::Host
+            && signature.tensors.len() == 1
+            && (1..=NICHE_BYTES_MAX).contains(&bytes_of(signature))
+            && is_named
+            && !self.setup.uniform
+            && self.goes_over_boards(id, signature)
+    }
+
+    /// Looks at what somebody sleeps for, makes ordinary operations of starts from which a member has withdrawn, and
+    /// wakes members that sleep.
+    pub fn turn_standings(&mut self, now: Time) -> bool {
+        let standings = Arc::clone(&self.standings);
+        if !standings.is_busy() {
+            return false;
+        }
+        let mut moved = false;
+        if standings.awaits.load(Ordering::SeqCst) {
+            let mut awaited = lock(&standings.awaited);
+            awaited.retain(|standing| match standings.look(standing) {
+                Look::Waiting => true,
+                Look::Idle | Look::Fallen => false,
+                Look::Done(op, outcome) => {
+                    self.ended.push(Ended { op, result: Ok(outcome) });
+                    moved = true;
+                    false
+                }
+            });
+            standings.awaits.store(!awaited.is_empty(), Ordering::SeqCst);
+        }
+        if standings.nudges.swap(false, Ordering::SeqCst) {
+            for place in 0..self.links.up().len() {
+                let peer = self.links.up()[place];
+                self.links.nudge(peer);
+            }
+        }
+        if standings.has_fallen.swap(false, Ordering::SeqCst) {
+            let fallen = std::mem::take(&mut *lock(&standings.fallen));
+            for (standing, start) in fallen {
+                standings.under_way.fetch_sub(1, Ordering::SeqCst);
+                self.submit_fallen(&standing, &start, now);
+                moved = true;
+            }
+        }
+        moved
+    }
+
+    fn submit_fallen(&mut self, standing: &Standing, start: &Start, now: Time) {
+        let output = start.made.is_none().then_some(start.output);
+        let submission = Submission {
+            op: start.op,
+            set: standing.set,
+            name: &standing.name,
+            hold: false,
+            signature: &standing.signature,
+            call: &[],
+            tensors: &[TensorMemory { input: start.input, output }],
+            refused: None,
+            on_device: None,
+        };
+        match self.submit(&submission, now) {
+            // Somebody may wait for it, and has told that to nobody.
+            Ok(()) => self.wait_for(start.op, now),
+            Err(error) => self.ended.push(Ended { op: start.op, result: Err(error) }),
+        }
+    }
+
+    /// Ends what is over of what stands in a set, or in all, though nobody may wait for it.
+    pub fn settle_standings(&mut self, set: Option<SetId>) {
+        let mut done = Vec::new();
+        self.standings.look_at_all(set, &mut done);
+        self.ended.extend(done.into_iter().map(|(op, outcome)| Ended { op, result: Ok(outcome) }));
+    }
+
+    /// Starts of a set, or of all, end with an error; with `without`, only those that wait for this rank.
+    pub(super) fn fail_standings(&mut self, set: Option<SetId>, without: Option<Rank>, error: &Error) {
+        // What is complete has been completed by others, too.
+        self.settle_standings(set);
+        let ended = self.standings.give_up(set, without);
+        self.ended.extend(ended.into_iter().map(|op| Ended { op, result: Err(error.clone()) }));
+    }
+
+    /// A set is no more.
+    pub(super) fn forget_standings(&mut self, set: SetId) {
+        self.standings.forget(set);
+    }
+
+    /// Whether somebody sleeps for a start whose niche has moved since it was last looked at.
+    pub(super) fn standings_have_news(&self) -> bool {
+        self.standings.calls()
+            || self.standings.awaits.load(Ordering::SeqCst)
+                && lock(&self.standings.awaited).iter().any(|standing| standing.has_news())
+    }
+}
+
+impl Standing {
+    fn has_news(&self) -> bool {
+        let inner = lock(&self.inner);
+        inner.start.is_none() || self.niche.progress(inner.next - 1) != Progress::Waiting
+    }
+}
+
+fn bytes_of(signature: &Signature) -> usize {
+    let bytes = |t: &crate::types::TensorSignature| t.elements().saturating_mul(t.dtype.size() as u64);
+    usize::try_from(signature.tensors.first().map_or(0, bytes)).unwrap_or(usize::MAX)
+}
