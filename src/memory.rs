@@ -69,6 +69,11 @@ impl Region {
             len: if address.is_null() { 0 } else { len },
         }
     }
+    /// A region without bytes.
+    #[must_use]
+    pub fn none() -> Region {
+        Region { address: NonNull::dangling(), len: 0 }
+    }
     /// Length in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {

@@ -5,7 +5,7 @@ use super::buffer::Buffer;
 use super::program::{Fault, HORIZON_NS, Kind, Planned, Program, Random, fault, program};
 use super::reform::regroup;
 use super::sabotage::{Sabotage, Sabotaged};
-use super::submit::submit;
+use super::submit::{joins_too_early, submit};
 use carole::coordinator::{self, OpId};
 use carole::cost::Prices;
 use carole::engine::plan::PlanRules;
@@ -157,8 +157,9 @@ impl Node {
         if !self.takes(&program.ops[op]) || self.skipped[op] {
             return Some(!self.skipped[op]);
         }
-        // A removal waits for whatever becomes of the set's operations.
-        let any = matches!(by.kind, Kind::RemoveSet(_)) && program.ops[op].set > 0;
+        // A removal waits for whatever becomes of the set's operations, and a name for its former one.
+        let (former, of_set) = (&program.ops[op], matches!(by.kind, Kind::RemoveSet(_)));
+        let any = of_set && former.set > 0 || former.set == by.set && former.name == by.name;
         self.results[op].as_ref().map(|result| any || result.is_ok())
     }
 
@@ -424,6 +425,7 @@ impl Cluster {
                 Some(false) => continue,
                 None => node.skipped[op] = true,
                 Some(true) if i == 1 && skipped == Some(op) => node.skipped[op] = true,
+                Some(true) if joins_too_early(node, &program.ops[op]) => continue,
                 Some(true) => {
                     let alone = program.sets[program.ops[op].set].len() == 1;
                     let twice = !alone && self.random.once_in(16);

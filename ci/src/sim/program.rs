@@ -165,6 +165,9 @@ pub fn program(random: &mut Random, size: u32, strict: bool, carried: &Sets) -> 
     if (2..=9).contains(&size) && random.once_in(3) {
         repeat(random, size, &mut program);
     }
+    if (2..=9).contains(&size) && random.once_in(3) {
+        stand(random, size, &mut program);
+    }
     if size > 1 && random.once_in(4) {
         join(random, size, strict, &mut program);
     }
@@ -303,7 +306,7 @@ fn collective(random: &mut Random, size: u32, set: usize, members: &[u32], i: u6
     }
     op.hold = random.once_in(6);
     if op.hold {
-        op.name = format!("{collective}.unnamed.{}", random.below(2));
+        op.name = format!("{collective}.noname.{}", random.below(2));
     }
     op.scalar = random.once_in(8)
         && matches!(collective, Collective::Allreduce | Collective::Broadcast | Collective::Reduce);
@@ -351,6 +354,36 @@ fn repeat(random: &mut Random, size: u32, program: &mut Program) {
         // Which ranks have their tensors in shared memory is taken from the salt.
         op.salt = if random.once_in(4) { op.salt } else { op.salt / 3 * 3 };
         op.at = (0..size).map(|_| step * pause + random.below(pause)).collect();
+        program.push(op);
+    }
+}
+
+/// Small allreduces of one name, one after the other: after a few they are done without agreement, until somebody
+/// deviates.
+fn stand(random: &mut Random, size: u32, program: &mut Program) {
+    let set = random.below(program.sets.len() as u64) as usize;
+    let members = program.sets[set].clone();
+    let mut like = plain(random, size, Collective::Allreduce, set, "stands".into());
+    like.dtype = random.pick(&[DType::F32, DType::F32, DType::I64, DType::BF16]);
+    like.op = random.pick(&[ReduceOp::Sum, ReduceOp::Average, ReduceOp::Max]);
+    let rows = vec![random.pick(&[1, 1, 5, 40]); members.len()];
+    let row = random.pick(&[1, 3, 7]);
+    let pause = HORIZON_NS / 10;
+    let mut before = None;
+    for step in 1..=4 + random.below(8) {
+        let mut op = like.clone();
+        op.salt = random.below(1000);
+        // Now and then all of them go on with something else.
+        let rows = rows.iter().map(|rows| rows + u64::from(step % 7 == 6)).collect();
+        op.tensors = vec![(row, rows)];
+        op.in_place = random.once_in(2);
+        if random.once_in(10) && members.len() > 1 {
+            let kinds = [Wrong::DType, Wrong::Shape, Wrong::Op, Wrong::Collective, Wrong::Refused];
+            op.wrong = Some((Rank(random.pick(&members)), random.pick(&kinds)));
+        }
+        op.at = (0..size).map(|_| step * pause + random.below(pause)).collect();
+        op.needs.extend(before);
+        before = Some(program.ops.len());
         program.push(op);
     }
 }

@@ -6,9 +6,11 @@ use super::check;
 use super::cluster::Node;
 use super::program::{Kind, Planned, Program, Wrong};
 use carole::coordinator::OpId;
+use carole::engine::standing::{Posted, Repeat};
 use carole::engine::{Engine, MessageSubmission, Submission, TensorMemory};
 use carole::error::Error;
 use carole::limits::IN_FLIGHT_MAX;
+use carole::memory::Region;
 use carole::types::{Collective, DType, Place, Rank, ReduceOp, SetId, Signature, TensorSignature, Time};
 
 /// Added to an operation's number for a second one of its name, which must be refused. The sum stays below
@@ -49,6 +51,9 @@ pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: T
         on_device: None,
     };
     let engine = node.engine.as_mut().expect("live nodes submit");
+    if start(engine, &submission, twice, now)? {
+        return Ok(());
+    }
     match engine.submit(&submission, now) {
         Err(error) => node.results[op] = Some(Err(error)),
         // What completes the agreement at once frees its name at once; a refused call leaves it to the next.
@@ -70,6 +75,46 @@ pub fn submit(node: &mut Node, program: &Program, op: usize, twice: bool, now: T
         Ok(()) => {}
     }
     Ok(())
+}
+
+/// Starts an operation that stands once more; whether it is one.
+fn start(engine: &mut Engine, submission: &Submission<'_>, twice: bool, now: Time) -> Result<bool, String> {
+    let standings = engine.standings();
+    let Some(standing) = standings.find(submission.set, submission.name) else { return Ok(false) };
+    let (signature, memory) = (submission.signature, submission.tensors.first());
+    let nothing = Region::none();
+    let call = Repeat {
+        collective: signature.collective,
+        op: signature.op,
+        scale: signature.scale,
+        join_average: signature.join_average,
+        tensor: signature
+            .tensors
+            .first()
+            .filter(|_| signature.tensors.len() == 1 && submission.refused.is_none())
+            .map(|tensor| (tensor.dtype, &tensor.shape[..])),
+        input: memory.map_or(nothing, |memory| memory.input),
+        output: memory.and_then(|memory| memory.output),
+    };
+    let post = |op: OpId| standings.post(&standing, &call, || Ok(op)).map_err(|error| error.to_string());
+    if post(submission.op)? != Posted::Started {
+        return Ok(false);
+    }
+    if twice && post(OpId(TWICE + submission.op.0))? != Posted::Busy {
+        return Err(format!("'{}' was started twice", submission.name));
+    }
+    standings.watch(&standing);
+    engine.turn_standings(now);
+    Ok(true)
+}
+
+/// Whether a join must wait for what was started before it.
+pub fn joins_too_early(node: &Node, planned: &Planned) -> bool {
+    let (Kind::Join, Some(engine), Some(set)) = (planned.kind, &node.engine, node.sets[planned.set]) else {
+        return false;
+    };
+    engine.standings().withdraw_all(set);
+    engine.standings().is_under_way(set)
 }
 
 fn submit_message(node: &mut Node, planned: &Planned, op: usize, set: SetId) {
