@@ -68,6 +68,7 @@ fn engine(network: &Network, me: u32) -> Engine {
         membership: membership::Rules::default(),
         direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
         lent_bytes: carole::limits::LENT_BYTES_MIN,
+        stands_after: carole::limits::STANDS_AFTER,
         uniform: false,
         sets: Vec::new(),
         next_set: 1,

@@ -21,7 +21,7 @@ use crate::coordinator::{Agreed, ENGINE_NAMES, OpId, PLAN_NAMES};
 use crate::device::{Finish, Reduction};
 use crate::error::{Error, Result};
 use crate::hash::Map;
-use crate::limits::{BOARD_NICHES_BYTES, CACHE_KEYS_MAX, NICHE_BYTES_MAX, STANDS_AFTER};
+use crate::limits::{BOARD_NICHES_BYTES, CACHE_KEYS_MAX, NICHE_BYTES_MAX};
 use crate::memory::{OwnedBytes, Region};
 use crate::transport::board::{Niche, Progress};
 use crate::types::{
@@ -395,7 +395,7 @@ impl Standing {
 
 impl Repeats {
     /// Whether this is the time from which on the operation stands.
-    fn note(&mut self, agreed: &Agreed) -> bool {
+    fn note(&mut self, agreed: &Agreed, stands_after: u32) -> bool {
         if self.seen.len() >= CACHE_KEYS_MAX && !self.seen.contains_key(&agreed.key) {
             self.seen.clear();
         }
@@ -405,7 +405,7 @@ impl Repeats {
             (*name, *signature, *times) = fresh();
         }
         *times += u32::from(agreed.absent.is_empty());
-        *times >= STANDS_AFTER
+        *times >= stands_after
     }
 
     fn take(&mut self, size: usize) -> Option<(usize, u64)> {
@@ -438,7 +438,7 @@ impl Engine {
             set.repeats.free.push((Niche::size(removed.niche.bytes()), removed.offset));
             set.repeats.seen.remove(&agreed.key);
         }
-        if !may_stand || !set.repeats.note(agreed) {
+        if !may_stand || !set.repeats.note(agreed, self.setup.stands_after) {
             return;
         }
         let Seating::Taken(seat) = &set.seating else { return };

@@ -474,6 +474,7 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
             slot_bytes: config.direct_memory / limits::DEVICE_SLOTS as u64 / 256 * 256,
         },
         lent_bytes: limits::LENT_BYTES_MIN,
+        stands_after: limits::STANDS_AFTER,
         uniform: config.uniform.unwrap_or(config.worker.is_some()),
         sets: joined.table.sets.list.clone(),
         next_set: joined.table.sets.next,

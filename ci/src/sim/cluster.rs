@@ -214,6 +214,7 @@ impl Cluster {
         let window_bytes = random.pick(&[4096, 1 << 20]);
         let uniform = random.once_in(2);
         let lent_bytes = random.pick(&[1, 1000, 16 << 10]);
+        let stands_after = random.pick(&[1, 1, 2, 3]);
         let fault = fault(&mut random, size);
         // Every other cluster has links as between hosts; where bits are flipped, they must be such.
         let checksums = random.once_in(2) || matches!(fault, Some((_, Fault::Flip(..))));
@@ -230,6 +231,7 @@ impl Cluster {
                     fusion: fusion::Rules { fusion_bytes },
                     direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
                     lent_bytes,
+                    stands_after,
                     plans: PlanRules {
                         prices: Prices::default(),
                         forced: forced.map(str::to_string),

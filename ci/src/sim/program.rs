@@ -368,9 +368,9 @@ fn stand(random: &mut Random, size: u32, program: &mut Program) {
     like.op = random.pick(&[ReduceOp::Sum, ReduceOp::Average, ReduceOp::Max]);
     let rows = vec![random.pick(&[1, 1, 5, 40]); members.len()];
     let row = random.pick(&[1, 3, 7]);
-    let pause = HORIZON_NS / 10;
+    let pause = HORIZON_NS / 16;
     let mut before = None;
-    for step in 1..=4 + random.below(8) {
+    for step in 1..=6 + random.below(10) {
         let mut op = like.clone();
         op.salt = random.below(1000);
         // Now and then all of them go on with something else.
