@@ -352,6 +352,12 @@ impl Standing {
         &self.name
     }
 
+    /// Whether it can be started: nobody is known to have withdrawn.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        !lock(&self.inner).is_over
+    }
+
     /// Whether a call is the same as all those before.
     fn is(&self, call: &Repeat<'_>) -> bool {
         let (known, tensor) = (&*self.signature, &self.signature.tensors[0]);

@@ -30,7 +30,7 @@ mod _native {
     #[pymodule_export]
     use crate::life::{
         add_process_set, init, is_initialized, launch, news, perf, process_sets, reform, remove_process_set,
-        shutdown, world,
+        shutdown, stands, world,
     };
     #[pymodule_export]
     use crate::output::{Output, shared_zeros};

@@ -41,6 +41,12 @@ pub fn news(py: Python<'_>) -> PyResult<(bool, bool)> {
     Ok((news.added, news.removed))
 }
 
+/// Whether an allreduce of this name is done without agreement by now.
+#[pyfunction]
+pub fn stands(py: Python<'_>, set: u32, name: &str) -> PyResult<bool> {
+    runtime::stands(SetId(set), name).map_err(|error| errors::to_python(py, &error))
+}
+
 /// Whether this process has joined a job.
 #[pyfunction]
 pub fn is_initialized() -> bool {

@@ -1,0 +1,327 @@
+"""Small allreduces that repeat: after a few they are done without agreement, until somebody deviates."""
+
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import carole
+from carole import _native
+from harness import catch, run
+from test_collectives import all_types, close, combine, ops_for, values
+
+# Agreements after which a name stands; and the seats on the boards are agreed on before.
+ENOUGH = 8
+
+
+def stands(name, process_set=0):
+    return _native.stands(process_set, name)
+
+
+def settle(name, tensor=None, op=carole.Sum):
+    """Repeats an operation until it stands."""
+    tensor = np.ones(3, np.float32) if tensor is None else tensor
+    for _ in range(ENOUGH):
+        carole.allreduce(tensor, op, name=name)
+    assert stands(name), name
+    return tensor
+
+
+def body_values():
+    me, size = carole.rank(), carole.size()
+    for dtype in all_types():
+        for op in ops_for(dtype):
+            if op == carole.Adasum:
+                continue
+            for shape in [(), (1,), (size * 2 + 1, 3)]:
+                name = f"{dtype.name}.{op.name}.{shape}"
+                for turn in range(ENOUGH):
+                    inputs = [values(rank + 3 * turn, shape, dtype) for rank in range(size)]
+                    mine = inputs[me].copy()
+                    total = combine(op, inputs, dtype)
+                    out = mine if turn % 3 == 0 else np.empty_like(mine) if turn % 3 == 1 else None
+                    result = carole.allreduce(mine, op, name=name, out=out)
+                    close(result, total, (name, turn))
+                    if turn == ENOUGH - 1:
+                        # The same bits as by agreement.
+                        agreed = carole.allreduce(inputs[me].copy(), op, name=name + ".fresh")
+                        assert np.asarray(result).tobytes() == np.asarray(agreed).tobytes(), name
+                assert stands(name), name
+    scaled = np.full(5, me + 1, np.float32)
+    for _ in range(ENOUGH):
+        result = carole.allreduce(scaled, carole.Sum, name="scaled", prescale_factor=2.0, postscale_factor=0.5)
+        assert (result == size * (size + 1) / 2).all()
+    assert stands("scaled")
+    return "ok"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_values(size):
+    assert run(size, body_values) == ["ok"] * size
+
+
+def body_does_not():
+    ones = np.ones(3, np.float32)
+    big = np.ones(4097, np.uint8)
+    for _ in range(ENOUGH):
+        assert (carole.allreduce(ones, carole.Sum, name="small") == carole.size()).all()
+        carole.allreduce(big, carole.Sum, name="big")
+        carole.allgather(ones, name="gather")
+        carole.allreduce(ones, carole.Sum)
+    return [stands(name) for name in ("small", "big", "gather", "allreduce.noname.0")]
+
+
+@pytest.mark.parametrize(
+    "knobs, small",
+    [
+        ({}, True),
+        ({"CAROLE_TRANSPORT": "tcp"}, False),
+        ({"CAROLE_ALGORITHM": "ring"}, False),
+        ({"CAROLE_UNIFORM": "1"}, False),
+        ({"CAROLE_CACHE_CAPACITY": "0"}, False),
+    ],
+)
+def test_what_stands(knobs, small):
+    assert run(2, body_does_not, env=knobs) == [[small, False, False, False]] * 2
+
+
+def body_deviations():
+    me, size = carole.rank(), carole.size()
+    ones = settle("shape")
+    text = catch(carole.MismatchError, lambda: carole.allreduce(np.ones(3 + (me == 1), np.float32), name="shape"))
+    assert "'shape'" in text and "rank 0" in text and "rank 1" in text and "[4]" in text, text
+    assert not stands("shape")
+    settle("shape")
+    # All go on with something else, which stands in its turn.
+    for width in (5, 2, 5):
+        wide = np.arange(width, dtype=np.float32)
+        for _ in range(ENOUGH):
+            assert (carole.allreduce(wide, carole.Sum, name="shape") == wide * size).all()
+        assert stands("shape")
+    settle("op")
+    text = catch(carole.MismatchError, lambda: carole.allreduce(ones, carole.Max if me else carole.Sum, name="op"))
+    assert "'op'" in text and "reduction" in text, text
+    settle("kind")
+    calls = [lambda: carole.allgather(ones, name="kind"), lambda: carole.allreduce(ones, name="kind")]
+    assert "'kind'" in catch(carole.MismatchError, calls[me == 0])
+    settle("refused")
+    text = catch(
+        (carole.MismatchError, carole.UsageError),
+        lambda: carole.allreduce("text" if me == 1 else ones, name="refused"),
+    )
+    assert "str" in text if me == 1 else "rank 1 refused" in text, text
+    # A name is in flight once.
+    settle("twice")
+    carole.barrier()
+    first = carole.allreduce_async(ones, carole.Sum, name="twice")
+    text = catch(carole.UsageError, lambda: carole.allreduce_async(ones, carole.Sum, name="twice"))
+    assert "'twice' is in flight already" in text, text
+    assert (first.wait() == size).all()
+    assert stands("twice")
+    return "ok"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_deviations(size):
+    assert run(size, body_deviations) == ["ok"] * size
+
+
+def body_join():
+    me, size = carole.rank(), carole.size()
+    ones = settle("joined")
+    if me > 0:
+        # What was started before counts before.
+        last = carole.allreduce_async(ones, carole.Sum, name="joined")
+        assert carole.join() >= 0
+        assert (last.wait() == size).all()
+    else:
+        assert (carole.allreduce(ones, carole.Sum, name="joined") == size).all()
+        for _ in range(3):
+            assert (carole.allreduce(ones, carole.Sum, name="joined") == 1).all()
+        assert carole.join() >= 0
+    settle("joined")
+    assert (carole.allreduce(ones, carole.Sum, name="joined") == size).all()
+    return "ok"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_join(size):
+    assert run(size, body_join) == ["ok"] * size
+
+
+def body_unwaited():
+    """A start is nobody's to wait for: it ends by itself, and by a look at it."""
+    me, size = carole.rank(), carole.size()
+    ones = settle("unwaited")
+    settle("late")
+    for _ in range(5):
+        handle = carole.allreduce_async(ones, carole.Sum, name="unwaited")
+        until = time.monotonic() + 20
+        while not handle.poll():
+            assert time.monotonic() < until
+        assert (handle.wait() == size).all()
+    carole.allreduce_async(ones, carole.Sum, name="unwaited")  # dropped
+    until = time.monotonic() + 20
+    while True:
+        # Refused until the start that nobody waits for is over.
+        try:
+            carole.allreduce(ones, carole.Sum, name="unwaited")
+            break
+        except carole.UsageError as error:
+            assert "in flight" in str(error) and time.monotonic() < until
+    # Who deviates is heard of by a rank that does something else meanwhile.
+    if me == 0:
+        handle = carole.allreduce_async(ones, carole.Sum, name="late")
+        time.sleep(0.5)
+        assert "'late'" in catch(carole.MismatchError, handle.wait)
+    else:
+        assert "'late'" in catch(carole.MismatchError, lambda: carole.allreduce(ones, carole.Max, name="late"))
+    return "ok"
+
+
+def test_nobody_needs_to_wait():
+    assert run(2, body_unwaited) == ["ok"] * 2
+
+
+def body_shuffled():
+    me, size = carole.rank(), carole.size()
+    order = random.Random(me)
+    tensors = [np.full(1 + i % 50, i, np.float32) for i in range(200)]
+    for turn in range(100):
+        names = list(range(200))
+        order.shuffle(names)
+        handles = {}
+        for i in names:
+            handles[i] = carole.allreduce_async(tensors[i] + turn, carole.Sum, name=f"t{i}")
+        order.shuffle(names)
+        for i in names:
+            assert (handles[i].wait() == size * (i + turn)).all(), (turn, i)
+    assert all(stands(f"t{i}") for i in range(200))
+    return "ok"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_order(size):
+    assert run(size, body_shuffled) == ["ok"] * size
+
+
+def body_full():
+    """More names than there is room for: the others go on by agreement."""
+    tensor = np.ones(1000, np.float32)
+    names = [f"n{i}" for i in range(200)]
+    for _ in range(ENOUGH):
+        for handle in [carole.allreduce_async(tensor, carole.Sum, name=name) for name in names]:
+            assert (handle.wait() == carole.size()).all()
+    standing = sum(stands(name) for name in names)
+    assert 100 < standing < 200, standing
+    return "ok"
+
+
+def test_no_room():
+    assert run(2, body_full) == ["ok"] * 2
+
+
+def body_sets():
+    me = carole.rank()
+    pair = carole.add_process_set([0, 1])
+    ones = np.ones(3, np.float32)
+    for turn in range(3 * ENOUGH):
+        assert (carole.allreduce(ones, carole.Sum, name="x") == 3).all()
+        if me < 2:
+            assert (carole.allreduce(ones * turn, carole.Sum, name="x", process_set=pair) == 2 * turn).all()
+    assert stands("x") and stands("x", pair.process_set_id) == (me < 2)
+    carole.remove_process_set(pair)
+    assert (carole.allreduce(ones, carole.Sum, name="x") == 3).all()
+    return "ok"
+
+
+def test_sets():
+    assert run(3, body_sets) == ["ok"] * 3
+
+
+def body_lost(how):
+    me = carole.rank()
+    ones = settle("lost")
+    if me == 2:
+        if how == "leaves":
+            return "left"
+        os.kill(os.getpid(), signal.SIGSTOP if how == "stops" else signal.SIGKILL)
+    error = carole.ShutdownError if how == "leaves" else carole.BrokenError
+    started = time.monotonic()
+    text = catch(error, lambda: carole.allreduce(ones, carole.Sum, name="lost"))
+    assert "rank 2" in text and time.monotonic() - started < 20, text
+    catch(error, lambda: carole.allreduce(ones, carole.Sum, name="lost"))
+    if how == "stops":
+        return "ok"
+    carole.shutdown()
+    return "ok"
+
+
+@pytest.mark.parametrize("how", ["is killed", "leaves"])
+def test_a_rank_is_lost(how):
+    may_die = {2} if how == "is killed" else set()
+    assert run(3, body_lost, how, may_die=may_die)[:2] == ["ok"] * 2
+
+
+def body_left_in_flight():
+    """Who leaves with a start that others do not make gets an error for it, and so do they."""
+    me = carole.rank()
+    ones = settle("a")
+    settle("b")
+    carole.barrier()
+    handle = carole.allreduce_async(ones, carole.Sum, name="a" if me else "b")
+    if me:
+        carole.shutdown()
+        catch(carole.ShutdownError, handle.wait)
+    else:
+        text = catch(carole.ShutdownError, handle.wait)
+        assert "rank 1" in text, text
+    return "ok"
+
+
+def test_leaving_with_starts_in_flight():
+    assert run(2, body_left_in_flight) == ["ok"] * 2
+
+
+def body_slow():
+    me = carole.rank()
+    ones = settle("slow")
+    carole.barrier()
+    if me == 1:
+        time.sleep(1)
+    burnt = time.process_time()
+    carole.allreduce(ones, carole.Sum, name="slow")
+    # The wait itself; a timing would not do, but a waiter that spins for a whole second burns a whole second.
+    assert time.process_time() - burnt < 0.5
+    handle = carole.allreduce_async(ones, carole.Sum, name="slow")
+    if me == 0:
+        catch(TimeoutError, lambda: handle.wait(0.01)) if not handle.poll() else None
+    assert (handle.wait() == 2).all()
+    return "ok"
+
+
+def test_a_slow_rank_is_slept_for():
+    assert run(2, body_slow) == ["ok"] * 2
+
+
+def body_stalled():
+    ones = settle("stalled")
+    alone = carole.add_process_set([1])
+    broken = False
+    while carole.rank() == 1 and not broken:
+        try:
+            carole.barrier(process_set=alone)
+            time.sleep(0.01)
+        except carole.BrokenError:
+            broken = True
+    if not broken:
+        text = catch(carole.BrokenError, lambda: carole.allreduce(ones, carole.Sum, name="stalled"))
+        assert "'stalled' was not submitted by rank 1" in text, text
+    return "ok"
+
+
+def test_who_never_starts_ends_the_epoch_where_that_is_asked_for():
+    assert run(2, body_stalled, env={"CAROLE_STALL_FAIL_S": "1"}) == ["ok"] * 2
