@@ -100,11 +100,14 @@
 //! * *Persistent collectives beside the log.* A plan is agreed on (`engine/persistent.rs`), its starts are not: within a
 //!   host each has a [`engine::channel`] to itself, which waiters turn without the engine's baton. They are outside
 //!   uniform completion, so in elastic jobs, as between hosts, a start is an ordinary operation of the plan's name.
+//! * *Standing operations instead of step plans.* A small allreduce that repeats is done without the coordinator and without
+//!   the engine, each by itself, through niches on the members' boards ([`engine::standing`]); whoever deviates withdraws,
+//!   and the start becomes an ordinary operation on all members. Sequences of batches are not planned: large tensors
+//!   are agreed on each time, which is little beside moving them.
 //! * *Tensors lent by their owners.* Memory for tensors can be taken of a board's arena ([`runtime::allocate`]); where all
 //!   members of a set have, an allreduce reads and writes the tensors themselves ([`transport::board`]). That members ask
 //!   each other is agreed once (`engine/lending.rs`); where the tensors lie is told in a batch's first tick. What stands in
 //!   a batch that fails becomes private memory at the same address, since who was lost may still write.
-//! * *Not there yet*: step plans (their seam is described in [`coordinator`]).
 //!
 //! # Vocabulary
 //! *rank* a process; *process set* ranks that agree among themselves; *member* a rank's place in a set;
@@ -114,7 +117,8 @@
 //! *board* memory of one rank that all ranks of its host map, with *seats* for process sets and an *arena* of *blocks*;
 //! *lend* to let the others read and write a tensor where it lies; *card* where a member's lie;
 //! *tick* a window's turn there; *plan* how a shape is run: kept for batches, made beforehand for
-//! a persistent collective, whose starts go through a *channel*;
+//! a persistent collective, whose starts go through a *channel*; an operation *stands* that has repeated, and its starts go
+//! through a *niche*, until a member *withdraws*;
 //! *rendezvous*; *porter* the thread that connects; *slot* a place for a rank on a host; *worker* a process of an
 //! elastic job, whose rank changes with the epochs; *re-form* to begin the epoch that follows.
 

@@ -14,10 +14,11 @@
 //! or for the batching window; what a child's message completes goes on at once, for the child has already
 //! spent the window.
 //!
-//! Where step plans will go: a plan is a sequence of cuts that repeats. It will be an entry of the log
-//! (`CutItem`), applied by `log::apply`, after which `submit` matches against the plan instead of marking
-//! and emits [`Intent::Run`] without a message; a deviation becomes an `UpItem` and its cut again a log entry.
-//! Nothing outside this folder changes, since a planned cut is a `Run` like any other.
+//! Small operations that repeat do not come here at all ([`crate::engine::standing`]). Where plans of whole steps would go: a
+//! plan is a sequence of cuts that repeats, an entry of the log (`CutItem`), applied by `log::apply`, after which
+//! `submit` matches against the plan instead of marking and emits [`Intent::Run`] without a message; a deviation becomes
+//! an `UpItem` and its cut again a log entry. Nothing outside this folder changes, since a planned cut is a `Run` like any
+//! other.
 #![forbid(unsafe_code)]
 
 mod log;

@@ -32,10 +32,13 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+/// What stands in a set, by name.
+type Names = Map<Arc<str>, Arc<Standing>>;
+
 /// What the callers' threads and the engine share: the operations that stand, and what is to be done about them.
 #[derive(Default)]
 pub struct Standings {
-    sets: Mutex<BTreeMap<SetId, Map<Arc<str>, Arc<Standing>>>>,
+    sets: Mutex<BTreeMap<SetId, Names>>,
     /// Operations that stand.
     count: AtomicUsize,
     /// Starts that are not over.

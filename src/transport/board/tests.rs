@@ -191,3 +191,34 @@ fn a_board_crosses_as_a_descriptor() {
     let pipe: std::os::fd::OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
     assert!(BoardMemory::map(&pipe).is_err(), "a file is no board");
 }
+
+#[test]
+fn niches_are_reduced_by_each_member_and_withdrawn_from_for_good() {
+    let boards: Vec<Arc<BoardMemory>> = (0..3).map(|_| BoardMemory::within_process()).collect();
+    let niche = |me| {
+        let places = boards.iter().map(|board| Place::seat(Arc::clone(board), 0).niche(256));
+        Niche::new(me, places.collect(), 12)
+    };
+    let niches: Vec<Niche> = (0..3).map(niche).collect();
+    for start in (1 << 32)..(1 << 32) + 5 {
+        let mut values = [[start as f32, 1.0, 2.0], [3.0; 3], [0.5; 3]];
+        // SAFETY: the values outlive what is done with them here.
+        let regions = values.each_mut().map(|v| unsafe { Region::new(v.as_mut_ptr().cast(), 12) });
+        niches[0].post(start, regions[0]);
+        niches[2].post(start, regions[2]);
+        assert_eq!(niches[0].progress(start), Progress::Waiting);
+        assert_eq!(niches[0].missing(start).collect::<Vec<_>>(), [1]);
+        niches[1].post(start, regions[1]);
+        for (member, niche) in niches.iter().enumerate() {
+            assert_eq!(niche.progress(start), Progress::Complete);
+            let reduction = Reduction { dtype: DType::F32, op: ReduceOp::Sum };
+            niche.reduce(start, reduction, 1.0, Finish { divisor: 1, post: 1.0 }, regions[member]);
+        }
+        assert!(values.iter().all(|v| *v == [start as f32 + 3.5, 4.5, 5.5]), "{values:?}");
+    }
+    let next = (1 << 32) + 5;
+    niches[2].withdraw(next);
+    assert_eq!(niches[0].progress(next), Progress::Withdrawn);
+    assert_eq!(niches[1].progress(next - 1), Progress::Complete, "what was before stays as it was");
+    assert!(niches[1].is_withdrawn(next) && !niches[1].is_withdrawn(next + 1));
+}
