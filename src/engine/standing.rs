@@ -236,7 +236,7 @@ impl Standings {
         let Some(start) = inner.start.take() else { return Look::Idle };
         if progress == Progress::Withdrawn {
             inner.is_over = true;
-            drop(inner);
+            // Before the lock is let go of, so that at no moment it is in neither place.
             lock(&self.fallen).push((Arc::clone(standing), start));
             self.has_fallen.store(true, Ordering::SeqCst);
             return Look::Fallen;
