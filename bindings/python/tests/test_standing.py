@@ -13,7 +13,7 @@ from carole import _native
 from harness import catch, run
 from test_collectives import all_types, close, combine, ops_for, values
 
-# Agreements after which a name stands; and the seats on the boards are agreed on before.
+# Agreements after which a name stands where the seats on the boards are agreed on.
 ENOUGH = 8
 
 
@@ -21,17 +21,28 @@ def stands(name, process_set=0):
     return _native.stands(process_set, name)
 
 
-def settle(name, tensor=None, op=carole.Sum):
-    """Repeats an operation until it stands."""
-    tensor = np.ones(3, np.float32) if tensor is None else tensor
-    for _ in range(ENOUGH):
-        carole.allreduce(tensor, op, name=name)
-    assert stands(name), name
-    return tensor
+def settle(name, process_set=None):
+    """Repeats an operation until it stands, which is after as many times on all ranks: the links, and the seats on the
+    boards, come when they come."""
+    tensor = np.ones(3, np.float32)
+    process_set = process_set or carole.global_process_set
+    for turn in range(5000):
+        carole.allreduce(tensor, carole.Sum, name=name, process_set=process_set)
+        if stands(name, process_set.process_set_id):
+            return tensor
+        time.sleep(0.001 if turn > ENOUGH else 0)
+    raise AssertionError(f"{name} never stands")
+
+
+def stay(outcome="ok"):
+    """Nothing stands any more when a rank has left, so nobody leaves before all have looked."""
+    carole.barrier()
+    return outcome
 
 
 def body_values():
     me, size = carole.rank(), carole.size()
+    settle("first")
     for dtype in all_types():
         for op in ops_for(dtype):
             if op == carole.Adasum:
@@ -55,7 +66,7 @@ def body_values():
         result = carole.allreduce(scaled, carole.Sum, name="scaled", prescale_factor=2.0, postscale_factor=0.5)
         assert (result == size * (size + 1) / 2).all()
     assert stands("scaled")
-    return "ok"
+    return stay()
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -66,12 +77,13 @@ def test_values(size):
 def body_does_not():
     ones = np.ones(3, np.float32)
     big = np.ones(4097, np.uint8)
-    for _ in range(ENOUGH):
+    for _ in range(300):
+        time.sleep(0.001)
         assert (carole.allreduce(ones, carole.Sum, name="small") == carole.size()).all()
         carole.allreduce(big, carole.Sum, name="big")
         carole.allgather(ones, name="gather")
         carole.allreduce(ones, carole.Sum)
-    return [stands(name) for name in ("small", "big", "gather", "allreduce.noname.0")]
+    return stay([stands(name) for name in ("small", "big", "gather", "allreduce.noname.0")])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +133,7 @@ def body_deviations():
     assert "'twice' is in flight already" in text, text
     assert (first.wait() == size).all()
     assert stands("twice")
-    return "ok"
+    return stay()
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -189,6 +201,7 @@ def test_nobody_needs_to_wait():
 def body_shuffled():
     me, size = carole.rank(), carole.size()
     order = random.Random(me)
+    settle("first")
     tensors = [np.full(1 + i % 50, i, np.float32) for i in range(200)]
     for turn in range(100):
         names = list(range(200))
@@ -200,7 +213,7 @@ def body_shuffled():
         for i in names:
             assert (handles[i].wait() == size * (i + turn)).all(), (turn, i)
     assert all(stands(f"t{i}") for i in range(200))
-    return "ok"
+    return stay()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -210,6 +223,7 @@ def test_any_order(size):
 
 def body_full():
     """More names than there is room for: the others go on by agreement."""
+    settle("first")
     tensor = np.ones(1000, np.float32)
     names = [f"n{i}" for i in range(200)]
     for _ in range(ENOUGH):
@@ -217,7 +231,7 @@ def body_full():
             assert (handle.wait() == carole.size()).all()
     standing = sum(stands(name) for name in names)
     assert 100 < standing < 200, standing
-    return "ok"
+    return stay()
 
 
 def test_no_room():
@@ -227,8 +241,10 @@ def test_no_room():
 def body_sets():
     me = carole.rank()
     pair = carole.add_process_set([0, 1])
-    ones = np.ones(3, np.float32)
-    for turn in range(3 * ENOUGH):
+    ones = settle("first")
+    if me < 2:
+        settle("first", pair)
+    for turn in range(ENOUGH):
         assert (carole.allreduce(ones, carole.Sum, name="x") == 3).all()
         if me < 2:
             assert (carole.allreduce(ones * turn, carole.Sum, name="x", process_set=pair) == 2 * turn).all()
