@@ -102,8 +102,8 @@
 //!   uniform completion, so in elastic jobs, as between hosts, a start is an ordinary operation of the plan's name.
 //! * *Standing operations instead of step plans.* A small allreduce that repeats is done without the coordinator and without
 //!   the engine, each by itself, through niches on the members' boards ([`engine::standing`]); whoever deviates withdraws,
-//!   and the start becomes an ordinary operation on all members. Sequences of batches are not planned: large tensors
-//!   are agreed on each time, which is little beside moving them.
+//!   and the start becomes an ordinary operation on all members. Groups, larger tensors and whole steps are not
+//!   planned; their seam is described in [`coordinator`].
 //! * *Tensors lent by their owners.* Memory for tensors can be taken of a board's arena ([`runtime::allocate`]); where all
 //!   members of a set have, an allreduce reads and writes the tensors themselves ([`transport::board`]). That members ask
 //!   each other is agreed once (`engine/lending.rs`); where the tensors lie is told in a batch's first tick. What stands in

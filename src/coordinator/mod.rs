@@ -36,6 +36,7 @@ mod tests;
 mod tests_faults;
 
 pub use mismatch::rank_list;
+pub use stall::stalled;
 
 use crate::error::{Cause, Mismatch};
 use crate::limits::{CONTROL_BYTES_MAX, IN_FLIGHT_MAX, NAME_BYTES_MAX};

@@ -215,13 +215,7 @@ impl Coordinator {
                 Cause::Stalled { tensor: shown(&query.name).to_owned(), missing },
             ));
         } else if passed(rules.stall_warn_ns) {
-            self.intents.push_back(Intent::Warn(format!(
-                "'{}' waits since {} s for {}, which have not submitted it; look whether those ranks run the same \
-                 program on the same branch, or are stuck",
-                shown(&query.name),
-                age / SECOND_NS,
-                mismatch::rank_list(&missing)
-            )));
+            self.intents.push_back(Intent::Warn(stalled(shown(&query.name), age, &missing)));
             let mut notice = Vec::new();
             wire::put_stalled(&mut notice, &query.name, age, &query.missing);
             self.tell_children(Kind::Stalled, 0, &notice);
@@ -285,4 +279,15 @@ impl Coordinator {
     fn ranks_of(&self, members: &[Member]) -> Vec<Rank> {
         members.iter().map(|member| self.setup.ranks[member.0 as usize]).collect()
     }
+}
+
+/// The warning that an operation waits since `age_ns` for ranks that have not submitted it.
+#[must_use]
+pub fn stalled(name: &str, age_ns: u64, missing: &[Rank]) -> String {
+    format!(
+        "'{name}' waits since {} s for {}, which have not submitted it; look whether those ranks run the same program on \
+         the same branch, or are stuck",
+        age_ns / SECOND_NS,
+        mismatch::rank_list(missing)
+    )
 }

@@ -172,6 +172,13 @@ fn used_up() -> Error {
     )
 }
 
+/// A second operation of a name.
+pub(super) fn in_flight(name: &str) -> Error {
+    Error::usage(format!(
+        "an operation named '{name}' is in flight already; wait for it first, or give each its own name"
+    ))
+}
+
 impl Handles {
     fn slot(&self, index: u32) -> &Slot {
         let page = self.pages[index as usize / PAGE].get().expect("slots that were given out have pages");
@@ -205,14 +212,11 @@ impl Handles {
         fill(&mut submitted);
         let name = self.names.hash(&submitted);
         if name.is_some_and(|name| !lock(&self.names.taken).insert(name)) {
-            let words = format!(
-                "an operation named '{}' is in flight already; wait for it first, or give each its own name",
-                coordinator::shown(&submitted.name)
-            );
+            let error = in_flight(coordinator::shown(&submitted.name));
             let mut free = lock(&self.free);
             free.slots.push(index);
             free.spare.push(submitted);
-            return Err(Error::usage(words));
+            return Err(error);
         }
         let inner = Inner { submitted: Some(submitted), keep, name, ..Inner::default() };
         Ok((slot.begin(index, inner), index))

@@ -8,26 +8,23 @@
 //! Whoever deviates withdraws from the next start: by submitting the name with anything else, or by joining. The others
 //! see that in the niche, and the start becomes an ordinary operation on all members: what it then comes to is agreed as
 //! ever, a mismatch that names both ranks included. None of them can have finished that start, since one has never
-//! posted it. Where the name stands in the agreed log again, all have left the niche, and it is free.
+//! posted it. When the name comes in the agreed log again, all have left the niche, and it is free.
 //!
 //! Where completion is uniform nothing stands: such starts are in no ledger.
 #![forbid(unsafe_code)]
 
-use super::batch::divisor;
-use super::boards::Seating;
-use super::operation::{Ended, Outcome, OutputTensor};
-use super::{Engine, Submission, TensorMemory};
-use crate::coordinator::{Agreed, ENGINE_NAMES, OpId, PLAN_NAMES};
+mod repeats;
+
+pub(super) use repeats::Repeats;
+
+use super::operation::{Outcome, OutputTensor};
+use crate::coordinator::OpId;
 use crate::device::{Finish, Reduction};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::hash::Map;
-use crate::limits::{BOARD_NICHES_BYTES, CACHE_KEYS_MAX, NICHE_BYTES_MAX};
 use crate::memory::{OwnedBytes, Region};
 use crate::transport::board::{Niche, Progress};
-use crate::types::{
-    Collective, DType, JoinAverage, Place, Rank, ReduceOp, Scale, SetId, SharedSignature, Signature,
-    TensorKey, Time,
-};
+use crate::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId, SharedSignature};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -129,19 +126,6 @@ pub enum Look {
     Fallen,
 }
 
-/// What a set remembers to see that an operation repeats, and where its niches lie.
-#[derive(Default)]
-pub(super) struct Repeats {
-    /// How often a key of the response cache was agreed on in a row, by what its name and signature were.
-    seen: Map<TensorKey, (Arc<str>, SharedSignature, u32)>,
-    /// Where the niches end that were given out.
-    end: usize,
-    /// Niches that were given back, by their size.
-    free: Vec<(usize, usize)>,
-    /// Niches given out so far: their starts have numbers that no other niche's ever had.
-    given: u64,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic elsewhere must not hide the outcome from the waiters; the data is valid at every step.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -174,10 +158,12 @@ impl Standings {
             return Ok(Posted::Ordinary);
         }
         let op = open()?;
-        let made = call.output.is_none().then(|| OwnedBytes::recycled(standing.niche.bytes()));
-        let output = match (&made, call.output) {
-            (Some(made), _) => made.as_region(),
-            (None, given) => given.unwrap_or(call.input),
+        let (output, made) = match call.output {
+            Some(given) => (given, None),
+            None => {
+                let made = OwnedBytes::recycled(standing.niche.bytes());
+                (made.as_region(), Some(made))
+            }
         };
         standing.niche.post(inner.next, call.input);
         inner.next += 1;
@@ -233,7 +219,7 @@ impl Standings {
         if progress == Progress::Waiting {
             return Look::Waiting;
         }
-        let Some(start) = inner.start.take() else { return Look::Idle };
+        let start = inner.start.take().expect("it was just there");
         if progress == Progress::Withdrawn {
             inner.is_over = true;
             // Before the lock is let go of, so that at no moment it is in neither place.
@@ -310,10 +296,9 @@ impl Standings {
             let number = inner.next - 1;
             // Who has not heard of it yet must not wait for this rank.
             self.withdraw(&standing, &mut inner);
-            if without.is_none_or(|who| standing.missing_at(number).contains(&who))
-                && let Some(start) = inner.start.take()
-            {
-                ended.push(start.op);
+            let waits = |who| standing.missing_at(number).contains(&who);
+            if inner.start.is_some() && without.is_none_or(waits) {
+                ended.extend(inner.start.take().map(|start| start.op));
             }
         }
         if without.is_none() {
@@ -402,181 +387,9 @@ impl Standing {
     }
 }
 
-impl Repeats {
-    /// Whether this is the time from which on the operation stands.
-    fn note(&mut self, agreed: &Agreed, stands_after: u32) -> bool {
-        if self.seen.len() >= CACHE_KEYS_MAX && !self.seen.contains_key(&agreed.key) {
-            self.seen.clear();
-        }
-        let fresh = || (Arc::clone(&agreed.name), Arc::clone(&agreed.signature), 0);
-        let (name, signature, times) = self.seen.entry(agreed.key).or_insert_with(fresh);
-        if *name != agreed.name || *signature != agreed.signature || !agreed.absent.is_empty() {
-            (*name, *signature, *times) = fresh();
-        }
-        *times += u32::from(agreed.absent.is_empty());
-        *times >= stands_after
-    }
-
-    fn take(&mut self, size: usize) -> Option<(usize, u64)> {
-        let offset = match self.free.iter().position(|(of, _)| *of == size) {
-            Some(at) => self.free.swap_remove(at).1,
-            None if self.end + size <= BOARD_NICHES_BYTES => {
-                self.end += size;
-                self.end - size
-            }
-            None => return None,
-        };
-        self.given += 1;
-        Some((offset, self.given << 32))
-    }
-}
-
-impl Engine {
-    /// The operations that stand.
-    #[must_use]
-    pub fn standings(&self) -> Arc<Standings> {
-        Arc::clone(&self.standings)
-    }
-
-    /// An operation was agreed on. One that stood does not any more; one that repeats may from now on.
-    pub(super) fn note_agreed(&mut self, id: SetId, agreed: &Agreed) {
-        let removed = self.standings.remove(id, &agreed.name);
-        let may_stand = self.may_stand(id, agreed);
-        let Some(set) = self.sets.get_mut(&id) else { return };
-        if let Some(removed) = removed {
-            set.repeats.free.push((Niche::size(removed.niche.bytes()), removed.offset));
-            set.repeats.seen.remove(&agreed.key);
-        }
-        if !may_stand || !set.repeats.note(agreed, self.setup.stands_after) {
-            return;
-        }
-        let Seating::Taken(seat) = &set.seating else { return };
-        let bytes = bytes_of(&agreed.signature);
-        let Some((offset, next)) = set.repeats.take(Niche::size(bytes)) else { return };
-        set.repeats.seen.remove(&agreed.key);
-        let places = seat.places().iter().map(|place| place.niche(offset)).collect();
-        let finish = Finish { divisor: divisor(agreed, set.size()), post: agreed.signature.scale.post };
-        self.standings.insert(Standing {
-            set: id,
-            name: Arc::clone(&agreed.name),
-            signature: Arc::clone(&agreed.signature),
-            ranks: Arc::clone(&set.ranks),
-            niche: Niche::new(set.me() as usize, places, bytes),
-            offset,
-            finish,
-            inner: Mutex::new(Inner { next, start: None, is_over: false }),
-        });
-    }
-
-    /// Whether such an operation can stand: a function of what is agreed.
-    fn may_stand(&self, id: SetId, agreed: &Agreed) -> bool {
-        let signature = &agreed.signature;
-        // Names of a ring are told apart by order, and the same one may be in flight twice.
-        let is_named =
-            !agreed.name.starts_with([ENGINE_NAMES, PLAN_NAMES]) && !agreed.name.contains(".noname.");
-        signature.collective == Collective::Allreduce
-            && signature.place == Place::Host
-            && signature.tensors.len() == 1
-            && (1..=NICHE_BYTES_MAX).contains(&bytes_of(signature))
-            && is_named
-            && !self.setup.uniform
-            && self.goes_over_boards(id, signature)
-    }
-
-    /// Looks at what somebody sleeps for, makes ordinary operations of starts from which a member has withdrawn, and
-    /// wakes members that sleep.
-    pub fn turn_standings(&mut self, now: Time) -> bool {
-        let standings = Arc::clone(&self.standings);
-        if !standings.is_busy() {
-            return false;
-        }
-        let mut moved = false;
-        if standings.awaits.load(Ordering::SeqCst) {
-            let mut awaited = lock(&standings.awaited);
-            awaited.retain(|standing| match standings.look(standing) {
-                Look::Waiting => true,
-                Look::Idle | Look::Fallen => false,
-                Look::Done(op, outcome) => {
-                    self.ended.push(Ended { op, result: Ok(outcome) });
-                    moved = true;
-                    false
-                }
-            });
-            standings.awaits.store(!awaited.is_empty(), Ordering::SeqCst);
-        }
-        if standings.nudges.swap(false, Ordering::SeqCst) {
-            for place in 0..self.links.up().len() {
-                let peer = self.links.up()[place];
-                self.links.nudge(peer);
-            }
-        }
-        if standings.has_fallen.swap(false, Ordering::SeqCst) {
-            let fallen = std::mem::take(&mut *lock(&standings.fallen));
-            for (standing, start) in fallen {
-                standings.under_way.fetch_sub(1, Ordering::SeqCst);
-                self.submit_fallen(&standing, &start, now);
-                moved = true;
-            }
-        }
-        moved
-    }
-
-    fn submit_fallen(&mut self, standing: &Standing, start: &Start, now: Time) {
-        let output = start.made.is_none().then_some(start.output);
-        let submission = Submission {
-            op: start.op,
-            set: standing.set,
-            name: &standing.name,
-            hold: false,
-            signature: &standing.signature,
-            call: &[],
-            tensors: &[TensorMemory { input: start.input, output }],
-            refused: None,
-            on_device: None,
-        };
-        match self.submit(&submission, now) {
-            // Somebody may wait for it, and has told that to nobody.
-            Ok(()) => self.wait_for(start.op, now),
-            Err(error) => self.ended.push(Ended { op: start.op, result: Err(error) }),
-        }
-    }
-
-    /// Ends what is over of what stands in a set, or in all, though nobody may wait for it.
-    pub fn settle_standings(&mut self, set: Option<SetId>) {
-        let mut done = Vec::new();
-        self.standings.look_at_all(set, &mut done);
-        self.ended.extend(done.into_iter().map(|(op, outcome)| Ended { op, result: Ok(outcome) }));
-    }
-
-    /// Starts of a set, or of all, end with an error; with `without`, only those that wait for this rank.
-    pub(super) fn fail_standings(&mut self, set: Option<SetId>, without: Option<Rank>, error: &Error) {
-        // What is complete has been completed by others, too.
-        self.settle_standings(set);
-        let ended = self.standings.give_up(set, without);
-        self.ended.extend(ended.into_iter().map(|op| Ended { op, result: Err(error.clone()) }));
-    }
-
-    /// A set is no more.
-    pub(super) fn forget_standings(&mut self, set: SetId) {
-        self.standings.forget(set);
-    }
-
-    /// Whether somebody sleeps for a start whose niche has moved since it was last looked at.
-    pub(super) fn standings_have_news(&self) -> bool {
-        self.standings.calls()
-            || self.standings.awaits.load(Ordering::SeqCst)
-                && lock(&self.standings.awaited).iter().any(|standing| standing.has_news())
-    }
-}
-
 impl Standing {
     fn has_news(&self) -> bool {
         let inner = lock(&self.inner);
         inner.start.is_none() || self.niche.progress(inner.next - 1) != Progress::Waiting
     }
-}
-
-fn bytes_of(signature: &Signature) -> usize {
-    let bytes = |t: &crate::types::TensorSignature| t.elements().saturating_mul(t.dtype.size() as u64);
-    usize::try_from(signature.tensors.first().map_or(0, bytes)).unwrap_or(usize::MAX)
 }

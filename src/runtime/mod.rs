@@ -349,7 +349,7 @@ pub fn allocate(bytes: usize) -> Result<SharedBytes> {
     SharedBytes::new(live()?.board.as_ref(), bytes)
 }
 
-/// Whether the operation has an outcome. Never blocks.
+/// Whether the operation has an outcome. Never blocks, and moves nothing but what stands, which it may end.
 pub fn poll(handle: Handle) -> Result<bool> {
     match live() {
         Ok(live) => live.driver.poll(handle.0),

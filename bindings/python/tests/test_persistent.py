@@ -166,7 +166,8 @@ def body_killed():
         try:
             plan()
         except carole.BrokenError as error:
-            assert turn >= 500 and "rank 2" in str(error), (turn, error)
+            # The turn before may be done at rank 2 and not yet here.
+            assert turn >= 499 and "rank 2" in str(error), (turn, error)
             catch(carole.BrokenError, plan)
             plan.close()
             return "broken"
@@ -229,16 +230,21 @@ def test_planning_can_be_interrupted():
     assert run(2, body_interrupted) == ["interrupted"] * 2
 
 
-def body_stalled():
-    alone = carole.add_process_set([1])
-    plan = carole.allreduce_init(np.ones(3), name="stalled")
-    broken = False
-    while carole.rank() == 1 and not broken:
+def stay_away(alone):
+    """Does other things, in a set of its own, until the epoch breaks."""
+    while True:
         try:
             carole.barrier(process_set=alone)
             time.sleep(0.01)
         except carole.BrokenError:
-            broken = True
+            return
+
+
+def body_stalled():
+    alone = carole.add_process_set([1])
+    plan = carole.allreduce_init(np.ones(3), name="stalled")
+    if carole.rank() == 1:
+        stay_away(alone)
     assert "'stalled' was not submitted by rank 1" in catch(carole.BrokenError, plan)
     return "ok"
 

@@ -91,6 +91,16 @@ impl View<'_> {
         }
     }
 
+    /// A single element is a scalar where that is not refused; where ranks may differ in rows, they have rows.
+    fn shape(&self, collective: Collective, rows: u64) -> Vec<u64> {
+        let whole = [Collective::Allreduce, Collective::Reduce, Collective::Broadcast].contains(&collective);
+        match (rows, self.case.row) {
+            (1, 1) if whole => Vec::new(),
+            (_, 1) => vec![rows],
+            (_, row) => vec![rows, row],
+        }
+    }
+
     /// Rows that a member gives to another in an alltoall.
     fn split(&self, from: u32, to: u32, tensor: u32) -> u64 {
         (self.case.rows + u64::from(tensor)) / u64::from(self.members) + u64::from((from + 2 * to) % 3)
@@ -103,7 +113,7 @@ impl View<'_> {
                 let rows = self.rows_of(self.me, tensor);
                 Tensor {
                     dtype: case.dtype,
-                    shape: if case.row == 1 { vec![rows] } else { vec![rows, case.row] },
+                    shape: self.shape(collective, rows),
                     input: self.recipe(tensor).bytes(self.me, self.members, 0, rows * case.row),
                     place: case.place,
                 }

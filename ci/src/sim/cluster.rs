@@ -427,7 +427,7 @@ impl Cluster {
                 Some(false) => continue,
                 None => node.skipped[op] = true,
                 Some(true) if i == 1 && skipped == Some(op) => node.skipped[op] = true,
-                Some(true) if joins_too_early(node, &program.ops[op]) => continue,
+                Some(true) if joins_too_early(node, &program.ops[op], now) => continue,
                 Some(true) => {
                     let alone = program.sets[program.ops[op].set].len() == 1;
                     let twice = !alone && self.random.once_in(16);

@@ -108,13 +108,13 @@ fn start(engine: &mut Engine, submission: &Submission<'_>, twice: bool, now: Tim
     Ok(true)
 }
 
-/// Whether a join must wait for what was started before it.
-pub fn joins_too_early(node: &Node, planned: &Planned) -> bool {
-    let (Kind::Join, Some(engine), Some(set)) = (planned.kind, &node.engine, node.sets[planned.set]) else {
+/// Whether this is a join that must wait for what was started before it.
+pub fn joins_too_early(node: &mut Node, planned: &Planned, now: Time) -> bool {
+    let (Kind::Join, Some(engine), Some(set)) = (planned.kind, &mut node.engine, node.sets[planned.set])
+    else {
         return false;
     };
-    engine.standings().withdraw_all(set);
-    engine.standings().is_under_way(set)
+    !engine.may_join(set, now)
 }
 
 fn submit_message(node: &mut Node, planned: &Planned, op: usize, set: SetId) {

@@ -12,6 +12,12 @@ use std::time::{Duration, Instant};
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
 
+/// What a look has found.
+pub(super) struct Spun {
+    pub(super) over: bool,
+    pub(super) moved: bool,
+}
+
 impl Driver {
     /// Starts a planned collective. Unless the caller waits at once, somebody is to drive it meanwhile.
     pub fn start_channel(&self, channel: &Channel, waits: bool) -> Result<()> {
@@ -74,16 +80,24 @@ impl Driver {
 impl Shared {
     /// Looks again and again for a while; whether it is over.
     fn spin_for(&self, channel: &Channel) -> bool {
+        self.spin(|| {
+            let turn = channel.turn();
+            self.see_to(turn);
+            Spun { over: turn.over, moved: turn.moved }
+        })
+    }
+
+    /// Looks again and again for as long as a waiter may, since something last moved; whether it is over.
+    pub(super) fn spin(&self, mut look: impl FnMut() -> Spun) -> bool {
         let limit = Duration::from_nanos(self.patience.spin_ns);
         let mut since = Instant::now();
         loop {
             for _ in 0..LOOKS {
-                let turn = channel.turn();
-                self.see_to(turn);
-                if turn.over {
+                let Spun { over, moved } = look();
+                if over {
                     return true;
                 }
-                if turn.moved {
+                if moved {
                     since = Instant::now();
                 } else if self.patience.yields {
                     std::thread::yield_now();

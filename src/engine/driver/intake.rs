@@ -44,7 +44,7 @@ impl Shared {
                     let submitted = self.handles.take_submitted(index);
                     let waits = submitted.passage.is_some()
                         || self.has_arriving.load(Ordering::Relaxed)
-                        || self.joins_too_early(submitted.signature.collective, submitted.set);
+                        || self.is_join_too_early(engine, &submitted);
                     match waits {
                         true => self.let_come(index, submitted),
                         false => self.accept(engine, index, submitted, now),
@@ -171,9 +171,13 @@ impl Shared {
 }
 
 impl Shared {
+    fn is_join_too_early(&self, engine: &mut Engine, submitted: &Submitted) -> bool {
+        submitted.signature.collective == Collective::Join && !engine.may_join(submitted.set, self.now())
+    }
+
     /// Whether the tensors are on the host. Where they cannot come the other ranks are told instead.
     fn has_come(&self, engine: &mut Engine, submitted: &mut Submitted) -> bool {
-        if submitted.signature.collective == Collective::Join && !self.may_join(engine, submitted.set) {
+        if self.is_join_too_early(engine, submitted) {
             return false;
         }
         let come = submitted.passage.as_mut().map_or(Ok(true), |passage| passage.has_come());

@@ -2,19 +2,18 @@
 //! sees only to what somebody sleeps for, and to what a member has withdrawn from.
 #![forbid(unsafe_code)]
 
+use super::channels::Spun;
 use super::{Driver, Mail, Shared};
-use crate::coordinator::{OpId, rank_list};
-use crate::engine::Engine;
+use crate::coordinator::{OpId, stalled};
+use crate::engine::handles::in_flight;
 use crate::engine::standing::{Look, Posted, Repeat, Standing};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::log;
-use crate::types::{Collective, SetId};
+use crate::types::SetId;
 use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Looks between two looks at the clock.
-const LOOKS: u32 = 32;
 /// How often starts are looked at that nobody waits for.
 const LOOK_AFTER: Duration = Duration::from_millis(50);
 
@@ -50,10 +49,7 @@ impl Driver {
         match posted {
             Posted::Started => Ok(Some(handle)),
             Posted::Ordinary => Ok(None),
-            Posted::Busy => Err(Error::usage(format!(
-                "an operation named '{}' is in flight already; wait for it first, or give each its own name",
-                standing.name()
-            ))),
+            Posted::Busy => Err(in_flight(standing.name())),
         }
     }
 
@@ -84,24 +80,9 @@ impl Shared {
 
     /// Looks again and again for as long as a waiter may; then whoever drives does.
     pub(super) fn spin_for_start(&self, standing: &Arc<Standing>) {
-        let limit = Duration::from_nanos(self.patience.spin_ns);
-        let since = Instant::now();
-        loop {
-            for _ in 0..LOOKS {
-                if self.look(standing) {
-                    return;
-                }
-                if self.patience.yields {
-                    std::thread::yield_now();
-                } else {
-                    std::hint::spin_loop();
-                }
-            }
-            if since.elapsed() > limit {
-                break;
-            }
+        if !self.spin(|| Spun { over: self.look(standing), moved: false }) {
+            self.standings.watch(standing);
         }
-        self.standings.watch(standing);
     }
 
     /// Lets the engine see to what stands, if there is something: now, or when whoever drives comes to it.
@@ -121,22 +102,6 @@ impl Shared {
             }
             Err(_) => self.wake_driver(),
         }
-    }
-
-    /// A join waits for the starts of its set: they were submitted before it.
-    pub(super) fn joins_too_early(&self, collective: Collective, set: SetId) -> bool {
-        if collective != Collective::Join {
-            return false;
-        }
-        self.standings.withdraw_all(set);
-        self.standings.is_under_way(set)
-    }
-
-    /// Whether a join may be told to the engine by now.
-    pub(super) fn may_join(&self, engine: &mut Engine, set: SetId) -> bool {
-        engine.settle_standings(Some(set));
-        engine.turn_standings(self.now());
-        !self.standings.is_under_way(set)
     }
 
     /// Ends starts that nobody waits for, makes operations of those that a member has withdrawn from, and warns of
@@ -178,19 +143,8 @@ impl Shared {
                 self.wake_driver();
             } else if warn > 0 && waited / warn > *warned {
                 *warned = waited / warn;
-                log::warn(format_args!("{}", explain(&standing, Duration::from_nanos(waited))));
+                log::warn(format_args!("{}", stalled(standing.name(), waited, &standing.missing())));
             }
         }
     }
-}
-
-/// What a start waits for, in words.
-pub(super) fn explain(standing: &Standing, since: Duration) -> String {
-    let missing = rank_list(&standing.missing());
-    format!(
-        "'{}' waits since {} s for {missing}, which have not submitted it; look whether those ranks run the same steps, \
-         or have come to a stop",
-        standing.name(),
-        since.as_secs()
-    )
 }
