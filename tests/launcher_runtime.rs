@@ -157,6 +157,7 @@ fn other_version() {
         peer: SERVICE,
         purpose: Purpose::Register,
         link: 0,
+        refuses_clear: false,
         nonce: [7; 32],
     };
     let mut bytes = Handshake::connector(&secret, hello).take_output();

@@ -64,6 +64,54 @@ fn one_host_without_anything_set_forms_links_of_every_kind() {
 }
 
 #[test]
+fn links_of_an_encrypted_job_are_encrypted_over_tcp() {
+    let _alone = alone();
+    let before = descriptors();
+    let secret = Secret::mint().unwrap();
+    let server = launcher(&secret.clone().encrypting(true), 3, 10_000);
+    for (epoch, (choice, lanes, kind)) in
+        [(Choice::Tcp, 1, "tls"), (Choice::Tcp, 3, "tls"), (Choice::Auto, 1, "shm")].into_iter().enumerate()
+    {
+        let ours = launched(&server, &secret, 3);
+        let how = |rank| Join { encrypts: true, epoch: Epoch(epoch as u32), ..ours(rank) };
+        stop(mesh(join_all(3, how), options(choice, lanes), kind));
+    }
+    server.shutdown();
+    assert_eq!(descriptors(), before, "descriptors leak");
+}
+
+#[test]
+fn an_encrypted_job_takes_no_connection_in_clear_and_says_so() {
+    let _alone = alone();
+    let secret = Secret::mint().unwrap();
+    let server = launcher(&secret.clone().encrypting(true), 2, 500);
+    let said = text(join(&launched(&server, &secret, 2)(1)));
+    assert!(said.contains("CAROLE_ENCRYPT=1") && said.contains("--encrypt"), "{said}");
+    // Nor one that proves another secret: by the key alone, before a word of the job is said.
+    let other = Secret::mint().unwrap();
+    let how = Join { encrypts: true, ..launched(&server, &other, 2)(1) };
+    let said = text(join(&how));
+    assert!(said.contains("another job"), "{said}");
+    server.shutdown();
+}
+
+#[test]
+fn whoever_encrypts_is_taken_where_that_is_not_asked_for_and_the_knobs_tell() {
+    let _alone = alone();
+    let secret = Secret::mint().unwrap();
+    let server = launcher(&secret, 2, 10_000);
+    let said = join_all(2, |rank| {
+        let knobs = vec![("CAROLE_ENCRYPT".to_owned(), rank.to_string())];
+        Join { encrypts: rank == 1, knobs, ..launched(&server, &secret, 2)(rank) }
+    });
+    for result in said {
+        let said = text(result);
+        assert!(said.contains("CAROLE_ENCRYPT") && said.contains("rank 1"), "{said}");
+    }
+    server.shutdown();
+}
+
+#[test]
 fn init_after_shutdown_works_any_number_of_times() {
     let _alone = alone();
     let job = unique("again");

@@ -193,6 +193,9 @@ knobs! {
     /// Allows connections off the loopback interface without a secret. Anyone who reaches the port can then
     /// read and change the job's data.
     insecure: Switch = "0", "CAROLE_INSECURE", Agreed;
+    /// Encrypts all connections over TCP, by TLS 1.3 with keys made of the job's secret, and takes no others. Memory that
+    /// ranks of one host share is not encrypted.
+    encrypt: Switch = "0", "CAROLE_ENCRYPT", Agreed;
     /// Where ranks find each other: `HOST:PORT` of the launcher's rendezvous server or of rank 0, or
     /// `file:///PATH` on a file system that all ranks see (`CAROLE_RENDEZVOUS=file:///shared/job7`).
     rendezvous: Maybe<Text> = "auto", "CAROLE_RENDEZVOUS", Local;

@@ -190,6 +190,9 @@ pub struct Tuning {
     /// auto, shm or tcp
     #[arg(long, value_name = "NAME")]
     pub transport: Option<String>,
+    /// Encrypt all connections over TCP (TLS 1.3, with keys made of the job's secret)
+    #[arg(long)]
+    pub encrypt: bool,
     /// auto, ring, tree, doubling, direct or hierarchical
     #[arg(long, value_name = "NAME")]
     pub algorithm: Option<String>,
@@ -329,6 +332,7 @@ impl Arguments {
         add("CAROLE_LOG_TIMESTAMPS", on(output.log_with_timestamp, "1"), "--log-with-timestamp");
         add("CAROLE_LOG_TIMESTAMPS", on(output.log_without_timestamp, "0"), "--log-without-timestamp");
         add("CAROLE_TRANSPORT", tuning.transport.clone(), "--transport");
+        add("CAROLE_ENCRYPT", on(tuning.encrypt, "1"), "--encrypt");
         add("CAROLE_ALGORITHM", tuning.algorithm.clone(), "--algorithm");
         add("CAROLE_DETERMINISTIC", on(tuning.deterministic, "1"), "--deterministic");
         let fusion = tuning.fusion_threshold_mb.as_ref().map(|mb| format!("{mb}M"));

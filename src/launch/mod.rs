@@ -357,7 +357,7 @@ fn fork_guard(
 fn serve(config: &Config, secret: &Secret, size: u32, for_others: bool) -> Result<Server> {
     Server::start(ServerOptions {
         bind: if for_others { Bind::Everywhere(0) } else { Bind::Loopback(0) },
-        secret: secret.clone(),
+        secret: secret.clone().encrypting(config.encrypt),
         size,
         epoch: Epoch(0),
         once: false,

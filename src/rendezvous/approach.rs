@@ -85,6 +85,7 @@ impl Caller {
                 peer: peer.rank,
                 purpose: Purpose::Regroup,
                 link: 0,
+                refuses_clear: false,
                 nonce,
             },
         );

@@ -1,10 +1,12 @@
-//! A nonblocking connection with what waits to be written and what has been read, and the handshake on it.
+//! A nonblocking connection with what waits to be written and what has been read, encrypted where that is asked for, and
+//! the handshake on it.
 #![forbid(unsafe_code)]
 
 use super::proof::{Handshake, ProofError};
 use super::reactor::timespec;
+use crate::transport::tls::{self, Tls};
 use rustix::event::{PollFd, PollFlags, poll};
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -23,6 +25,9 @@ pub enum Stream {
 #[derive(Debug)]
 pub struct Channel {
     stream: Stream,
+    tls: Option<Box<Tls>>,
+    /// Whether it is settled that the connection is encrypted or is not.
+    begun: bool,
     output: Vec<u8>,
     sent: usize,
     input: Vec<u8>,
@@ -39,12 +44,18 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
-impl AsFd for Channel {
+impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.stream {
+        match self {
             Stream::Tcp(stream) => stream.as_fd(),
             Stream::Unix(stream) => stream.as_fd(),
         }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 
@@ -60,15 +71,22 @@ impl From<Stream> for OwnedFd {
 impl Channel {
     /// Takes a stream over and makes it nonblocking.
     pub fn new(stream: Stream) -> io::Result<Channel> {
-        match &stream {
+        // Within a host nobody listens who could not read the memory of the processes, too.
+        let begun = match &stream {
             Stream::Tcp(stream) => {
                 stream.set_nonblocking(true)?;
                 stream.set_nodelay(true)?;
+                false
             }
-            Stream::Unix(stream) => stream.set_nonblocking(true)?,
-        }
+            Stream::Unix(stream) => {
+                stream.set_nonblocking(true)?;
+                true
+            }
+        };
         Ok(Channel {
             stream,
+            tls: None,
+            begun,
             output: Vec::new(),
             sent: 0,
             input: Vec::new(),
@@ -77,10 +95,11 @@ impl Channel {
         })
     }
 
-    /// Gives the stream back. Nothing that was read is lost, because only what was wanted has been read.
+    /// Gives the stream back, and what it is encrypted by. Nothing that was read is lost, because only what was wanted has
+    /// been read, or lies in the session.
     #[must_use]
-    pub fn into_stream(self) -> Stream {
-        self.stream
+    pub fn into_parts(self) -> (Stream, Option<Box<Tls>>) {
+        (self.stream, self.tls)
     }
 
     /// Queues bytes.
@@ -105,16 +124,25 @@ impl Channel {
     /// Whether bytes wait to be written.
     #[must_use]
     pub fn wants_write(&self) -> bool {
-        self.sent < self.output.len()
+        self.sent < self.output.len() || self.tls.as_ref().is_some_and(|tls| tls.wants_write())
+    }
+
+    /// Whether bytes have come that the stream does not show any more and nobody has taken.
+    fn is_ahead(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.is_ahead())
     }
 
     /// Writes what fits.
     pub fn flush(&mut self) -> io::Result<()> {
-        while self.wants_write() {
+        while self.sent < self.output.len() {
             let rest = &self.output[self.sent..];
-            let result = match &mut self.stream {
-                Stream::Tcp(stream) => stream.write(rest),
-                Stream::Unix(stream) => stream.write(rest),
+            let result = match (&mut self.tls, &mut self.stream) {
+                (Some(tls), stream) => match tls.write(stream, &[IoSlice::new(rest)]) {
+                    Ok(0) => return Ok(()),
+                    written => written,
+                },
+                (None, Stream::Tcp(stream)) => stream.write(rest),
+                (None, Stream::Unix(stream)) => stream.write(rest),
             };
             match result {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -126,11 +154,12 @@ impl Channel {
         }
         self.output.clear();
         self.sent = 0;
-        Ok(())
+        self.tls.as_mut().map_or(Ok(()), |tls| tls.flush(&self.stream))
     }
 
     /// Reads up to `want` bytes and gives them when all are there. The end of the stream is `UnexpectedEof`.
-    /// Memory grows with the bytes that have come, not with what a peer announced.
+    /// Memory grows with the bytes that have come, not with what a peer announced. Whoever waits for the stream to become
+    /// readable must have been given `None` before: bytes that came encrypted together do not show in it any more.
     pub fn fill(&mut self, want: usize) -> io::Result<Option<&[u8]>> {
         const STEP: usize = 64 << 10;
         while self.got < want {
@@ -139,9 +168,10 @@ impl Channel {
                 self.input.resize(end, 0);
             }
             let room = &mut self.input[self.got..end];
-            let result = match &mut self.stream {
-                Stream::Tcp(stream) => stream.read(room),
-                Stream::Unix(stream) => stream.read(room),
+            let result = match (&mut self.tls, &mut self.stream) {
+                (Some(tls), stream) => tls.read(stream, room),
+                (None, Stream::Tcp(stream)) => stream.read(room),
+                (None, Stream::Unix(stream)) => stream.read(room),
             };
             match result {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -163,10 +193,16 @@ impl Channel {
 
     /// Goes on with the handshake; true when both sides are proven and nothing waits to be written.
     pub fn prove(&mut self, handshake: &mut Handshake) -> Result<bool, ProofError> {
+        if !self.begun {
+            self.begun = self.begin(handshake)?;
+            if !self.begun {
+                return Ok(false);
+            }
+        }
         loop {
             let output = handshake.take_output();
             self.queue(&output);
-            self.flush().map_err(|_| ProofError::Closed)?;
+            self.flush().map_err(|e| proof_error(&e))?;
             let want = handshake.wants();
             if want == 0 {
                 return Ok(handshake.proven().is_some() && !self.wants_write());
@@ -184,8 +220,43 @@ impl Channel {
                     }
                     result?;
                 }
+                Err(e) => return Err(proof_error(&e)),
+            }
+        }
+    }
+
+    /// Settles whether the connection is encrypted, which whoever connects decides and whoever accepts may insist on;
+    /// false when too little has come to tell.
+    fn begin(&mut self, handshake: &mut Handshake) -> Result<bool, ProofError> {
+        let secret = handshake.secret();
+        let made = if handshake.is_connector() {
+            secret.encrypts().then(|| Tls::connector(secret.tls_key()))
+        } else {
+            match self.peek() {
+                Ok(None) => return Ok(false),
+                Ok(Some(tls::FIRST_BYTE)) => Some(Tls::acceptor(secret.tls_key())),
+                Ok(Some(_)) => {
+                    if secret.encrypts() {
+                        handshake.refuse_clear();
+                    }
+                    None
+                }
                 Err(_) => return Err(ProofError::Closed),
             }
+        };
+        self.tls = made.transpose().map_err(|e| proof_error(&e))?.map(Box::new);
+        Ok(true)
+    }
+
+    /// The next byte of the stream, which stays there; the end of the stream is `UnexpectedEof`.
+    fn peek(&self) -> io::Result<Option<u8>> {
+        let mut byte = [0u8; 1];
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        match rustix::net::recv(self, &mut byte, flags) {
+            Ok((_, 0)) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => Ok(Some(byte[0])),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
+            Err(e) => Err(e.into()),
         }
     }
 
@@ -193,6 +264,9 @@ impl Channel {
     /// when it has.
     pub fn wait(&self, deadline: Instant) -> io::Result<bool> {
         let left = deadline.saturating_duration_since(Instant::now());
+        if self.is_ahead() {
+            return Ok(true);
+        }
         if left.is_zero() {
             return Ok(false);
         }
@@ -206,12 +280,15 @@ impl Channel {
     /// Whether the other side has closed. Looks without taking.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        let mut byte = [0u8; 1];
-        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
-        match rustix::net::recv(self, &mut byte, flags) {
-            Ok((_, n)) => n == 0,
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => false,
-            Err(_) => true,
-        }
+        self.peek().is_err()
+    }
+}
+
+/// What an error of the stream says about the peer, before it has proven itself.
+fn proof_error(error: &io::Error) -> ProofError {
+    match error.kind() {
+        io::ErrorKind::InvalidData if tls::is_other_key(error) => ProofError::OtherJob,
+        io::ErrorKind::InvalidData => ProofError::NotCarole,
+        _ => ProofError::Closed,
     }
 }

@@ -54,6 +54,8 @@ pub struct Join {
     pub simd: u8,
     /// A secret that the binding has exchanged by itself (torch's store, say); goes before all others.
     pub secret: Option<Secret>,
+    /// Whether connections over TCP are encrypted.
+    pub encrypts: bool,
     /// How long the ranks wait for each other.
     pub start_timeout_ms: u64,
     /// How long ranks wait for each other where they come and go: in an elastic job, and when they re-form.
@@ -102,6 +104,7 @@ impl Join {
             knobs: Vec::new(),
             simd: 0,
             secret: None,
+            encrypts: false,
             start_timeout_ms: START_TIMEOUT_MS,
             elastic_timeout_ms: START_TIMEOUT_MS,
             silence_ms: SILENCE_MS,
@@ -125,6 +128,7 @@ impl Join {
             start_timeout_ms: config.start_timeout_s.saturating_mul(1000),
             elastic_timeout_ms: config.elastic_timeout_s.saturating_mul(1000),
             silence_ms: config.timeout_ms,
+            encrypts: config.encrypt,
             ..Join::new(place::environment(own, config), epoch, warn)
         };
         join.ask_launcher();
@@ -233,7 +237,7 @@ fn is_named(config: &Join) -> bool {
 }
 
 fn alone(config: &Join, place: &Place) -> Result<Joined> {
-    let secret = Secret::mint()?;
+    let secret = Secret::mint()?.encrypting(config.encrypts);
     let doors = Doors::none();
     let table = Table {
         epoch: config.epoch,
@@ -444,6 +448,7 @@ impl Seeker<'_> {
     }
 
     fn register_on(&self, mut channel: Channel, secret: &Secret) -> std::result::Result<Found, Failure> {
+        let secret = &secret.clone().encrypting(self.config.encrypts);
         let hello = Hello {
             build: build().to_owned(),
             job: secret.job(),
@@ -452,6 +457,7 @@ impl Seeker<'_> {
             peer: SERVICE,
             purpose: Purpose::Register,
             link: 0,
+            refuses_clear: false,
             nonce: proof::nonce()
                 .map_err(|e| Failure::Final(format!("the kernel gave no random bytes: {e}")))?,
         };

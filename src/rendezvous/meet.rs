@@ -74,7 +74,7 @@ pub fn prepare(
 fn serve(config: &Join, place: &Place, bind: Bind, secret: &Secret) -> ServerOptions {
     ServerOptions {
         bind,
-        secret: secret.clone(),
+        secret: secret.clone().encrypting(config.encrypts),
         size: place.size,
         epoch: config.epoch,
         once: true,

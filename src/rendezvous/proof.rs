@@ -68,6 +68,8 @@ pub struct Hello {
     pub purpose: Purpose,
     /// Which attempt at a link this connection belongs to; counts up per pair of ranks.
     pub link: u64,
+    /// The speaker takes encrypted connections only, and this one is not.
+    pub refuses_clear: bool,
     /// Never used twice.
     pub nonce: [u8; 32],
 }
@@ -111,6 +113,8 @@ pub enum ProofError {
     WrongPurpose(Purpose),
     /// The peer named the right job but could not prove the secret.
     WrongSecret,
+    /// One side encrypts its connections and the other does not.
+    Clear,
     /// The peer closed the connection before it had proven itself.
     Closed,
 }
@@ -141,6 +145,10 @@ impl fmt::Display for ProofError {
             ProofError::WrongPeer { sought } => write!(f, "it was looking for {}", Who(*sought)),
             ProofError::WrongPurpose(purpose) => write!(f, "it came for {purpose:?}, which is not served here"),
             ProofError::WrongSecret => f.write_str("it could not prove the job's secret"),
+            ProofError::Clear => f.write_str(
+                "one of the two takes encrypted connections only and the other does not encrypt; set CAROLE_ENCRYPT=1 \
+                 (or carolerun --encrypt) for all ranks or for none",
+            ),
             ProofError::Closed => f.write_str(
                 "it closed the connection before proving itself (it refused this process, is overrun, or ended)",
             ),
@@ -199,6 +207,7 @@ pub struct Handshake {
     theirs: Option<Hello>,
     theirs_raw: Vec<u8>,
     output: Vec<u8>,
+    refuses_clear: bool,
 }
 
 impl Handshake {
@@ -211,6 +220,7 @@ impl Handshake {
             side: Side::Connector,
             stage: Stage::Prefix,
             output: raw.clone(),
+            refuses_clear: false,
             ours: Some(hello),
             ours_raw: raw,
             theirs: None,
@@ -230,7 +240,25 @@ impl Handshake {
             theirs: None,
             theirs_raw: Vec::new(),
             output: Vec::new(),
+            refuses_clear: false,
         }
+    }
+
+    /// What the sides prove to hold.
+    #[must_use]
+    pub fn secret(&self) -> &Secret {
+        &self.secret
+    }
+
+    /// Whether this side has connected.
+    #[must_use]
+    pub fn is_connector(&self) -> bool {
+        matches!(self.side, Side::Connector)
+    }
+
+    /// The connection is not encrypted and has to be: the peer is told so, and not taken.
+    pub fn refuse_clear(&mut self) {
+        self.refuses_clear = true;
     }
 
     /// How many bytes it wants next; 0 when it has ended.
@@ -331,6 +359,7 @@ impl Handshake {
             peer: theirs.map_or(SERVICE, |t| t.rank),
             purpose: theirs.map_or(Purpose::Register, |t| t.purpose),
             link: theirs.map_or(0, |t| t.link),
+            refuses_clear: self.refuses_clear,
             nonce: nonce().map_err(|_| ProofError::Malformed("no nonce: the kernel gave no random bytes"))?,
         };
         self.ours_raw = encode(&ours);
@@ -343,6 +372,9 @@ impl Handshake {
         let ours = self.ours.as_ref().expect("our hello is made before theirs is checked");
         if theirs.job != ours.job {
             return Err(ProofError::OtherJob);
+        }
+        if theirs.refuses_clear || ours.refuses_clear {
+            return Err(ProofError::Clear);
         }
         if theirs.epoch != ours.epoch {
             return Err(ProofError::WrongEpoch { ours: ours.epoch, theirs: theirs.epoch });
@@ -416,6 +448,7 @@ fn encode(hello: &Hello) -> Vec<u8> {
         .byte(purpose)
         .byte(lane)
         .long(hello.link)
+        .byte(u8::from(hello.refuses_clear))
         .raw(&hello.nonce);
     let mut message = Writer::default();
     message.raw(&MAGIC).word(PROTOCOL).word(body.0.len() as u32).raw(&body.0);
@@ -443,9 +476,14 @@ fn decode(bytes: &[u8]) -> Result<Hello, Malformed> {
         _ => return Err(Malformed("its purpose is unknown")),
     };
     let link = reader.long()?;
+    let refuses_clear = match reader.byte()? {
+        0 => false,
+        1 => true,
+        _ => return Err(Malformed("what it says of encryption is unknown")),
+    };
     let nonce = reader.array()?;
     reader.end()?;
-    Ok(Hello { build, job, epoch, rank, peer, purpose, link, nonce })
+    Ok(Hello { build, job, epoch, rank, peer, purpose, link, refuses_clear, nonce })
 }
 
 #[cfg(test)]

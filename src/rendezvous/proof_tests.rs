@@ -14,6 +14,7 @@ fn hello(secret: &Secret) -> Hello {
         peer: Rank(1),
         purpose: Purpose::Control,
         link: 77,
+        refuses_clear: false,
         nonce: nonce().unwrap(),
     }
 }
@@ -238,4 +239,12 @@ proptest! {
         let hello = Hello { rank: Rank(rank), peer: Rank(peer), epoch: Epoch(epoch), link, purpose, ..hello(&secret(3)) };
         prop_assert_eq!(decode(&encode(&hello)[PREFIX_BYTES..]), Ok(hello));
     }
+}
+
+#[test]
+fn a_connection_in_clear_is_refused_by_name_where_it_must_be_encrypted() {
+    let (mut a, mut b) = pair(hello(&secret(3)), accept(), &secret(3), &secret(3));
+    b.refuse_clear();
+    assert_eq!(run(&mut a, &mut b, |_, _| {}), (Err(ProofError::Clear), Err(ProofError::Clear)));
+    assert!(a.proven().is_none() && b.proven().is_none());
 }

@@ -2,6 +2,7 @@
 //! error, and its memory is cleared when the last holder lets go.
 
 use crate::error::{Error, Result};
+use crate::transport::tls::TlsKey;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use std::fmt;
@@ -9,16 +10,24 @@ use std::io::Read;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Bytes of a secret.
 pub const SECRET_BYTES: usize = 32;
 /// A secret as text: two digits a byte, a line end, and some slack for careless editors.
 const TEXT_BYTES_MAX: usize = 2 * SECRET_BYTES + 16;
 
-/// The job's secret. Clones share the bytes.
+/// The job's secret, and whether connections that it proves are encrypted. Clones share the bytes.
 #[derive(Clone)]
-pub struct Secret(Arc<Bytes>);
+pub struct Secret {
+    shared: Arc<Shared>,
+    encrypts: bool,
+}
+
+struct Shared {
+    bytes: Bytes,
+    tls_key: OnceLock<TlsKey>,
+}
 
 struct Bytes([u8; SECRET_BYTES]);
 
@@ -50,7 +59,11 @@ impl Secret {
     /// A secret with these bytes.
     #[must_use]
     pub fn from_bytes(bytes: [u8; SECRET_BYTES]) -> Secret {
-        Secret(Arc::new(Bytes(bytes)))
+        Secret::of(Bytes(bytes))
+    }
+
+    fn of(bytes: Bytes) -> Secret {
+        Secret { shared: Arc::new(Shared { bytes, tls_key: OnceLock::new() }), encrypts: false }
     }
 
     /// A new secret from the kernel's generator.
@@ -59,7 +72,7 @@ impl Secret {
         getrandom::fill(&mut bytes.0).map_err(|e| {
             Error::usage(format!("cannot mint a job secret: the kernel gave no random bytes: {e}"))
         })?;
-        Ok(Secret(Arc::new(bytes)))
+        Ok(Secret::of(bytes))
     }
 
     /// What `CAROLE_INSECURE=1` uses in place of a secret: anybody who knows `name` can compute it.
@@ -82,19 +95,37 @@ impl Secret {
             let digit = |c: u8| (c as char).to_digit(16).ok_or("a secret has only hexadecimal digits");
             *byte = (digit(pair[0])? * 16 + digit(pair[1])?) as u8;
         }
-        Ok(Secret(Arc::new(bytes)))
+        Ok(Secret::of(bytes))
+    }
+
+    /// The same secret, whose holder encrypts its connections over TCP and takes no others; or not.
+    #[must_use]
+    pub fn encrypting(self, encrypts: bool) -> Secret {
+        Secret { encrypts, ..self }
+    }
+
+    /// Whether connections over TCP must be encrypted.
+    #[must_use]
+    pub fn encrypts(&self) -> bool {
+        self.encrypts
+    }
+
+    /// The key that connections are encrypted with, which tells nothing about the secret.
+    #[must_use]
+    pub fn tls_key(&self) -> &TlsKey {
+        self.shared.tls_key.get_or_init(|| TlsKey::derive(&self.mac(&[b"carole tls key"])))
     }
 
     /// The secret as 64 hexadecimal digits, to be written to an inherited descriptor and nowhere else.
     #[must_use]
     pub fn to_hex(&self) -> String {
-        self.0.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        self.expose().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// The bytes, to be handed to a process that has proven to be the same user's.
     #[must_use]
     pub fn expose(&self) -> &[u8; SECRET_BYTES] {
-        &self.0.0
+        &self.shared.bytes.0
     }
 
     /// The secret in a file that only its owner can read.
@@ -166,7 +197,7 @@ impl Secret {
     }
 
     fn hash(&self, parts: &[&[u8]]) -> Hmac<Sha256> {
-        let mut hash = Hmac::<Sha256>::new_from_slice(&self.0.0).expect("HMAC takes keys of any length");
+        let mut hash = Hmac::<Sha256>::new_from_slice(self.expose()).expect("HMAC takes keys of any length");
         for part in parts {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part);

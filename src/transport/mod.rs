@@ -11,6 +11,7 @@ pub mod shm;
 pub mod board;
 pub mod sim;
 pub mod tcp;
+pub mod tls;
 pub mod wake;
 
 use self::board::BoardMemory;
@@ -68,11 +69,15 @@ pub trait Pipe: Send {
     fn is_polled(&self) -> bool {
         false
     }
+    /// Whether bytes that were taken wait in the pipe itself: it is to be flushed when its descriptor has room.
+    fn has_backlog(&self) -> bool {
+        false
+    }
     /// Whether all that was written goes on without this process. Else the owner must go on driving.
     fn is_settled(&self) -> bool {
-        true
+        !self.has_backlog()
     }
-    /// The transport's name: shm, tcp, mpi, sim.
+    /// The transport's name: shm, tcp, tls (tcp, encrypted), mpi, sim.
     fn kind(&self) -> &'static str;
 }
 
@@ -158,7 +163,7 @@ impl Events {
 pub trait Link: Send {
     /// The peer.
     fn peer(&self) -> Rank;
-    /// The transport that carries payload: shm, tcp, mpi, sim.
+    /// The transport that carries payload: shm, tcp, tls, mpi, sim.
     fn kind(&self) -> &'static str;
     /// Takes an order. Never blocks; how many orders are outstanding is bounded by the engine.
     fn post(&mut self, order: LinkOrder);

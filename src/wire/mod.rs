@@ -21,7 +21,7 @@ use crate::types::{Rank, SetId};
 
 /// The version of everything in this module and of the frames of `transport`. The handshake compares it; a
 /// change of any encoding increments it.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// Everything that one engine tells another over a link.
 #[derive(Clone, Debug, PartialEq)]

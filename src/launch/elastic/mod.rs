@@ -232,7 +232,7 @@ fn serve(
 ) -> Result<Server> {
     let options = ServerOptions {
         bind: if for_others { Bind::Everywhere(0) } else { Bind::Loopback(0) },
-        secret: secret.clone(),
+        secret: secret.clone().encrypting(config.encrypt),
         size: terms.max,
         epoch: Epoch(0),
         once: false,

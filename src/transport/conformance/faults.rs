@@ -158,6 +158,8 @@ pub fn garbage(make: Make) {
         for _ in 0..200 {
             sent += attacker[at].write(&[IoSlice::new(&bytes[sent..])]).unwrap();
             attacker[at].flush().unwrap();
+            // It holds the secret, or it would not be heard: an encrypted pipe proves it when it reads.
+            let _ = attacker[at].peek();
             rig.step();
         }
         rig.settle();

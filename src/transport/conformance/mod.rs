@@ -12,6 +12,7 @@ use crate::transport::flow::{FlowLink, FlowOptions};
 use crate::transport::shm::{self, Side};
 use crate::transport::sim::{Network, SimOptions};
 use crate::transport::tcp::{TcpOptions, TcpPipe};
+use crate::transport::tls::{SEED_BYTES, Tls, TlsKey};
 use crate::transport::wake::Waker;
 use crate::types::Rank;
 use rig::Rig;
@@ -73,6 +74,22 @@ fn tcp_pipe(stream: TcpStream) -> Box<dyn Pipe> {
     Box::new(TcpPipe::new(stream, &TcpOptions::default()).unwrap())
 }
 
+fn tls_ends(lanes: usize) -> Ends {
+    let key = TlsKey::derive(&[7; SEED_BYTES]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut ends = Ends { a: vec![], b: vec![], wakers: None, network: None, checksums: false };
+    for _ in 0..=lanes {
+        let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (b, _) = listener.accept().unwrap();
+        let pipe = |stream: TcpStream, tls: Tls| -> Box<dyn Pipe> {
+            Box::new(TcpPipe::encrypted(stream, Box::new(tls), &TcpOptions::default()).unwrap())
+        };
+        ends.a.push(pipe(a, Tls::connector(&key).unwrap()));
+        ends.b.push(pipe(b, Tls::acceptor(&key).unwrap()));
+    }
+    ends
+}
+
 /// As between hosts: with checksums.
 fn checked_ends() -> Ends {
     Ends { checksums: true, ..tcp_ends("127.0.0.1:0", 2) }
@@ -128,6 +145,8 @@ macro_rules! suite {
         mod shm_suite { $(#[test] fn $name() { super::$file::$name(&mut super::shm_ends); })* }
         mod tcp_v4_one_lane { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("127.0.0.1:0", 1)); })* }
         mod tcp_v4_four_lanes { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("127.0.0.1:0", 4)); })* }
+        mod tls_one_lane { $(#[test] fn $name() { super::$file::$name(&mut || super::tls_ends(1)); })* }
+        mod tls_three_lanes { $(#[test] fn $name() { super::$file::$name(&mut || super::tls_ends(3)); })* }
         mod tcp_checked { $(#[test] fn $name() { super::$file::$name(&mut super::checked_ends); })* }
         mod tcp_v6 { $(#[test] fn $name() { super::$file::$name(&mut || super::tcp_ends("[::1]:0", 2)); })* }
         mod unix_suite { $(#[test] fn $name() { super::$file::$name(&mut super::unix_ends); })* }

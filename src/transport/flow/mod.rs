@@ -165,6 +165,7 @@ impl FlowLink {
     }
 
     fn advance(&mut self, memory: &Memory, now: Time, events: &mut Events) -> Result<bool, Cause> {
+        self.flush_backlogs()?;
         let mut moved = self.recvs.settle(memory, &mut self.outbox, events);
         let known = events.control.len();
         let mut heard = self.read_control(events)?;
@@ -187,6 +188,13 @@ impl FlowLink {
         }
         self.check_end(now)?;
         Ok(moved || heard)
+    }
+
+    fn flush_backlogs(&mut self) -> Result<(), Cause> {
+        if self.control.has_backlog() {
+            self.control.flush()?;
+        }
+        self.lanes.iter_mut().filter(|lane| lane.pipe.has_backlog()).try_for_each(|lane| lane.pipe.flush())
     }
 
     /// A process that ends closes all its pipes, but what it said last (an abort, a goodbye) may arrive after
@@ -370,12 +378,12 @@ impl Link for FlowLink {
 
     fn descriptors(&self, visit: &mut dyn FnMut(RawFd, bool)) {
         if let Some(descriptor) = self.control.descriptor() {
-            visit(descriptor, !self.outbox.is_empty() && self.control.descriptor_tells_room());
+            visit(descriptor, waits_for_room(&*self.control, !self.outbox.is_empty()));
         }
         for lane in &self.lanes {
             if let Some(descriptor) = lane.pipe.descriptor() {
                 let blocked = lane.outgoing.is_some() || self.sends.has_frames();
-                visit(descriptor, blocked && lane.pipe.descriptor_tells_room());
+                visit(descriptor, waits_for_room(&*lane.pipe, blocked));
             }
         }
     }
@@ -389,6 +397,11 @@ impl Link for FlowLink {
             && self.control.is_settled()
             && self.lanes.iter().all(|lane| lane.pipe.is_settled())
     }
+}
+
+/// Whether there is something to be done when the descriptor of a pipe has room.
+fn waits_for_room(pipe: &dyn Pipe, blocked: bool) -> bool {
+    (blocked && pipe.descriptor_tells_room()) || pipe.has_backlog()
 }
 
 fn is_of_run(event: &LinkEvent, run: RunId) -> bool {

@@ -1,4 +1,4 @@
-//! Stream sockets as pipes: TCP between hosts, and unix sockets where they stand in for it.
+//! Stream sockets as pipes: TCP between hosts, encrypted or not, and unix sockets where they stand in for it.
 #![forbid(unsafe_code)]
 
 mod options;
@@ -9,9 +9,10 @@ pub use options::TcpOptions;
 
 use crate::error::Cause;
 use crate::transport::Pipe;
+use crate::transport::tls::Tls;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags};
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -30,6 +31,8 @@ const SLICES_MAX: usize = 1024;
 /// A pipe over a stream socket.
 pub struct TcpPipe {
     socket: OwnedFd,
+    /// What the bytes are encrypted by, if they are.
+    tls: Option<Box<Tls>>,
     staging: Vec<u8>,
     /// The staged bytes that have not been consumed.
     start: usize,
@@ -49,19 +52,26 @@ impl TcpPipe {
     /// A pipe over a connected TCP socket.
     pub fn new(stream: TcpStream, options: &TcpOptions) -> Result<TcpPipe, Cause> {
         options.apply(&stream)?;
-        TcpPipe::over(stream.into(), "tcp")
+        TcpPipe::over(stream.into(), None, "tcp")
+    }
+
+    /// A pipe over a connected TCP socket whose peer has proven itself to this session.
+    pub fn encrypted(stream: TcpStream, tls: Box<Tls>, options: &TcpOptions) -> Result<TcpPipe, Cause> {
+        options.apply(&stream)?;
+        TcpPipe::over(stream.into(), Some(tls), "tls")
     }
 
     /// A pipe over any connected stream socket, as it is (a unix socket, say).
     pub fn from_socket(socket: OwnedFd) -> Result<TcpPipe, Cause> {
-        TcpPipe::over(socket, "unix")
+        TcpPipe::over(socket, None, "unix")
     }
 
-    fn over(socket: OwnedFd, kind: &'static str) -> Result<TcpPipe, Cause> {
+    fn over(socket: OwnedFd, tls: Option<Box<Tls>>, kind: &'static str) -> Result<TcpPipe, Cause> {
         rustix::io::ioctl_fionbio(&socket, true)
             .map_err(|e| Cause::System(format!("making a socket nonblocking: {e}")))?;
         Ok(TcpPipe {
             socket,
+            tls,
             staging: Vec::new(),
             start: 0,
             end: 0,
@@ -80,6 +90,14 @@ impl TcpPipe {
             return Ok(0);
         }
         let room = dst.len() + staging.len();
+        if let Some(tls) = &mut self.tls {
+            let mut n = decrypt(tls, &self.socket, dst)?;
+            if n == dst.len() {
+                n += decrypt(tls, &self.socket, &mut self.staging[staging])?;
+            }
+            self.dry = n < room;
+            return Ok(n);
+        }
         let mut parts = [IoSliceMut::new(dst), IoSliceMut::new(&mut self.staging[staging])];
         let mut no_control = RecvAncillaryBuffer::default();
         loop {
@@ -148,6 +166,42 @@ impl TcpPipe {
     }
 }
 
+/// Fills `dst` as far as bytes have arrived. The end of the stream is told when there is nothing before it.
+fn decrypt(tls: &mut Tls, socket: &OwnedFd, dst: &mut [u8]) -> Result<usize, Cause> {
+    let mut n = 0;
+    while n < dst.len() {
+        match tls.read(socket, &mut dst[n..]) {
+            Ok(0) if n == 0 => return Err(Cause::Exited),
+            Ok(0) => break,
+            Ok(more) => n += more,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+            // It comes up again with the next read.
+            Err(_) if n > 0 => break,
+            Err(e) => return Err(cause_of_tls(&e)),
+        }
+    }
+    Ok(n)
+}
+
+/// What became of a write. That the peer is gone the reading side tells, after what it said before has been heard.
+fn unheard<T>(written: io::Result<T>, nothing: T) -> Result<T, Cause> {
+    match written.map_err(|e| (Errno::from_io_error(&e), e)) {
+        Ok(done) => Ok(done),
+        Err((Some(Errno::AGAIN | Errno::NOBUFS | Errno::CONNRESET | Errno::PIPE), _)) => Ok(nothing),
+        Err((_, error)) => Err(cause_of_tls(&error)),
+    }
+}
+
+fn cause_of_tls(error: &io::Error) -> Cause {
+    match Errno::from_io_error(error) {
+        Some(error) => cause_of(error),
+        // Not a bit has got through unseen.
+        None => {
+            Cause::Corrupted(format!("what came on its encrypted connection is not what was sent: {error}"))
+        }
+    }
+}
+
 /// What the end of a connection says about the peer.
 fn cause_of(error: Errno) -> Cause {
     match error {
@@ -162,16 +216,16 @@ fn cause_of(error: Errno) -> Cause {
 impl Pipe for TcpPipe {
     fn write(&mut self, parts: &[IoSlice<'_>]) -> Result<usize, Cause> {
         let parts = &parts[..parts.len().min(SLICES_MAX)];
+        if let Some(tls) = &mut self.tls {
+            return unheard(tls.write(&self.socket, parts), 0);
+        }
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         loop {
             let mut no_control = SendAncillaryBuffer::default();
             return match rustix::net::sendmsg(&self.socket, parts, &mut no_control, flags) {
                 Ok(n) => Ok(n),
-                Err(Errno::AGAIN | Errno::NOBUFS) => Ok(0),
                 Err(Errno::INTR) => continue,
-                // The reading side tells, after what the peer said before its end has been heard.
-                Err(Errno::CONNRESET | Errno::PIPE) => Ok(0),
-                Err(error) => Err(cause_of(error)),
+                Err(error) => unheard(Err(error.into()), 0),
             };
         }
     }
@@ -203,18 +257,26 @@ impl Pipe for TcpPipe {
     }
 
     fn flush(&mut self) -> Result<(), Cause> {
-        Ok(())
+        match &mut self.tls {
+            Some(tls) => unheard(tls.flush(&self.socket), ()),
+            None => Ok(()),
+        }
     }
 
     fn arm(&mut self, _blocked: bool) -> Result<bool, Cause> {
         // What the kernel holds ends the sleep by itself; what is staged would not.
-        Ok(self.unseen || self.failed.is_some())
+        let ahead = self.tls.as_ref().is_some_and(|tls| tls.is_ahead());
+        Ok(self.unseen || ahead || self.failed.is_some())
     }
 
     fn disarm(&mut self) {}
 
     fn descriptor(&self) -> Option<RawFd> {
         Some(self.socket.as_raw_fd())
+    }
+
+    fn has_backlog(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.wants_write())
     }
 
     fn kind(&self) -> &'static str {

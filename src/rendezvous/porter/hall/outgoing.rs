@@ -87,6 +87,7 @@ impl Hall {
                 peer,
                 purpose,
                 link: attempt,
+                refuses_clear: false,
                 nonce,
             };
             let handshake = Handshake::connector(&self.joined.secret, hello);
@@ -210,9 +211,11 @@ impl Hall {
             return self.up_mpi(peer, control);
         }
         let pipe = |channel: Channel| -> Result<Box<dyn Pipe>, Cause> {
-            match channel.into_stream() {
-                Stream::Tcp(stream) => Ok(Box::new(TcpPipe::new(stream, &self.options.tcp)?)),
-                Stream::Unix(_) => Err(Cause::Misbehaved("a lane by TCP over a unix socket".into())),
+            let tcp = &self.options.tcp;
+            match channel.into_parts() {
+                (Stream::Tcp(stream), None) => Ok(Box::new(TcpPipe::new(stream, tcp)?)),
+                (Stream::Tcp(stream), Some(tls)) => Ok(Box::new(TcpPipe::encrypted(stream, tls, tcp)?)),
+                (Stream::Unix(_), _) => Err(Cause::Misbehaved("a lane by TCP over a unix socket".into())),
             }
         };
         let pipes = pipe(control)
@@ -227,7 +230,7 @@ impl Hall {
     #[cfg(feature = "mpi")]
     fn up_mpi(&mut self, peer: Rank, control: Channel) {
         use crate::transport::mpi::{self, Address, Threads};
-        let watch = OwnedFd::from(control.into_stream());
+        let watch = OwnedFd::from(control.into_parts().0);
         let waker = self.ends.waker.clone();
         // It has been initialised before the ranks met, or there would be no such choice.
         let pipes = mpi::join(Threads::default(), Duration::ZERO)
@@ -261,9 +264,10 @@ impl Hall {
             ));
         }
         assert!(self.up.insert(peer), "one link for each pair of ranks");
-        // Bytes that leave the host pass cards, cables and switches. On a host memory's own checks must do.
+        // Bytes that leave the host pass cards, cables and switches. On a host memory's own checks must do; what is
+        // encrypted is checked with the key.
         let host = |rank: Rank| &self.joined.table.cards[rank.0 as usize].host_id;
-        let checksums = host(self.joined.rank) != host(peer);
+        let checksums = host(self.joined.rank) != host(peer) && control.kind() != "tls";
         let options = FlowOptions { checksums, ..FlowOptions::default() };
         let link = FlowLink::new(peer, control, lanes, options).with_board(board);
         self.tell(FabricEvent::Up(Box::new(link)));
