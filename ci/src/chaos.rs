@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::call::{self, Operation, Target, Tensor};
-use crate::job::{Job, Plan};
+use crate::job::{Job, Plan, over};
 use crate::random::Random;
 use crate::{Count, Verdict};
 use carole::error::Error;
@@ -144,9 +144,9 @@ impl Scene {
     fn new(settings: &Settings, turn: u64) -> Scene {
         Scene {
             ranks: settings.ranks,
-            transport: ["shm", "tcp"][(turn % 2) as usize],
+            transport: ["shm", "tcp", "shm", "tls"][(turn % 4) as usize],
             collective: COLLECTIVES[(turn % 6) as usize].0,
-            uniform: (turn / 2).is_multiple_of(2),
+            uniform: (turn / 4).is_multiple_of(2),
             seed: settings.seed.wrapping_mul(1000) + turn,
         }
     }
@@ -159,11 +159,11 @@ impl Scene {
             size: self.ranks,
             hosts: 1,
             places: Vec::new(),
-            knobs: vec![
-                ("CAROLE_TRANSPORT", self.transport.to_owned()),
-                ("CAROLE_UNIFORM", u8::from(self.uniform).to_string()),
-                silence(),
-            ],
+            knobs: [
+                over(self.transport),
+                vec![("CAROLE_UNIFORM", u8::from(self.uniform).to_string()), silence()],
+            ]
+            .concat(),
             limit: Duration::from_secs(180),
         }
     }

@@ -1,7 +1,7 @@
 //! Garbage, scans and half-open connections on the listening ports of a running job do not disturb it.
 #![forbid(unsafe_code)]
 
-use crate::job::{Job, Plan};
+use crate::job::{Job, Plan, over};
 use crate::random::Random;
 use crate::{Count, Verdict};
 use clap::Args;
@@ -23,6 +23,15 @@ pub struct Settings {
 }
 
 pub fn run(settings: &Settings) -> Verdict {
+    let mut count = Count::default();
+    for transport in ["tcp", "tls"] {
+        count.passed += intrude(settings, transport)?;
+    }
+    Ok(count)
+}
+
+/// Of one job; how many connections were made to it.
+fn intrude(settings: &Settings, transport: &str) -> Result<u64, String> {
     let mut args = ["chaos", "--for-ms", "8000", "--seed"].map(str::to_owned).to_vec();
     args.push(settings.seed.to_string());
     let plan = Plan {
@@ -30,7 +39,7 @@ pub fn run(settings: &Settings) -> Verdict {
         size: settings.ranks,
         hosts: 1,
         places: Vec::new(),
-        knobs: vec![("CAROLE_TRANSPORT", "tcp".to_owned())],
+        knobs: over(transport),
         limit: Duration::from_secs(300),
     };
     let job = plan.start()?;
@@ -44,10 +53,10 @@ pub fn run(settings: &Settings) -> Verdict {
     let ports = listening(&job, settings.ranks)?;
     let mut random = Random::new(&[settings.seed]);
     let mut open = Vec::new();
-    let mut count = Count::default();
+    let mut made = 0;
     for &port in &ports {
         for _ in 0..settings.connections {
-            count.passed += knock(port, &mut random, &mut open);
+            made += knock(port, &mut random, &mut open);
         }
     }
     let ended = job.finish()?;
@@ -57,12 +66,11 @@ pub fn run(settings: &Settings) -> Verdict {
         }
     }
     println!(
-        "intrude: {} connections to {} listening ports; the job on {} ranks went on",
-        count.passed,
+        "intrude: {made} connections to {} listening ports; the job on {} ranks over {transport} went on",
         ports.len(),
         settings.ranks
     );
-    Ok(count)
+    Ok(made)
 }
 
 /// The addresses on which the job's processes listen, from the kernel's tables.
@@ -101,7 +109,7 @@ fn listening(job: &Job, ranks: u32) -> Result<BTreeSet<SocketAddr>, String> {
 }
 
 /// One connection that is closed at once, one that stays open and silent, one that talks nonsense, one that
-/// begins like a peer of another protocol.
+/// begins like a peer of another protocol, and some that begin like TLS.
 fn knock(address: SocketAddr, random: &mut Random, open: &mut Vec<TcpStream>) -> u64 {
     let connect = || TcpStream::connect_timeout(&address, Duration::from_secs(2));
     let mut made = 0;
@@ -113,9 +121,14 @@ fn knock(address: SocketAddr, random: &mut Random, open: &mut Vec<TcpStream>) ->
         made += 1;
     }
     let garbage: Vec<u8> = (0..random.below(70_000)).map(|_| random.next() as u8).collect();
-    for words in
-        [garbage.as_slice(), b"GET / HTTP/1.1\r\nHost: carole\r\n\r\n", b"carole\0\xff\xff\xff\xff\xff\xff"]
-    {
+    let record = [&[0x16, 3, 1, 0x3f, 0xff][..], &garbage].concat();
+    for words in [
+        garbage.as_slice(),
+        b"GET / HTTP/1.1\r\nHost: carole\r\n\r\n",
+        b"carole\0\xff\xff\xff\xff\xff\xff",
+        b"\x16\x03\x01",
+        &record,
+    ] {
         if let Ok(mut stream) = connect() {
             made += 1;
             // A peer that closes in the middle is what we hope for.

@@ -24,6 +24,12 @@ pub struct Plan {
     pub limit: Duration,
 }
 
+/// The knobs that make a job use this transport: shm, tcp, or tls, which is TCP with encryption.
+pub fn over(transport: &str) -> Vec<(&'static str, String)> {
+    let (name, encrypted) = if transport == "tls" { ("tcp", "1") } else { (transport, "0") };
+    vec![("CAROLE_TRANSPORT", name.to_owned()), ("CAROLE_ENCRYPT", encrypted.to_owned())]
+}
+
 /// A running job. Dropping it kills what still runs.
 pub struct Job {
     ranks: Vec<Child>,

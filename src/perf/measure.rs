@@ -341,7 +341,7 @@ impl Job<'_> {
 
     /// The kinds of the links that traffic has made, over all ranks.
     fn transport(&self) -> Result<String> {
-        const KINDS: [&str; 2] = ["shm", "tcp"];
+        const KINDS: [&str; 3] = ["shm", "tcp", "tls"];
         let mut used = [0.0; KINDS.len()];
         for peer in (0..self.size).filter(|&peer| peer != self.rank) {
             let kind = runtime::link_kind(Rank(peer))?;

@@ -37,8 +37,8 @@ pub const FIRST_BYTE: u8 = 0x16;
 /// What is read from the socket at once when the peer has proven itself, and before.
 const READ_BYTES: usize = 64 << 10;
 const HANDSHAKE_READ_BYTES: usize = 4 << 10;
-/// What is encrypted before the socket has taken it. More than a socket takes at once would only fill the cache.
-const PENDING_BYTES_MAX: usize = 256 << 10;
+/// What is encrypted before the socket has taken it. With more the allocator would give pages back and take them anew.
+const PENDING_BYTES_MAX: usize = 64 << 10;
 /// An Ed25519 private key in PKCS #8, up to the key itself (RFC 8410, section 7).
 const PKCS8_PREFIX: [u8; 16] =
     [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, SEED_BYTES as u8];

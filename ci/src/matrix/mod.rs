@@ -10,7 +10,7 @@
 mod case;
 mod check;
 
-use crate::job::Plan;
+use crate::job::{Plan, over};
 use crate::{Count, Verdict};
 use case::Case;
 pub use case::cases;
@@ -27,7 +27,7 @@ pub struct Settings {
     /// Numbers of ranks.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 3, 4, 5, 6, 7, 8])]
     ranks: Vec<u32>,
-    /// Transports.
+    /// Transports; tls is TCP with encryption.
     #[arg(long, value_delimiter = ',', default_values_t = ["shm".to_owned(), "tcp".to_owned()])]
     transports: Vec<String>,
     /// Algorithms.
@@ -107,11 +107,13 @@ fn run_job(
     let mut args = vec!["matrix".to_owned(), "--seed".to_owned(), settings.seed.to_string()];
     args.extend(["--turn".to_owned(), turn.to_string()]);
     args.extend(settings.full.then(|| "--full".to_owned()));
+    let mut knobs = over(transport);
+    knobs.push(("CAROLE_ALGORITHM", algorithm.to_owned()));
     let plan = Plan {
         args,
         size: ranks,
         hosts: hosts(algorithm, transport, ranks),
-        knobs: vec![("CAROLE_TRANSPORT", transport.to_owned()), ("CAROLE_ALGORITHM", algorithm.to_owned())],
+        knobs,
         places: Vec::new(),
         limit: Duration::from_secs(if settings.full { 1800 } else { 600 }),
     };

@@ -219,6 +219,11 @@ fn processes(long: bool) -> Vec<Step> {
     let hours = |n: u64| Duration::from_secs(n * 3600);
     let mut steps = vec![
         Step::task("result matrix", pick("matrix", "matrix --full")).within(hours(if long { 12 } else { 1 })),
+        Step::task(
+            "result matrix, encrypted",
+            pick("matrix --transports tls --ranks 2,5", "matrix --transports tls --full"),
+        )
+        .within(hours(6)),
         Step::task("strict mode", pick("strict --runs 20", "strict --runs 20 --full")).within(hours(6)),
         Step::task("random orders", pick("order --steps 1000", "order --steps 20000")).within(hours(6)),
         Step::task("intruders", pick("intrude", "intrude --connections 300")),
