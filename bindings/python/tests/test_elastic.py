@@ -101,9 +101,12 @@ def last_step(notes):
 ONE_HOST = ("--min-np", "1", "--blacklist-cooldown-range", "600", "600")
 
 
-@pytest.mark.parametrize("victims", [(2,), (0,), (1, 3)])
-def test_survivors_train_on(tmp_path, victims):
-    with Job(tmp_path, "-np", "4", "--max-np", "4", *ONE_HOST) as job:
+ENCRYPTED = ("--encrypt", "--transport", "tcp")
+
+
+@pytest.mark.parametrize("victims, flags", [((2,), ()), ((0,), ()), ((1, 3), ()), ((0,), ENCRYPTED)])
+def test_survivors_train_on(tmp_path, victims, flags):
+    with Job(tmp_path, "-np", "4", "--max-np", "4", *ONE_HOST, *flags) as job:
         before = job.trains_with(4)
         for victim in victims:
             os.kill(before[victim], signal.SIGKILL)
