@@ -55,7 +55,8 @@
 //! * What passes between hosts carries checksums, and nobody is told of a message before its own is right
 //!   ([`transport::flow`]); within a host memory's checks must do.
 //! * No byte of a connection is believed before it has proven (job, rank, epoch); no length is believed
-//!   before it was held against [`limits`].
+//!   before it was held against [`limits`]. Where encryption is asked for, all that is inside TLS
+//!   ([`transport::tls`]), with keys made of the same secret.
 //! * A failure ends the *epoch*: everybody gets the same [`error::Broken`], the gravest cause of those that were
 //!   noticed at once ([`membership`]), and those that are left form the next one ([`membership::regroup`]). Where
 //!   completion is uniform they have the same outcome for every collective ([`membership::ledger`]). Only a rank to which there is a link is missed, so the ranks hang together

@@ -96,18 +96,13 @@ fn an_encrypted_job_takes_no_connection_in_clear_and_says_so() {
 }
 
 #[test]
-fn whoever_encrypts_is_taken_where_that_is_not_asked_for_and_the_knobs_tell() {
+fn whoever_encrypts_is_not_taken_where_that_is_not_asked_for() {
     let _alone = alone();
     let secret = Secret::mint().unwrap();
-    let server = launcher(&secret, 2, 10_000);
-    let said = join_all(2, |rank| {
-        let knobs = vec![("CAROLE_ENCRYPT".to_owned(), rank.to_string())];
-        Join { encrypts: rank == 1, knobs, ..launched(&server, &secret, 2)(rank) }
-    });
-    for result in said {
-        let said = text(result);
-        assert!(said.contains("CAROLE_ENCRYPT") && said.contains("rank 1"), "{said}");
-    }
+    let server = launcher(&secret, 2, 500);
+    let how = Join { encrypts: true, start_timeout_ms: 500, ..launched(&server, &secret, 2)(1) };
+    let said = text(join(&how));
+    assert!(said.contains("CAROLE_ENCRYPT=1") && said.contains("does not encrypt"), "{said}");
     server.shutdown();
 }
 

@@ -99,7 +99,9 @@ impl Caller {
                 Ok(true) => break,
                 Ok(false) => {}
                 // Somebody closed it, which one who is stopped does not do: its doors change hands, or it ends.
-                Err(ProofError::Closed) => return Knocked::Answered(Reached::NotYet),
+                Err(ProofError::Closed | ProofError::ClosedAtTls) => {
+                    return Knocked::Answered(Reached::NotYet);
+                }
                 // Somebody else has come by the rank's address.
                 Err(_) => return Knocked::Silence,
             }

@@ -202,7 +202,7 @@ impl Channel {
         loop {
             let output = handshake.take_output();
             self.queue(&output);
-            self.flush().map_err(|e| proof_error(&e))?;
+            self.flush().map_err(|e| self.proof_error(&e))?;
             let want = handshake.wants();
             if want == 0 {
                 return Ok(handshake.proven().is_some() && !self.wants_write());
@@ -220,23 +220,24 @@ impl Channel {
                     }
                     result?;
                 }
-                Err(e) => return Err(proof_error(&e)),
+                Err(e) => return Err(self.proof_error(&e)),
             }
         }
     }
 
-    /// Settles whether the connection is encrypted, which whoever connects decides and whoever accepts may insist on;
-    /// false when too little has come to tell.
+    /// Settles whether the connection is encrypted; false when too little has come to tell.
     fn begin(&mut self, handshake: &mut Handshake) -> Result<bool, ProofError> {
         let secret = handshake.secret();
+        let encrypts = secret.encrypts();
         let made = if handshake.is_connector() {
-            secret.encrypts().then(|| Tls::connector(secret.tls_key()))
+            encrypts.then(|| Tls::connector(secret.tls_key()))
         } else {
             match self.peek() {
                 Ok(None) => return Ok(false),
-                Ok(Some(tls::FIRST_BYTE)) => Some(Tls::acceptor(secret.tls_key())),
+                // Where encryption is not asked for, nobody can make this side work for it.
+                Ok(Some(tls::FIRST_BYTE)) if encrypts => Some(Tls::acceptor(secret.tls_key())),
                 Ok(Some(_)) => {
-                    if secret.encrypts() {
+                    if encrypts {
                         handshake.refuse_clear();
                     }
                     None
@@ -244,8 +245,18 @@ impl Channel {
                 Err(_) => return Err(ProofError::Closed),
             }
         };
-        self.tls = made.transpose().map_err(|e| proof_error(&e))?.map(Box::new);
+        self.tls = made.transpose().map_err(|_| ProofError::NotCarole)?.map(Box::new);
         Ok(true)
+    }
+
+    /// What an error of the stream says about the peer, which has not proven itself yet.
+    fn proof_error(&self, error: &io::Error) -> ProofError {
+        match error.kind() {
+            io::ErrorKind::InvalidData if tls::is_other_key(error) => ProofError::OtherJob,
+            io::ErrorKind::InvalidData => ProofError::NotCarole,
+            _ if self.tls.as_ref().is_some_and(|tls| !tls.is_proven()) => ProofError::ClosedAtTls,
+            _ => ProofError::Closed,
+        }
     }
 
     /// The next byte of the stream, which stays there; the end of the stream is `UnexpectedEof`.
@@ -281,14 +292,5 @@ impl Channel {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.peek().is_err()
-    }
-}
-
-/// What an error of the stream says about the peer, before it has proven itself.
-fn proof_error(error: &io::Error) -> ProofError {
-    match error.kind() {
-        io::ErrorKind::InvalidData if tls::is_other_key(error) => ProofError::OtherJob,
-        io::ErrorKind::InvalidData => ProofError::NotCarole,
-        _ => ProofError::Closed,
     }
 }

@@ -503,7 +503,7 @@ impl Seeker<'_> {
     fn judge(&self, error: ProofError) -> Failure {
         let text = format!("the rendezvous could not be proven: {error}");
         match error {
-            ProofError::Closed => Failure::Again(text),
+            ProofError::Closed | ProofError::ClosedAtTls => Failure::Again(text),
             _ if matches!(self.goal, Goal::File(_) | Goal::Shared(_)) => Failure::Again(text),
             _ => Failure::Final(text),
         }

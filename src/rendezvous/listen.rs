@@ -34,13 +34,13 @@ impl Doors {
     }
 
     /// Opens listeners on ports that the kernel picks. `loopback`: all ranks are on this host. `interfaces`:
-    /// names or addresses of the interfaces to tell the peers; empty for all.
+    /// names or addresses of the interfaces to listen on, and to tell the peers; empty for all.
     pub fn open(loopback: bool, interfaces: &[String]) -> Result<Doors> {
         let system = |what: &str, e: io::Error| Error::usage(format!("cannot open {what} for links: {e}"));
-        let tcp = if loopback {
-            listen_loopback(0).map_err(|e| system("a loopback port", e))?
-        } else {
-            listen_everywhere(0).map_err(|e| system("a port", e))?
+        let tcp = match loopback {
+            true => listen_loopback(0).map_err(|e| system("a loopback port", e))?,
+            false if interfaces.is_empty() => listen_everywhere(0).map_err(|e| system("a port", e))?,
+            false => listen_on(interfaces).map_err(|e| system("ports on the interfaces named", e))?,
         };
         let mut addresses = Vec::new();
         for listener in &tcp {
@@ -107,6 +107,20 @@ pub fn listen_everywhere(port: u16) -> io::Result<Vec<TcpListener>> {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => Err(e),
         Err(_) => Ok(vec![listen(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?]),
     }
+}
+
+/// Listeners on the addresses of these interfaces alone, none where they have none. An address that cannot be listened on
+/// (yet) is left out beside others.
+fn listen_on(interfaces: &[String]) -> io::Result<Vec<TcpListener>> {
+    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
+    let (mut listeners, mut failure) = (Vec::new(), None);
+    for address in reachable(any, interfaces)? {
+        match listen(address) {
+            Ok(listener) => listeners.push(listener),
+            Err(e) => failure = Some(e),
+        }
+    }
+    failure.filter(|_| listeners.is_empty()).map_or(Ok(listeners), Err)
 }
 
 /// Listeners on the loopback addresses of the families that there are.
@@ -206,6 +220,20 @@ mod tests {
         assert_eq!(told(&[(lo, true), (late, false), (up, true)]), [lo, up]);
         assert_eq!(told(&[(late, false)]), [late]);
         assert_eq!(told(&[(lo, false)]), [lo]);
+    }
+
+    #[test]
+    fn doors_on_named_interfaces_are_open_there_alone() {
+        let named = ["lo".to_owned()];
+        let doors = Doors::open(false, &named).unwrap();
+        assert!(!doors.tcp.is_empty());
+        for listener in &doors.tcp {
+            let local = listener.local_addr().unwrap();
+            assert!(local.ip().is_loopback() && doors.addresses.contains(&local), "{local}");
+        }
+        for address in &doors.addresses {
+            std::net::TcpStream::connect(address).unwrap();
+        }
     }
 
     #[test]

@@ -113,8 +113,10 @@ pub enum ProofError {
     WrongPurpose(Purpose),
     /// The peer named the right job but could not prove the secret.
     WrongSecret,
-    /// One side encrypts its connections and the other does not.
+    /// One side takes encrypted connections only, and the other does not encrypt.
     Clear,
+    /// The peer closed the connection before it had proven itself to TLS.
+    ClosedAtTls,
     /// The peer closed the connection before it had proven itself.
     Closed,
 }
@@ -148,6 +150,10 @@ impl fmt::Display for ProofError {
             ProofError::Clear => f.write_str(
                 "one of the two takes encrypted connections only and the other does not encrypt; set CAROLE_ENCRYPT=1 \
                  (or carolerun --encrypt) for all ranks or for none",
+            ),
+            ProofError::ClosedAtTls => f.write_str(
+                "it closed the encrypted connection before proving itself (it does not encrypt, in which case \
+                 CAROLE_ENCRYPT=1 or carolerun --encrypt is to be set for all ranks or for none; or it is overrun, or ended)",
             ),
             ProofError::Closed => f.write_str(
                 "it closed the connection before proving itself (it refused this process, is overrun, or ended)",

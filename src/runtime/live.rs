@@ -414,6 +414,12 @@ pub(super) fn how_to_join(config: &Config, epoch: Epoch) -> Result<Join> {
     {
         use crate::transport::mpi::Threads;
         let threads = if config.mpi_threads_disable { Threads::One } else { Threads::Many };
+        if config.encrypt && config.transport == TransportChoice::Mpi {
+            return Err(Error::usage(
+                "CAROLE_ENCRYPT=1 and CAROLE_TRANSPORT=mpi: what MPI carries cannot be encrypted here; use \
+                 CAROLE_TRANSPORT=tcp, or a network that is encrypted by itself",
+            ));
+        }
         over_mpi::complete(&mut how, config.transport == TransportChoice::Mpi, threads)?;
     }
     Ok(how)

@@ -317,6 +317,12 @@ impl Tls {
         Ok(())
     }
 
+    /// Whether the peer has proven that it has the key.
+    #[must_use]
+    pub fn is_proven(&self) -> bool {
+        !self.connection.is_handshaking()
+    }
+
     /// Whether something waits for room in the socket.
     #[must_use]
     pub fn wants_write(&self) -> bool {
