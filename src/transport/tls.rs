@@ -297,12 +297,26 @@ impl Tls {
     /// waits for [`Tls::flush`].
     pub fn write(&mut self, socket: impl AsFd, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         self.flush(&socket)?;
-        if self.wants_write() {
-            return Ok(0);
+        // The first part that is not all taken, and what of it is.
+        let (mut at, mut of_part, mut taken) = (0, 0, 0);
+        while at < parts.len() && !self.wants_write() {
+            let n = match of_part {
+                // Small parts share a record.
+                0 => self.connection.writer().write_vectored(&parts[at..])?,
+                _ => self.connection.writer().write(&parts[at][of_part..])?,
+            };
+            if n == 0 {
+                break;
+            }
+            self.flush(&socket)?;
+            taken += n;
+            of_part += n;
+            while at < parts.len() && of_part >= parts[at].len() {
+                of_part -= parts[at].len();
+                at += 1;
+            }
         }
-        let n = self.connection.writer().write_vectored(parts)?;
-        self.flush(&socket)?;
-        Ok(n)
+        Ok(taken)
     }
 
     /// Hands the socket as much of what waits as it takes.
