@@ -39,7 +39,7 @@ fn first_difference(a: &Said, b: &Said) -> Difference {
     }
     for (i, (s, t)) in x.tensors.iter().zip(&y.tensors).enumerate() {
         if s != t {
-            return tensor_difference(i, x.tensors.len(), s, t);
+            return tensor_difference(x.collective, i, x.tensors.len(), s, t);
         }
     }
     if x.op != y.op {
@@ -73,7 +73,13 @@ fn first_difference(a: &Said, b: &Said) -> Difference {
     (what.into(), a.width.to_string(), b.width.to_string(), same(what))
 }
 
-fn tensor_difference(i: usize, of: usize, s: &TensorSignature, t: &TensorSignature) -> Difference {
+fn tensor_difference(
+    collective: Collective,
+    i: usize,
+    of: usize,
+    s: &TensorSignature,
+    t: &TensorSignature,
+) -> Difference {
     let at = if of > 1 { format!(" of tensor {i} of the group") } else { String::new() };
     if s.dtype != t.dtype {
         let remedy = "convert the tensor to the same type on every rank".into();
@@ -86,7 +92,16 @@ fn tensor_difference(i: usize, of: usize, s: &TensorSignature, t: &TensorSignatu
         format!(" ({} and {} dimensions)", s.shape.len(), t.shape.len())
     };
     let remedy = format!("every rank must submit the same shape{place}");
-    (format!("shape{at}"), format!("{:?}", s.shape), format!("{:?}", t.shape), remedy)
+    (format!("shape{at}"), shape(collective, &s.shape), shape(collective, &t.shape), remedy)
+}
+
+/// A shape in words; `*` stands for rows of which each rank may have its own number.
+fn shape(collective: Collective, dimensions: &[u64]) -> String {
+    let dimension = |(i, size): (usize, &u64)| match i == 0 && collective.has_free_rows() {
+        true => "*".to_owned(),
+        false => size.to_string(),
+    };
+    format!("[{}]", dimensions.iter().enumerate().map(dimension).collect::<Vec<_>>().join(", "))
 }
 
 /// What all are told when a member refused its call.

@@ -218,6 +218,12 @@ fn mismatches() -> Vec<(&'static str, Signature, Signature, &'static [&'static s
             signature(Collective::Allreduce, &[2]),
             &["[2, 3]", "[2]", "2 and 1 dimensions"],
         ),
+        (
+            "shape with rows of its own",
+            signature(Collective::Allgather, &[0, 3]),
+            signature(Collective::Allgather, &[0, 4]),
+            &["[*, 3]", "[*, 4]", "dimension 1"],
+        ),
         ("op", base.clone(), with(&|s| s.op = ReduceOp::Max), &["sum", "max"]),
         ("root", broadcast, other_root, &["rank 1", "rank 3"]),
         ("prescale", base.clone(), with(&|s| s.scale.pre = 0.5), &["1.0", "0.5", "prescale"]),
