@@ -135,18 +135,7 @@ pub fn all(scale: Scale) -> Vec<Step> {
     );
     steps.extend(bindings(long));
     steps.push(
-        Step::new("CUDA kernels as host C++", "cargo test -p carole --test kernels")
-            .needs(Need::Program("c++"), "no C++ compiler"),
-    );
-    steps.push(
-        Step::new("CUDA without a device", "cargo test -p carole --features cuda --lib device::cuda")
-            // Under a stand-in for the driver, which is compiled.
-            .then("cargo test -p carole --features cuda --test cuda")
-            .then("cargo test -p carole --features cuda --test cuda_direct")
-            .needs(Need::Program("c++"), "no C++ compiler"),
-    );
-    steps.push(
-        Step::new("CUDA on a device", "cargo test -p carole --features cuda --test kernels on_a_device")
+        Step::new("CUDA on a device", &format!("cargo test {PACKAGES} --test kernels on_a_device"))
             .needs(Need::Device("/dev/nvidia0"), "no device"),
     );
     steps
@@ -169,18 +158,24 @@ fn over_mpi((name, launcher, compiler): (&'static str, &'static str, &'static st
         .needs(Need::Program("clang"), "no libclang, which the crate mpi is built with")
 }
 
+/// What most tests are of. The same list everywhere means the same features, and so one build.
+const PACKAGES: &str = "--workspace --exclude carole-c";
+/// Kernels as host C++, and devices under a stand-in for the driver; both are compiled by the tests.
+const CUDA_TESTS: [&str; 3] = ["kernels", "cuda", "cuda_direct"];
+
 fn rust_tests() -> Vec<Step> {
     let nextest = Need::Program("cargo-nextest").is_met();
-    let runner = |what: &str| {
-        if nextest {
-            format!("cargo nextest run --no-fail-fast {what}")
-        } else {
-            format!("cargo test --no-fail-fast {what} --lib --bins --tests")
-        }
-    };
+    let run = if nextest { "cargo nextest run --no-fail-fast" } else { "cargo test --no-fail-fast" };
+    let all = if nextest { "" } else { "--lib --bins --tests" };
+    let cuda = CUDA_TESTS.map(|test| format!("--test {test}")).join(" ");
+    // Only nextest can leave tests out by the binary in which they are.
+    let binaries = CUDA_TESTS.map(|test| format!("binary({test})")).join("+");
+    let others = if nextest { format!("-E !({binaries})") } else { all.to_owned() };
     vec![
-        Step::new("unit and launcher tests", &runner("--workspace --exclude carole-c")),
-        Step::new("C interface, C99 and C++", &runner("-p carole-c"))
+        Step::new("unit and launcher tests", &format!("{run} {PACKAGES} {others}")),
+        Step::new("CUDA without a device", &format!("{run} {PACKAGES} {cuda}"))
+            .needs(Need::Program("c++"), "no C++ compiler"),
+        Step::new("C interface, C99 and C++", &format!("{run} -p carole-c {all}"))
             .needs(Need::Program("cc"), "no C compiler")
             .needs(Need::Program("c++"), "no C++ compiler"),
     ]
@@ -217,7 +212,7 @@ fn faults(scale: Scale) -> Vec<Step> {
 fn processes(long: bool) -> Vec<Step> {
     let pick = |short: &'static str, full: &'static str| if long { full } else { short };
     let hours = |n: u64| Duration::from_secs(n * 3600);
-    let mut steps = vec![
+    vec![
         Step::task("result matrix", pick("matrix", "matrix --full")).within(hours(if long { 12 } else { 1 })),
         Step::task(
             "result matrix, encrypted",
@@ -236,11 +231,8 @@ fn processes(long: bool) -> Vec<Step> {
         )
         .within(hours(2)),
         Step::task("threads and memory", "figures --simulated 64,512"),
-    ];
-    if long {
-        steps.push(Step::task("more than 2^31 elements", "huge"));
-    }
-    steps
+        Step::task("more than 2^31 elements", "huge"),
+    ]
 }
 
 /// A task of this program that starts `carolerun`, which lies beside it.
