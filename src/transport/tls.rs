@@ -222,6 +222,8 @@ pub struct Tls {
     end: usize,
     /// Decrypted bytes that nobody has read yet.
     decrypted: usize,
+    /// Why nothing more can be read.
+    failed: Option<Error>,
 }
 
 impl fmt::Debug for Tls {
@@ -245,7 +247,7 @@ impl Tls {
     fn over(connection: Result<Connection, Error>) -> io::Result<Tls> {
         let mut connection = connection.map_err(io::Error::other)?;
         connection.set_buffer_limit(Some(PENDING_BYTES_MAX));
-        Ok(Tls { connection, incoming: Vec::new(), start: 0, end: 0, decrypted: 0 })
+        Ok(Tls { connection, incoming: Vec::new(), start: 0, end: 0, decrypted: 0, failed: None })
     }
 
     /// Reads bytes that have arrived, as a nonblocking socket does: 0 is the end of the stream, and
@@ -254,12 +256,16 @@ impl Tls {
         loop {
             match self.connection.reader().read(dst) {
                 Ok(n) => {
-                    self.decrypted -= n;
+                    // What was decrypted along with something wrong was not counted.
+                    self.decrypted = self.decrypted.saturating_sub(n);
                     return Ok(n);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
                 Err(e) => return Err(e),
+            }
+            if let Some(error) = &self.failed {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, error.clone()));
             }
             if self.start == self.end && self.receive(&socket)? == 0 {
                 return Ok(0);
@@ -268,9 +274,10 @@ impl Tls {
             match self.connection.process_new_packets() {
                 Ok(state) => self.decrypted = state.plaintext_bytes_to_read(),
                 Err(error) => {
-                    // The peer is told why, if there is room for it.
+                    // The peer is told why, if there is room for it. What came before may still be read.
                     let _ = self.flush(&socket);
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+                    self.failed = Some(error);
+                    continue;
                 }
             }
             // What the protocol itself has to say.
@@ -343,10 +350,10 @@ impl Tls {
         self.connection.wants_write()
     }
 
-    /// Whether bytes were taken from the socket that nobody has read yet: it does not show them any more.
+    /// Whether there is something to read, bytes or an error, that the socket does not show any more.
     #[must_use]
     pub fn is_ahead(&self) -> bool {
-        self.decrypted > 0 || self.start < self.end
+        self.decrypted > 0 || self.start < self.end || self.failed.is_some()
     }
 }
 

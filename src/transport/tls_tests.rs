@@ -157,6 +157,23 @@ fn a_changed_bit_is_found_or_changes_nothing() {
 }
 
 #[test]
+fn what_came_right_is_read_before_the_error_which_stays() {
+    let (mut a, mut b, mut left, mut right) = tapped(&key(1), &key(1));
+    prove(&mut a, &mut b, &mut left, &mut right).unwrap();
+    a.write(WORDS);
+    let right_until = 5 + WORDS.len() + 17;
+    a.write(WORDS);
+    carry(&mut left, &mut right, |bytes| {
+        assert_eq!(bytes.len(), 2 * right_until);
+        bytes[right_until + 9] ^= 1;
+    });
+    assert_eq!(b.read().unwrap().unwrap(), WORDS);
+    for _ in 0..3 {
+        assert_eq!(b.read().unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+}
+
+#[test]
 fn what_was_recorded_is_worth_nothing_a_second_time() {
     let (mut a, mut b, mut left, mut right) = tapped(&key(1), &key(1));
     a.write(WORDS);
