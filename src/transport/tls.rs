@@ -378,6 +378,8 @@ impl<S: AsFd> Write for Out<'_, S> {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match rustix::net::sendmsg(self.0, parts, &mut no_control, flags) {
                 Err(Errno::INTR) => {}
+                // Taken bytes must not be taken again, so that want of memory is want of room.
+                Err(Errno::NOBUFS) => return Err(Errno::AGAIN.into()),
                 sent => return Ok(sent?),
             }
         }

@@ -1,5 +1,10 @@
 use super::*;
+use crate::error::Cause;
+use crate::transport::Pipe;
+use crate::transport::tcp::{TcpOptions, TcpPipe};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 /// Something that would be found again in what passes in clear.
 const WORDS: &[u8] = b"gradients of layer 7, in clear; ";
@@ -229,4 +234,41 @@ fn a_full_socket_holds_the_writer_up() {
     }
     assert!(got == bytes && full > 0);
     assert!(!a.tls.wants_write() && !b.tls.is_ahead());
+}
+
+/// A read that takes all there is finds the end of the stream behind it, and must not lose what it has taken.
+#[test]
+fn a_pipe_loses_nothing_of_what_was_said_before_the_end() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let pipe = |stream: TcpStream, tls: io::Result<Tls>| {
+        TcpPipe::encrypted(stream, Box::new(tls.unwrap()), &TcpOptions::default()).unwrap()
+    };
+    let mut a = pipe(TcpStream::connect(listener.local_addr().unwrap()).unwrap(), Tls::connector(&key(1)));
+    let mut b = pipe(listener.accept().unwrap().0, Tls::acceptor(&key(1)));
+    let words = WORDS.repeat(4096);
+    let (mut said, mut heard) = (0, vec![0; words.len()]);
+    let until = Instant::now() + Duration::from_secs(20);
+    while said < words.len() || a.has_backlog() {
+        said += a.write(&[IoSlice::new(&words[said..])]).unwrap();
+        a.flush().unwrap();
+        // Both sides read, or they could not prove themselves.
+        let _ = (a.peek().unwrap(), b.arm(false).unwrap());
+        if said < words.len() {
+            b.peek().unwrap();
+        }
+        assert!(Instant::now() < until);
+    }
+    drop(a);
+    let mut at = 0;
+    while at < words.len() {
+        at += b.read(&mut heard[at..]).unwrap();
+        assert!(Instant::now() < until, "{at} of {} bytes came", words.len());
+    }
+    assert!(heard == words);
+    loop {
+        match b.peek() {
+            Ok(bytes) => assert!(bytes.is_empty() && Instant::now() < until),
+            Err(cause) => break assert_eq!(cause, Cause::Exited),
+        }
+    }
 }

@@ -91,10 +91,7 @@ impl TcpPipe {
         }
         let room = dst.len() + staging.len();
         if let Some(tls) = &mut self.tls {
-            let mut n = decrypt(tls, &self.socket, dst)?;
-            if n == dst.len() {
-                n += decrypt(tls, &self.socket, &mut self.staging[staging])?;
-            }
+            let n = decrypt_both(tls, &self.socket, dst, &mut self.staging[staging])?;
             self.dry = n < room;
             return Ok(n);
         }
@@ -166,6 +163,19 @@ impl TcpPipe {
     }
 }
 
+/// Fills `dst`, and what is left over goes `behind` it. An error is told when there is nothing before it; it comes up
+/// again with the next read.
+fn decrypt_both(tls: &mut Tls, socket: &OwnedFd, dst: &mut [u8], behind: &mut [u8]) -> Result<usize, Cause> {
+    let n = decrypt(tls, socket, dst)?;
+    if n < dst.len() {
+        return Ok(n);
+    }
+    match decrypt(tls, socket, behind) {
+        Err(cause) if n == 0 => Err(cause),
+        more => Ok(n + more.unwrap_or(0)),
+    }
+}
+
 /// Fills `dst` as far as bytes have arrived. The end of the stream is told when there is nothing before it.
 fn decrypt(tls: &mut Tls, socket: &OwnedFd, dst: &mut [u8]) -> Result<usize, Cause> {
     let mut n = 0;
@@ -175,7 +185,6 @@ fn decrypt(tls: &mut Tls, socket: &OwnedFd, dst: &mut [u8]) -> Result<usize, Cau
             Ok(0) => break,
             Ok(more) => n += more,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-            // It comes up again with the next read.
             Err(_) if n > 0 => break,
             Err(e) => return Err(cause_of_tls(&e)),
         }
