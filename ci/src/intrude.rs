@@ -74,7 +74,7 @@ fn intrude(settings: &Settings, transport: &str) -> Result<u64, String> {
 }
 
 /// The addresses on which the job's processes listen, from the kernel's tables.
-fn listening(job: &Job, ranks: u32) -> Result<BTreeSet<SocketAddr>, String> {
+pub fn listening(job: &Job, ranks: u32) -> Result<BTreeSet<SocketAddr>, String> {
     let mut inodes = BTreeSet::new();
     for rank in 0..ranks {
         let folder = format!("/proc/{}/fd", job.pid(rank).as_raw_nonzero());

@@ -11,6 +11,7 @@ mod churn;
 mod decoders;
 mod elastic;
 mod figures;
+mod flood;
 mod fuzz;
 mod hosts;
 mod huge;
@@ -66,6 +67,8 @@ enum Task {
     Scarce(scarce::Settings),
     /// Garbage, scans and half-open connections on the ports of a running job.
     Intrude(intrude::Settings),
+    /// What a flood of connections on the ports of a running job costs it.
+    Flood(flood::Settings),
     /// Several hosts, as network namespaces around a router; takes root.
     Hosts(hosts::Settings),
     /// The launcher over ssh between namespaces with an sshd each: results, failures, mistakes; takes root.
@@ -110,6 +113,7 @@ enum Rank {
     Churn,
     Elastic(elastic::RankSettings),
     Figures(figures::RankSettings),
+    Flood(flood::RankSettings),
     Huge(huge::RankSettings),
     Shaped(shaped::RankSettings),
     Train(train::RankSettings),
@@ -142,6 +146,7 @@ fn main() {
         Task::Churn(settings) => churn::run(&settings),
         Task::Scarce(settings) => scarce::run(&settings),
         Task::Intrude(settings) => intrude::run(&settings),
+        Task::Flood(settings) => flood::run(&settings),
         Task::Hosts(settings) => hosts::run(&settings),
         Task::Ssh(settings) => ssh::run(&settings),
         Task::Slurm(settings) => slurm::run(&settings),
@@ -179,6 +184,7 @@ fn run_rank(rank: Rank) -> i32 {
         Rank::Churn => churn::rank(),
         Rank::Elastic(settings) => elastic::rank(&settings),
         Rank::Figures(settings) => figures::rank(&settings),
+        Rank::Flood(settings) => flood::rank(&settings),
         Rank::Huge(settings) => huge::rank(&settings),
         Rank::Shaped(settings) => shaped::rank(&settings),
         Rank::Train(settings) => train::rank(&settings),

@@ -180,12 +180,13 @@ fn before(line: &str, word: &str) -> u64 {
 
 /// The lines in which our own tasks say what they found.
 fn remark(output: &str) -> String {
-    const TASKS: [&str; 15] = [
+    const TASKS: [&str; 16] = [
         "matrix: ",
         "strict: ",
         "order: ",
         "chaos: ",
         "intrude: ",
+        "flood: ",
         "sim: ",
         "slurm: ",
         "agreement: ",

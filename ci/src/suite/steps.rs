@@ -222,6 +222,7 @@ fn processes(long: bool) -> Vec<Step> {
         Step::task("strict mode", pick("strict --runs 20", "strict --runs 20 --full")).within(hours(6)),
         Step::task("random orders", pick("order --steps 1000", "order --steps 20000")).within(hours(6)),
         Step::task("intruders", pick("intrude", "intrude --connections 300")),
+        Step::task("a flood of connections", pick("flood --seconds 8", "flood --seconds 200")),
         Step::task("several hosts", "hosts"),
         with_launcher("several hosts over ssh", pick("ssh", "ssh --hosts 2,3,4 --kills 60")).within(hours(2)),
         with_launcher("Slurm", "slurm"),
