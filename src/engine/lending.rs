@@ -11,6 +11,7 @@ use super::boards::Seating;
 use super::calls::Call;
 use super::operation::TensorMemory;
 use super::plan::BatchShape;
+use super::sets::ProcessSet;
 use super::{Engine, Submission};
 use crate::coordinator::Agreed;
 use crate::transport::board::BoardMemory;
@@ -35,6 +36,11 @@ impl Engine {
 
     /// Calls for lending, if this is the first operation of a set for which it pays.
     pub(super) fn offer_to_lend(&mut self, submission: &Submission<'_>, now: Time) {
+        // This is looked at first, since it stays as it is once it is agreed.
+        let may = |set: &ProcessSet| set.lending == Lending::No && !matches!(set.seating, Seating::None);
+        if !self.sets.get(&submission.set).is_some_and(may) {
+            return;
+        }
         let bytes: u64 = submission.tensors.iter().map(|tensor| tensor.input.len()).sum();
         if bytes < self.setup.lent_bytes
             || submission.signature.collective != Collective::Allreduce
@@ -43,9 +49,7 @@ impl Engine {
             return;
         }
         let Some(set) = self.sets.get_mut(&submission.set) else { return };
-        if set.lending == Lending::No
-            && !matches!(set.seating, Seating::None)
-            && let Some(coordinator) = &mut set.coordinator
+        if let Some(coordinator) = &mut set.coordinator
             && Call::Lend.make(coordinator, now)
         {
             set.lending = Lending::Called;
