@@ -111,7 +111,7 @@ def body_mismatch(which):
     "which, value_0, value_1",
     [
         ("dtype", "float64", "float32"), ("shape", "[4]", "[5]"), ("op", "max", "sum"), ("scale", "1.0", "2.0"),
-        ("root", "rank 0", "rank 1"), ("collective", "allgather", "allreduce"), ("rows", "[0, 3]", "[0, 4]"),
+        ("root", "rank 0", "rank 1"), ("collective", "allgather", "allreduce"), ("rows", "[*, 3]", "[*, 4]"),
         ("group", "1", "2"), ("postscale", "1.0", "2.0"), ("join_average", "Size", "Present"),
         ("in a group", "int32", "float32"), ("dimensions", "[4]", "[4, 1]"),
     ],
