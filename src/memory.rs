@@ -167,8 +167,10 @@ impl Memory {
 pub struct OwnedBytes {
     address: *mut u8,
     len: usize,
-    /// What was allocated: `len` or more.
+    /// What there is room for: `len` or more.
     capacity: usize,
+    /// What was allocated; `address` is the first aligned one in it.
+    block: *mut u8,
 }
 
 // SAFETY: the bytes are owned and not shared.
@@ -185,11 +187,16 @@ impl OwnedBytes {
     pub fn zeroed(len: usize) -> OwnedBytes {
         let layout = Self::layout(len);
         // SAFETY: the layout's size is not 0.
-        let address = unsafe { std::alloc::alloc_zeroed(layout) };
-        if address.is_null() {
+        let block = unsafe { std::alloc::alloc_zeroed(layout) };
+        if block.is_null() {
             std::alloc::handle_alloc_error(layout);
         }
-        OwnedBytes { address, len, capacity: len }
+        OwnedBytes::of_block(block, len, len)
+    }
+    /// The first `len` bytes of a block that has room for `capacity` after the first aligned address.
+    fn of_block(block: *mut u8, len: usize, capacity: usize) -> OwnedBytes {
+        let address = block.map_addr(|start| start.next_multiple_of(Self::ALIGNMENT));
+        OwnedBytes { address, len, capacity, block }
     }
 
     /// Bytes of any value, aligned to 64, for whoever writes all of them before they are read: from a block that
@@ -199,15 +206,22 @@ impl OwnedBytes {
         if len >= SPARE_BLOCK_BYTES_MIN {
             let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
             let fits = |&(_, capacity): &(usize, usize)| (len..=2 * len).contains(&capacity);
-            if let Some((address, capacity)) = spare.iter().position(fits).and_then(|at| spare.remove(at)) {
-                return OwnedBytes { address: std::ptr::with_exposed_provenance_mut(address), len, capacity };
+            if let Some((block, capacity)) = spare.iter().position(fits).and_then(|at| spare.remove(at)) {
+                return OwnedBytes::of_block(std::ptr::with_exposed_provenance_mut(block), len, capacity);
             }
         }
         OwnedBytes::zeroed(len)
     }
 
+    const ALIGNMENT: usize = 64;
+
+    /// Room to align the bytes by hand. Were the allocator asked for the alignment, it would write the zeros itself,
+    /// and the engine would be silent for the seconds which that takes for gigabytes; as it is, large blocks are
+    /// fresh pages, which the system zeroes one by one when they are first written.
     fn layout(len: usize) -> std::alloc::Layout {
-        std::alloc::Layout::from_size_align(len.max(1), 64).expect("lengths are bounded by TENSOR_BYTES_MAX")
+        let room = len.checked_add(Self::ALIGNMENT).expect("lengths are bounded by TENSOR_BYTES_MAX");
+        std::alloc::Layout::from_size_align(room, align_of::<u64>())
+            .expect("lengths are bounded by TENSOR_BYTES_MAX")
     }
     /// The first byte.
     #[must_use]
@@ -230,20 +244,20 @@ impl OwnedBytes {
 
 impl Drop for OwnedBytes {
     fn drop(&mut self) {
-        let free = |address: *mut u8, capacity: usize| {
+        let free = |block: *mut u8, capacity: usize| {
             // SAFETY: allocated with this layout in `zeroed`, and nobody's any more.
-            unsafe { std::alloc::dealloc(address, OwnedBytes::layout(capacity)) }
+            unsafe { std::alloc::dealloc(block, OwnedBytes::layout(capacity)) }
         };
         if !(SPARE_BLOCK_BYTES_MIN..=SPARE_BYTES_MAX).contains(&self.capacity) {
-            return free(self.address, self.capacity);
+            return free(self.block, self.capacity);
         }
         let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-        spare.push_back((self.address.expose_provenance(), self.capacity));
+        spare.push_back((self.block.expose_provenance(), self.capacity));
         let mut held: usize = spare.iter().map(|(_, capacity)| capacity).sum();
         while held > SPARE_BYTES_MAX || spare.len() > SPARE_BLOCKS_MAX {
-            let Some((address, capacity)) = spare.pop_front() else { break };
+            let Some((block, capacity)) = spare.pop_front() else { break };
             held -= capacity;
-            free(std::ptr::with_exposed_provenance_mut(address), capacity);
+            free(std::ptr::with_exposed_provenance_mut(block), capacity);
         }
     }
 }
@@ -273,6 +287,20 @@ mod tests {
         let other = OwnedBytes::recycled(len);
         assert_ne!(other.as_ptr(), address, "one block for one owner");
         assert!(OwnedBytes::zeroed(len).as_slice().iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn large_blocks_are_not_written_when_they_are_made() {
+        let resident = || {
+            let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+            text.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
+        };
+        let before = resident();
+        let block = OwnedBytes::zeroed(2 << 30);
+        assert!(block.as_ptr().addr().is_multiple_of(64));
+        assert_eq!(block.as_slice()[(1 << 30) + 5], 0);
+        let more = resident().saturating_sub(before);
+        assert!(more < 1 << 30, "{more} bytes were touched");
     }
 
     #[test]
