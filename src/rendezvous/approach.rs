@@ -1,12 +1,11 @@
 //! Knocking at the doors of a rank of the last epoch: is the meeting there, does the rank live, has it gone on?
 #![forbid(unsafe_code)]
 
-use super::build;
 use super::card::{Answer, Card, LENGTH_BYTES};
 use super::channel::Channel;
 use super::porter::Choice;
 use super::porter::dial::{Aim, Target, targets};
-use super::proof::{self, Handshake, Hello, ProofError, Purpose};
+use super::proof::{Handshake, Hello, ProofError, Purpose};
 use super::secret::Secret;
 use crate::limits::TABLE_BYTES_MAX;
 use crate::types::{Epoch, Rank};
@@ -74,21 +73,11 @@ impl Caller {
             Err(e) if refused(&e) => return Knocked::Refused,
             Err(_) => return Knocked::Silence,
         };
-        let Ok(nonce) = proof::nonce() else { return Knocked::Silence };
-        let mut handshake = Handshake::connector(
-            &self.secret,
-            Hello {
-                build: build().to_owned(),
-                job: self.secret.job(),
-                epoch: self.epoch,
-                rank: self.card.rank,
-                peer: peer.rank,
-                purpose: Purpose::Regroup,
-                link: 0,
-                refuses_clear: false,
-                nonce,
-            },
-        );
+        let ends = (self.card.rank, peer.rank);
+        let Ok(hello) = Hello::new(&self.secret, self.epoch, ends, Purpose::Regroup, 0) else {
+            return Knocked::Silence;
+        };
+        let mut handshake = Handshake::connector(&self.secret, hello);
         loop {
             match rustix::net::sockopt::socket_error(&channel) {
                 Ok(Err(rustix::io::Errno::CONNREFUSED)) => return Knocked::Refused,

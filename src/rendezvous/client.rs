@@ -2,6 +2,7 @@
 //! here for each later epoch; how other ranks do that is said in [`super::reform`].
 #![forbid(unsafe_code)]
 
+use super::Warn;
 use super::approach::{Ended, read_answer};
 use super::card::{Answer, Knob, Registration, Table, frame};
 use super::channel::{Channel, Stream};
@@ -11,12 +12,11 @@ use super::meet::{Goal, prepare, resolve, shared_files};
 use super::past::Sets;
 use super::place::{self, Environment, Hints, Meeting, Place};
 use super::pmi;
-use super::proof::{self, Handshake, Hello, ProofError, Purpose, SERVICE};
+use super::proof::{Handshake, Hello, ProofError, Purpose, SERVICE};
 use super::reactor::timespec;
 use super::secret::{SECRET_BYTES, Secret};
 use super::server::{self, PRIVATE_SOCKET, Server};
 use super::topology::Topology;
-use super::{Warn, build};
 use crate::config::Config;
 use crate::error::{Cause, Error, Result};
 use crate::limits::{HANDSHAKE_MS, SILENCE_MS};
@@ -449,18 +449,9 @@ impl Seeker<'_> {
 
     fn register_on(&self, mut channel: Channel, secret: &Secret) -> std::result::Result<Found, Failure> {
         let secret = &secret.clone().encrypting(self.config.encrypts);
-        let hello = Hello {
-            build: build().to_owned(),
-            job: secret.job(),
-            epoch: self.config.epoch,
-            rank: self.registration.card.rank,
-            peer: SERVICE,
-            purpose: Purpose::Register,
-            link: 0,
-            refuses_clear: false,
-            nonce: proof::nonce()
-                .map_err(|e| Failure::Final(format!("the kernel gave no random bytes: {e}")))?,
-        };
+        let ends = (self.registration.card.rank, SERVICE);
+        let hello = Hello::new(secret, self.config.epoch, ends, Purpose::Register, 0)
+            .map_err(|e| Failure::Final(format!("the kernel gave no random bytes: {e}")))?;
         let mut handshake = Handshake::connector(secret, hello);
         let deadline = Instant::now() + Duration::from_millis(HANDSHAKE_MS);
         while !channel.prove(&mut handshake).map_err(|e| self.judge(e))? {

@@ -74,6 +74,29 @@ pub struct Hello {
     pub nonce: [u8; 32],
 }
 
+impl Hello {
+    /// What this process says when it connects.
+    pub fn new(
+        secret: &Secret,
+        epoch: Epoch,
+        (rank, peer): (Rank, Rank),
+        purpose: Purpose,
+        link: u64,
+    ) -> Result<Hello, getrandom::Error> {
+        Ok(Hello {
+            build: super::build().to_owned(),
+            job: secret.job(),
+            epoch,
+            rank,
+            peer,
+            purpose,
+            link,
+            refuses_clear: false,
+            nonce: nonce()?,
+        })
+    }
+}
+
 /// Why a handshake failed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ProofError {
@@ -430,7 +453,7 @@ impl Handshake {
 }
 
 /// Bytes that are never used twice.
-pub fn nonce() -> Result<[u8; 32], getrandom::Error> {
+fn nonce() -> Result<[u8; 32], getrandom::Error> {
     let mut nonce = [0; 32];
     getrandom::fill(&mut nonce)?;
     Ok(nonce)

@@ -77,20 +77,10 @@ impl Hall {
             (e.to_string(), e.kind() == io::ErrorKind::ConnectionRefused)
         });
         let entered = opened.and_then(|channel| {
-            let nonce =
-                proof::nonce().map_err(|e| (format!("the kernel gave no random bytes: {e}"), false))?;
-            let hello = Hello {
-                build: build().to_owned(),
-                job: self.joined.secret.job(),
-                epoch: self.joined.table.epoch,
-                rank: self.joined.rank,
-                peer,
-                purpose,
-                link: attempt,
-                refuses_clear: false,
-                nonce,
-            };
-            let handshake = Handshake::connector(&self.joined.secret, hello);
+            let (secret, epoch) = (&self.joined.secret, self.joined.table.epoch);
+            let hello = Hello::new(secret, epoch, (self.joined.rank, peer), purpose, attempt)
+                .map_err(|e| (format!("the kernel gave no random bytes: {e}"), false))?;
+            let handshake = Handshake::connector(secret, hello);
             let within = match target {
                 Target::Tcp(_) => CONNECT_MS,
                 Target::Unix(_) => self.options.silence_ms,
