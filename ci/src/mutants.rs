@@ -90,9 +90,10 @@ pub fn run(settings: &Settings) -> Verdict {
     println!("mutants: {} changes are possible in {}", all.len(), FOLDERS.join(", "));
     let mut random = Random::new(&[settings.seed, 0x3017]);
     let (mut tried, mut caught, mut missed) = (0, 0, Vec::new());
-    let tree = tempfile::tempdir().map_err(|e| format!("no temporary directory: {e}"))?;
+    // Always at the same place, so that what was built of it is found again.
+    let tree = repository().join("target/mutants/tree");
     if !settings.list {
-        copy_tree(tree.path())?;
+        copy_tree(&tree)?;
     }
     while tried < settings.sample && !all.is_empty() {
         let mutant = all.swap_remove(random.below(all.len() as u64) as usize);
@@ -102,7 +103,7 @@ pub fn run(settings: &Settings) -> Verdict {
             tried += 1;
             continue;
         }
-        match fate(&mutant, tree.path(), settings)? {
+        match fate(&mutant, &tree, settings)? {
             Fate::None => continue,
             Fate::Caught(by) => {
                 println!("caught by {by}: {what}");
@@ -185,11 +186,11 @@ fn balanced(code: &str) -> bool {
     count('(') == count(')') && count('{') == count('}')
 }
 
-/// What cargo needs; paths stay as they are, so a target folder that is kept beside the tree stays warm.
+/// What cargo needs, and nothing that was there before.
 fn copy_tree(to: &Path) -> Result<(), String> {
     let copied = Command::new("sh")
         .arg("-c")
-        .arg("git ls-files -z | xargs -0 tar cf - | tar xf - -C \"$0\"")
+        .arg("rm -rf \"$0\" && mkdir -p \"$0\" && git ls-files -z | xargs -0 tar cf - | tar xf - -C \"$0\"")
         .arg(to)
         .current_dir(repository())
         .status();
@@ -214,28 +215,31 @@ fn fate(mutant: &Mutant, tree: &Path, settings: &Settings) -> Result<Fate, Strin
 fn examine(tree: &Path, settings: &Settings) -> Result<Fate, String> {
     let seeds = settings.seeds.to_string();
     let names = ["coordinator", "membership", "wire", "engine"];
-    if !cargo(tree, &["test", "--quiet", "-p", "carole", "--lib", "--no-run"])? {
+    // Beside the other tests, whose dependencies are built; nothing that has a name there is made.
+    let target = repository().join("target");
+    if !cargo(tree, &target, &["test", "--quiet", "-p", "carole", "--lib", "--no-run"])? {
         return Ok(Fate::None);
     }
     let unit = [&["test", "--quiet", "-p", "carole", "--lib", "--"], names.as_slice()].concat();
-    if !cargo(tree, &unit)? {
+    if !cargo(tree, &target, &unit)? {
         return Ok(Fate::Caught("unit tests"));
     }
-    if !cargo(tree, &["run", "--quiet", "--release", "-p", "ci", "--", "sim", "--seeds", &seeds])? {
+    let own = target.join("mutants");
+    if !cargo(tree, &own, &["run", "--quiet", "--release", "-p", "ci", "--", "sim", "--seeds", &seeds])? {
         return Ok(Fate::Caught("the simulator"));
     }
     Ok(Fate::Missed)
 }
 
 /// Whether it succeeded in time. What it prints is of no interest.
-fn cargo(tree: &Path, args: &[&str]) -> Result<bool, String> {
+fn cargo(tree: &Path, target: &Path, args: &[&str]) -> Result<bool, String> {
     // A change may let memory grow without end. The group is one, so that what hangs is ended with its children.
     let mut command = Command::new("sh");
     command.args(["-c", "ulimit -v 12582912; exec cargo \"$@\"", "cargo"]).args(args).process_group(0);
     command.current_dir(tree).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.env("CARGO_TARGET_DIR", repository().join("target/mutants")).env("CARGO_PROFILE_DEV_DEBUG", "0");
+    command.env("CARGO_TARGET_DIR", target);
     command.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_INCREMENTAL", "true");
-    command.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16").env("RUSTFLAGS", "-Awarnings");
+    command.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
     let mut child = command.spawn().map_err(|e| format!("cargo: {e}"))?;
     let deadline = Instant::now() + LIMIT;
     loop {
