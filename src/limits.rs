@@ -47,9 +47,9 @@ pub const BOARD_SLOTS: usize = 4;
 pub const BOARD_SLOT_BYTES: usize = 128 << 10;
 /// Bytes of each seat for niches: a thousand standing operations of 256 bytes fit.
 pub const BOARD_NICHES_BYTES: usize = 1 << 20;
-/// An allreduce of at most this many bytes that repeats gets a niche.
+/// A collective that repeats, and into which no member puts more than this many bytes, gets a niche.
 pub const NICHE_BYTES_MAX: usize = 4 << 10;
-/// Agreements in a row, with one signature, after which an allreduce stands: a program that repeats shows it soon.
+/// Agreements in a row, with one signature, after which a collective stands: a program that repeats shows it soon.
 pub const STANDS_AFTER: u32 = 3;
 /// Address space behind a board, of which its owner takes blocks: tensors in shared memory, and what persistent
 /// collectives exchange through. Every rank of the host maps it.

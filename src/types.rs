@@ -237,6 +237,11 @@ impl Collective {
     pub fn has_free_rows(self) -> bool {
         matches!(self, Collective::Allgather | Collective::Alltoall | Collective::Gather)
     }
+    /// Whether the first dimension is special, so that a scalar counts as one row.
+    #[must_use]
+    pub fn has_rows(self) -> bool {
+        self.has_free_rows() || matches!(self, Collective::Reducescatter | Collective::Scatter)
+    }
     /// Whether a root is named.
     #[must_use]
     pub fn has_root(self) -> bool {

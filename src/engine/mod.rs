@@ -85,7 +85,7 @@ pub struct EngineSetup {
     pub direct: Direct,
     /// From how many bytes on batches of tensors in shared memory are reduced where they lie.
     pub lent_bytes: u64,
-    /// After how many agreements in a row a small allreduce stands.
+    /// After how many agreements in a row a small collective stands.
     pub stands_after: u32,
     /// Whether an operation that is complete on one rank is so on all, though the epoch breaks (uniform completion).
     pub uniform: bool,

@@ -1,7 +1,7 @@
-//! Standing operations: small allreduces that repeat, done without any agreement.
+//! Standing operations: small collectives that repeat, done without any agreement.
 //!
-//! An allreduce of a few kilobytes that has been agreed on with the same name and signature a few times *stands*: from
-//! there on each start goes through a niche on the boards of the members ([`Niche`]), by whoever submits and whoever
+//! A collective of one tensor of a few kilobytes that has been agreed on a few times with the same name, signature, row
+//! counts and splits *stands*: from there on each start goes through a niche on the boards of the members ([`Niche`]), by whoever submits and whoever
 //! waits, and neither the coordinator nor the engine hears of it. That it stands, and where its niche lies, are functions
 //! of the agreed log, so all members know it before any of them can submit that name again.
 //!
@@ -14,12 +14,14 @@
 #![forbid(unsafe_code)]
 
 mod repeats;
+mod share;
 
 pub(super) use repeats::Repeats;
 
+use share::Share;
+
 use super::operation::{Outcome, OutputTensor};
 use crate::coordinator::OpId;
-use crate::device::{Finish, Reduction};
 use crate::error::Result;
 use crate::hash::Map;
 use crate::memory::{OwnedBytes, Region};
@@ -60,7 +62,7 @@ pub struct Standing {
     niche: Niche,
     /// Where the niche lies behind each seat.
     offset: usize,
-    finish: Finish,
+    share: Share,
     inner: Mutex<Inner>,
 }
 
@@ -88,15 +90,19 @@ pub struct Start {
 pub struct Repeat<'a> {
     /// What is to be done.
     pub collective: Collective,
-    /// How values are combined.
+    /// How values are combined, where they are.
     pub op: ReduceOp,
     /// Factors before and after.
     pub scale: Scale,
     /// How Average counts joined ranks.
     pub join_average: JoinAverage,
+    /// The root, where there is one.
+    pub root: Rank,
     /// Element type and dimensions of the one tensor in the host's memory; nothing where the call is something else.
     pub tensor: Option<(DType, &'a [u64])>,
-    /// The input.
+    /// Alltoall: rows for each member; none where all get as many.
+    pub splits: &'a [u64],
+    /// The input; empty where this member gives none.
     pub input: Region,
     /// The output that the caller supplies; `None` to have it allocated.
     pub output: Option<Region>,
@@ -158,14 +164,16 @@ impl Standings {
             return Ok(Posted::Ordinary);
         }
         let op = open()?;
+        let share = &standing.share;
         let (output, made) = match call.output {
             Some(given) => (given, None),
+            None if share.shape.is_none() => (Region::none(), None),
             None => {
-                let made = OwnedBytes::recycled(standing.niche.bytes());
+                let made = OwnedBytes::recycled(share.output_bytes);
                 (made.as_region(), Some(made))
             }
         };
-        standing.niche.post(inner.next, call.input);
+        standing.niche.post(inner.next, call.input, share.input_bytes);
         inner.next += 1;
         inner.start = Some(Start { op, input: call.input, output, made });
         self.under_way.fetch_add(1, Ordering::SeqCst);
@@ -227,9 +235,7 @@ impl Standings {
             self.has_fallen.store(true, Ordering::SeqCst);
             return Look::Fallen;
         }
-        let signature = &standing.signature;
-        let reduction = Reduction { dtype: signature.tensors[0].dtype, op: signature.op };
-        standing.niche.reduce(number, reduction, signature.scale.pre, standing.finish, start.output);
+        standing.share.take(&standing.niche, number, standing.signature.scale.pre, start.output);
         drop(inner);
         self.under_way.fetch_sub(1, Ordering::SeqCst);
         Look::Done(start.op, standing.outcome(start.made))
@@ -348,25 +354,38 @@ impl Standing {
 
     /// Whether a call is the same as all those before.
     fn is(&self, call: &Repeat<'_>) -> bool {
-        let (known, tensor) = (&*self.signature, &self.signature.tensors[0]);
-        call.collective == known.collective
-            && call.op == known.op
-            && call.scale == known.scale
+        let (what, known, tensor) = (call.collective, &*self.signature, &self.signature.tensors[0]);
+        let is_like = |(dtype, shape): (DType, &[u64])| {
+            dtype == tensor.dtype && self.share.has_rows_of(&tensor.shape, shape, call)
+        };
+        what == known.collective
+            && (!what.reduces() || (call.op == known.op && call.scale == known.scale))
+            && (!what.has_root() || call.root == known.root)
             && call.join_average == known.join_average
-            && call.tensor == Some((tensor.dtype, &tensor.shape[..]))
-            && call.input.len() == self.niche.bytes() as u64
-            && call.output.is_none_or(|output| output.len() == call.input.len())
+            && call.tensor.is_some_and(is_like)
+            && call.input.len() >= self.share.input_bytes as u64
+            && call.output.is_none_or(|output| self.may_write(output))
+    }
+
+    /// Whether this is an output that the caller may supply.
+    fn may_write(&self, output: Region) -> bool {
+        let fits = self.share.shape.is_none() || output.len() == self.share.output_bytes as u64;
+        fits && !self.signature.collective.has_free_rows()
     }
 
     fn outcome(&self, made: Option<OwnedBytes>) -> Outcome {
-        let tensor = &self.signature.tensors[0];
-        let output = OutputTensor {
-            dtype: tensor.dtype,
-            shape: tensor.shape.clone(),
+        let dtype = self.signature.tensors[0].dtype;
+        let output = |shape: &Vec<u64>| OutputTensor {
+            dtype,
+            shape: shape.clone(),
             memory: made,
             ..OutputTensor::default()
         };
-        Outcome { tensors: vec![output], ..Outcome::default() }
+        Outcome {
+            tensors: self.share.shape.as_ref().map(output).into_iter().collect(),
+            received_splits: self.share.received_splits.clone(),
+            ..Outcome::default()
+        }
     }
 
     /// The number of the start under way, if one is.

@@ -194,7 +194,7 @@ impl Live {
         let set = self.check_place(request)?;
         if let Some(name) = request.name
             && let Some(standing) = self.driver.find_standing(request.set, name)
-            && let Some(handle) = self.driver.post(&standing, &request::repeat(request), &mut keep)?
+            && let Some(handle) = self.driver.post(&standing, &request::repeat(request, &set), &mut keep)?
         {
             return Ok(Handle(handle));
         }

@@ -277,7 +277,7 @@ pub fn last_algorithm() -> Result<Option<&'static str>> {
     Ok(live()?.driver.try_with(|engine| engine.last_algorithm()).flatten())
 }
 
-/// Whether an allreduce of this name has repeated so often that its starts need no agreement ([`crate::engine::standing`]).
+/// Whether a collective of this name has repeated so often that its starts need no agreement ([`crate::engine::standing`]).
 /// For tests and tools: nobody needs to know.
 pub fn stands(set: SetId, name: &str) -> Result<bool> {
     Ok(live()?.driver.find_standing(set, name).is_some_and(|standing| standing.is_good()))

@@ -33,37 +33,34 @@ pub(super) fn fill(request: &Request<'_>, set: &SetInfo, into: &mut Submitted) -
     for (t, tensor) in request.tensors.iter().enumerate() {
         check_tensor(request, tensor, t)?;
         push_tensor(request, tensor, &mut into.signature);
-        push_memory(request, set, tensor, &mut into.tensors)?;
+        let bytes = bytes_of(tensor).expect("checked before");
+        into.tensors.push(memory_of(request, set, tensor, bytes)?);
     }
     push_call(request, set, into)
 }
 
 /// A request as a start of what stands, if it can be one at all.
-pub(super) fn repeat<'a>(request: &Request<'a>) -> Repeat<'a> {
-    let plain = request.refused.is_none() && request.stream.is_none() && request.splits.is_empty();
+pub(super) fn repeat<'a>(request: &Request<'a>, set: &SetInfo) -> Repeat<'a> {
+    let splits_fit = request.splits.is_empty() || request.collective == Collective::Alltoall;
+    let plain = request.refused.is_none() && request.stream.is_none() && splits_fit;
     let tensor = match request.tensors {
-        [tensor] if plain && !tensor.input.is_null() => Some(tensor),
+        [tensor] if plain => bytes_of(tensor).and_then(|bytes| {
+            let memory = memory_of(request, set, tensor, bytes).ok()?;
+            Some(((tensor.dtype, tensor.shape), memory))
+        }),
         _ => None,
     };
-    let region = |address: *mut u8| {
-        let bytes = tensor.and_then(bytes_of).unwrap_or(0);
-        // SAFETY: the caller of `submit` promised that both stay valid until the operation has an outcome.
-        unsafe { Region::new(address, bytes) }
-    };
-    let input = tensor.map_or(std::ptr::null_mut(), |tensor| tensor.input.cast_mut());
-    let output = tensor.map(|tensor| tensor.output).filter(|output| !output.is_null());
-    let apart = output.is_none_or(|output| {
-        output == input
-            || output.addr().abs_diff(input.addr()) as u64 >= tensor.and_then(bytes_of).unwrap_or(0)
-    });
+    let (input, output) = tensor.map_or((Region::none(), None), |(_, memory)| memory);
     Repeat {
         collective: request.collective,
         op: request.op,
         scale: request.scale,
         join_average: request.join_average,
-        tensor: tensor.filter(|_| apart).map(|tensor| (tensor.dtype, tensor.shape)),
-        input: region(input),
-        output: output.map(region),
+        root: request.root,
+        tensor: tensor.map(|(tensor, _)| tensor),
+        splits: request.splits,
+        input,
+        output,
     }
 }
 
@@ -146,14 +143,9 @@ fn bytes_of(tensor: &TensorArg<'_>) -> Option<u64> {
     tensor.shape.iter().try_fold(tensor.dtype.size() as u64, |bytes, &d| bytes.checked_mul(d))
 }
 
-/// Whether the first dimension is special, so that a scalar counts as one row.
-fn has_rows(what: Collective) -> bool {
-    what.has_free_rows() || matches!(what, Collective::Reducescatter | Collective::Scatter)
-}
-
 fn push_tensor(request: &Request<'_>, tensor: &TensorArg<'_>, signature: &mut Signature) {
     let mut shape = tensor.shape.to_vec();
-    if shape.is_empty() && has_rows(request.collective) {
+    if shape.is_empty() && request.collective.has_rows() {
         shape.push(1);
     }
     if request.collective.has_free_rows() {
@@ -162,13 +154,13 @@ fn push_tensor(request: &Request<'_>, tensor: &TensorArg<'_>, signature: &mut Si
     signature.tensors.push(TensorSignature { dtype: tensor.dtype, shape });
 }
 
-fn push_memory(
+/// The input of a tensor of so many bytes, and the output that the caller supplies.
+fn memory_of(
     request: &Request<'_>,
     set: &SetInfo,
     tensor: &TensorArg<'_>,
-    into: &mut Vec<(Region, Option<Region>)>,
-) -> Result<(), String> {
-    let bytes = bytes_of(tensor).expect("checked before");
+    bytes: u64,
+) -> Result<(Region, Option<Region>), String> {
     let me = set.me.map(|m| set.ranks[m as usize]);
     let gives = match request.collective {
         Collective::Broadcast | Collective::Scatter => me == Some(request.root),
@@ -203,8 +195,7 @@ fn push_memory(
             (!tensor.output.is_null()).then(|| Region::new(tensor.output, output_bytes)),
         )
     };
-    into.push((input, output));
-    Ok(())
+    Ok((input, output))
 }
 
 fn push_call(request: &Request<'_>, set: &SetInfo, into: &mut Submitted) -> Result<(), String> {

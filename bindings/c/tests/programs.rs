@@ -10,7 +10,8 @@ const STATIC_LIBRARIES: [&str; 5] = ["-lgcc_s", "-lpthread", "-lm", "-ldl", "-lc
 /// Builds the two libraries and tells where they are. Cargo does not tell tests where a cdylib went.
 fn libraries() -> PathBuf {
     let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "-p", "carole-c"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    // With the tests, so that dependencies have the same features and are not built again.
+    build.args(["build", "-p", "carole-c", "--lib", "--tests"]).current_dir(env!("CARGO_MANIFEST_DIR"));
     if !cfg!(debug_assertions) {
         build.arg("--release");
     }

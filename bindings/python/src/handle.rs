@@ -4,8 +4,9 @@
 use crate::device::{DeviceOutput, OnDevice};
 use crate::errors;
 use crate::output::Output;
+use crate::torch;
 use carole::error::Error;
-use carole::runtime::{self, Completion, Outcome};
+use carole::runtime::{self, Completion, Outcome, OutputTensor};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyType};
@@ -37,6 +38,8 @@ pub enum Finish {
         /// Called when the operation has ended, with whether it failed, before the result is made.
         ended: Option<Py<PyAny>>,
     },
+    /// A tensor of PyTorch over the one result, which the engine has made.
+    NewTensor,
     /// Tensors that are there already.
     Tensors {
         /// The tensor or the list of them.
@@ -147,6 +150,7 @@ impl Handle {
         let outcome = completion.result.map_err(|error| raise(py, &error))?;
         match finish {
             Some(Finish::Tensors { result }) => Ok(result.into_bound(py)),
+            Some(Finish::NewTensor) => new_tensor(py, outcome),
             Some(Finish::Arrays { outs, like, single, with_splits }) => {
                 arrays(py, outcome, stream, outs, like.as_ref(), single, with_splits)
             }
@@ -193,6 +197,15 @@ impl Drop for Handle {
             // Python drops its objects while attached.
             release_finished();
         }
+    }
+}
+
+fn new_tensor(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
+    match outcome.tensors.into_iter().next() {
+        Some(OutputTensor { memory: Some(memory), dtype, shape, .. }) => {
+            torch::tensor_over(py, memory, dtype, shape)
+        }
+        _ => Ok(py.None().into_bound(py)),
     }
 }
 

@@ -5,7 +5,8 @@ use crate::errors;
 use crate::exchange::Exchange;
 use crate::fastcall::text;
 use crate::handle::{Finish, Handle, release_finished};
-use carole::runtime::{self, Request, TensorArg};
+use crate::output::Output;
+use carole::runtime::{self, OwnedBytes, Request, TensorArg};
 use carole::types::{Collective, DType, Rank, ReduceOp, Scale, SetId};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -21,6 +22,8 @@ struct Torch {
     dtypes: Vec<(Py<PyAny>, DType)>,
     strided: Py<PyAny>,
     empty_like: Py<PyAny>,
+    /// What makes a tensor of an [`Output`].
+    to_torch: Py<PyAny>,
     everyone: Py<PyAny>,
     exchange: Option<Exchange>,
 }
@@ -28,7 +31,7 @@ struct Torch {
 static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
 
 /// Tells what torch is: the class of its tensors, its types with their codes, `torch.strided`, `torch.empty_like`,
-/// and the process set of all ranks.
+/// `carole._arrays.to_torch`, and the process set of all ranks.
 #[pyfunction]
 pub fn learn_torch(
     py: Python<'_>,
@@ -36,6 +39,7 @@ pub fn learn_torch(
     dtypes: Vec<(Py<PyAny>, u8)>,
     strided: Py<PyAny>,
     empty_like: Py<PyAny>,
+    to_torch: Py<PyAny>,
     everyone: Py<PyAny>,
 ) {
     let exchange = Exchange::of(class.as_any());
@@ -46,6 +50,7 @@ pub fn learn_torch(
         dtypes,
         strided,
         empty_like,
+        to_torch,
         everyone,
         exchange,
     });
@@ -114,12 +119,33 @@ impl Torch {
     }
 }
 
+/// A tensor over a result that the engine has made.
+pub fn tensor_over(
+    py: Python<'_>,
+    memory: OwnedBytes,
+    dtype: DType,
+    shape: Vec<u64>,
+) -> PyResult<Bound<'_, PyAny>> {
+    let torch = TORCH.get(py).ok_or_else(|| errors::usage(py, "carole.torch was not imported"))?;
+    torch.to_torch.bind(py).call1((Output::new(memory, dtype, shape),))
+}
+
+/// Where results go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Results {
+    InPlace,
+    /// New tensors like the inputs.
+    Alike,
+    /// The engine makes them.
+    Made,
+}
+
 /// The arguments of [`start`], as Python gave them.
 struct Call<'a, 'py> {
     torch: &'a Torch,
     collective: Collective,
     tensors: &'a Bound<'py, PyAny>,
-    in_place: bool,
+    results: Results,
     name: Option<String>,
     set: SetId,
     op: ReduceOp,
@@ -128,15 +154,18 @@ struct Call<'a, 'py> {
     waits: bool,
 }
 
-/// Starts an allreduce or a broadcast of a tensor, or of a list of tensors as one operation; in place, or into new
-/// tensors. Its name is `prefix.name` (`name` where the prefix is empty). `None` where the general way is to be
+/// Starts a collective of a tensor, or of a list of tensors as one operation: in place (`in_place` is true), into new
+/// tensors that are like the inputs (false), or, for one tensor, into one that the engine makes (none). Its name is `prefix.name` (`name` where the prefix is empty). `None` where the general way is to be
 /// taken. The handle's result is the tensor, or the list.
 ///
 /// The arguments: collective, tensors, in_place, prefix, name, set, op, pre, post, root, waits.
 pub fn start<'py>(py: Python<'py>, arguments: &[Bound<'py, PyAny>; 11]) -> PyResult<Option<Handle>> {
     release_finished();
     match understand(py, arguments) {
-        Some(call) if call.tensors.is_instance_of::<PyList>() => start_list(py, &call),
+        Some(call) if call.tensors.is_instance_of::<PyList>() => match call.results {
+            Results::Made => Ok(None),
+            _ => start_list(py, &call),
+        },
         Some(call) => start_one(py, call),
         // What is not as it should be, the general way refuses, and tells the other ranks.
         None => Ok(None),
@@ -158,7 +187,11 @@ fn understand<'a, 'py>(py: Python<'py>, arguments: &'a [Bound<'py, PyAny>; 11]) 
         torch,
         collective: Collective::from_code(collective.extract().ok()?)?,
         tensors,
-        in_place: in_place.is_truthy().ok()?,
+        results: match in_place.is_none() {
+            true => Results::Made,
+            false if in_place.is_truthy().ok()? => Results::InPlace,
+            false => Results::Alike,
+        },
         name,
         set: torch.set(set)?,
         op: ReduceOp::from_code(op.extract().ok()?)?,
@@ -170,20 +203,27 @@ fn understand<'a, 'py>(py: Python<'py>, arguments: &'a [Bound<'py, PyAny>; 11]) 
 
 fn start_one<'py>(py: Python<'py>, call: Call<'_, 'py>) -> PyResult<Option<Handle>> {
     let Some(view) = call.torch.view(call.tensors) else { return Ok(None) };
-    let result = match call.in_place {
+    let input = call.tensors.clone().unbind();
+    if call.results == Results::Made {
+        let made = TensorArg { output: std::ptr::null_mut(), ..argument(&view, view.data) };
+        let handle = call.post(py, &[made], Box::new(input))?;
+        return Ok(Some(Handle::new(handle, call.name, Finish::NewTensor)));
+    }
+    let in_place = call.results == Results::InPlace;
+    let result = match in_place {
         true => call.tensors.clone(),
         false => call.torch.empty_like.bind(py).call1((call.tensors,))?,
     };
-    let output = match call.in_place {
+    let output = match in_place {
         true => view.data,
         false => match call.torch.view(&result) {
             Some(output) => output.data,
             None => return Ok(None),
         },
     };
-    let keep: Box<dyn Any + Send> = match call.in_place {
-        true => Box::new(result.clone().unbind()),
-        false => Box::new((call.tensors.clone().unbind(), result.clone().unbind())),
+    let keep: Box<dyn Any + Send> = match in_place {
+        true => Box::new(input),
+        false => Box::new((input, result.clone().unbind())),
     };
     let tensors = [argument(&view, output)];
     let handle = call.post(py, &tensors, keep)?;
@@ -201,7 +241,7 @@ fn start_list<'py>(py: Python<'py>, call: &Call<'_, 'py>) -> PyResult<Option<Han
         Some(views) if !views.is_empty() => views,
         _ => return Ok(None),
     };
-    let made = match call.in_place {
+    let made = match call.results == Results::InPlace {
         true => inputs,
         false => {
             let like = |input: &Bound<'py, PyAny>| call.torch.empty_like.bind(py).call1((input,));

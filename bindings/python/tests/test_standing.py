@@ -1,4 +1,4 @@
-"""Small allreduces that repeat: after a few they are done without agreement, until somebody deviates."""
+"""Small collectives that repeat: after a few they are done without agreement, until somebody deviates."""
 
 import os
 import random
@@ -75,6 +75,122 @@ def test_values(size):
     assert run(size, body_values) == ["ok"] * size
 
 
+def all_kinds(turn, dtype, prefix):
+    """Every other collective that may stand, and what it must give: (name, call, result or none)."""
+    me, size = carole.rank(), carole.size()
+
+    def of(rank, rows=(2, 3)):
+        return values(rank + 3 * turn, rows, dtype)
+
+    def rows(rank):
+        # A scalar is a row, and one rank has none.
+        return of(rank, () if rank == 0 else (rank - 1,))
+
+    def splits(rank):
+        return [(rank + to) % 3 for to in range(size)]
+
+    def sends(rank):
+        return of(rank, (sum(splits(rank)), 2))
+
+    def received(rank):
+        at = sum(splits(rank)[:me])
+        return sends(rank)[at : at + splits(rank)[me]]
+
+    dealt = [of(rank, (2 * size + 1, 3)) for rank in range(size)]
+    begin = me * 2 + min(me, 1)
+    mine = slice(begin, begin + 2 + (me == 0))
+    root = size - 1
+    op = carole.Max if dtype.kind == "b" else carole.Sum
+    calls = [
+        ("broadcast", lambda name: carole.broadcast(of(me), root, name=name), of(root)),
+        ("scalar", lambda name: carole.broadcast(of(me, ()), root, name=name), of(root, ())),
+        ("allgather", lambda name: carole.allgather(of(me), name=name), np.concatenate([of(r) for r in range(size)])),
+        (
+            "uneven",
+            lambda name: carole.allgather(rows(me), name=name),
+            np.concatenate([rows(r).reshape(-1) for r in range(size)]),
+        ),
+        ("reducescatter", lambda name: carole.reducescatter(dealt[me], op, name=name), combine(op, dealt, dtype)[mine]),
+        (
+            "reduce",
+            lambda name: carole.reduce(of(me), root, op=op, name=name),
+            combine(op, [of(r) for r in range(size)], dtype) if me == root else None,
+        ),
+        (
+            "alltoall",
+            lambda name: carole.alltoall(of(me, (size * 2, 3)), name=name),
+            np.concatenate([of(r, (size * 2, 3))[me * 2 : me * 2 + 2] for r in range(size)]),
+        ),
+        (
+            "splits",
+            lambda name: carole.alltoall(sends(me), splits(me), name=name),
+            (np.concatenate([received(r) for r in range(size)]), [splits(r)[me] for r in range(size)]),
+        ),
+    ]
+    return [(f"{prefix}.{kind}", call, result) for kind, call, result in calls]
+
+
+def body_kinds():
+    settle("first")
+    for dtype in all_types():
+        for turn in range(ENOUGH):
+            for name, call, expected in all_kinds(turn, dtype, dtype.name):
+                result = call(name)
+                if isinstance(expected, tuple):
+                    assert list(result[1]) == list(expected[1]), (name, turn)
+                    result, expected = result[0], expected[0]
+                if expected is None:
+                    assert result is None, (name, turn)
+                else:
+                    close(result, expected, (name, turn))
+        for name, _, _ in all_kinds(0, dtype, dtype.name):
+            assert stands(name), name
+    return stay()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_kind(size):
+    assert run(size, body_kinds) == ["ok"] * size
+
+
+def body_other_rows():
+    """Rows and splits are no part of what must agree: who has others makes an ordinary operation of it."""
+    me, size = carole.rank(), carole.size()
+    settle("first")
+
+    def gather(rows):
+        return carole.allgather(np.full((rows, 2), me, np.int32), name="rows").shape[0]
+
+    def exchange(splits):
+        return list(carole.alltoall(np.arange(sum(splits), dtype=np.int64), splits, name="splits")[1])
+
+    for lone in range(size):
+        for _ in range(ENOUGH):
+            assert gather(2) == 2 * size
+            assert exchange([1] * size) == [1] * size
+        assert stands("rows") and stands("splits")
+        assert gather(2 + (me == lone)) == 2 * size + 1
+        assert exchange([1 + (me == lone)] * size) == [1 + (rank == lone) for rank in range(size)]
+        assert not stands("rows") and not stands("splits")
+    # Another root, and splits that cannot be.
+    for _ in range(ENOUGH):
+        carole.broadcast(np.full(2, me), 0, name="root")
+    assert stands("root")
+    text = catch(carole.MismatchError, lambda: carole.broadcast(np.full(2, me), 1 if me else 0, name="root"))
+    assert "'root'" in text and "root" in text.replace("'root'", ""), text
+    for _ in range(ENOUGH):
+        gather(2)
+    assert stands("rows")
+    text = catch(ValueError, lambda: carole.alltoall(np.zeros(3 * size), [size] * (size + 1), name="rows"))
+    assert "splits" in text, text
+    return stay()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_other_rows(size):
+    assert run(size, body_other_rows) == ["ok"] * size
+
+
 def body_does_not():
     ones = np.ones(3, np.float32)
     big = np.ones(4097, np.uint8)
@@ -82,7 +198,7 @@ def body_does_not():
         time.sleep(0.001)
         assert (carole.allreduce(ones, carole.Sum, name="small") == carole.size()).all()
         carole.allreduce(big, carole.Sum, name="big")
-        carole.allgather(ones, name="gather")
+        carole.gather(ones, 0, name="gather")
         carole.allreduce(ones, carole.Sum)
     return stay([stands(name) for name in ("small", "big", "gather", "allreduce.noname.0")])
 

@@ -358,28 +358,58 @@ fn repeat(random: &mut Random, size: u32, program: &mut Program) {
     }
 }
 
-/// Small allreduces of one name, one after the other: after a few they are done without agreement, until somebody
+/// Small collectives of one name, one after the other: after a few they are done without agreement, until somebody
 /// deviates.
 fn stand(random: &mut Random, size: u32, program: &mut Program) {
     let set = random.below(program.sets.len() as u64) as usize;
     let members = program.sets[set].clone();
-    let mut like = plain(random, size, Collective::Allreduce, set, "stands".into());
+    let what = match random.once_in(2) {
+        true => Collective::Allreduce,
+        // The last is a barrier, which has no tensor.
+        false => random.pick(&COLLECTIVES[..COLLECTIVES.len() - 1]),
+    };
+    let mut like = plain(random, size, what, set, "stands".into());
     like.dtype = random.pick(&[DType::F32, DType::F32, DType::I64, DType::BF16]);
-    like.op = random.pick(&[ReduceOp::Sum, ReduceOp::Average, ReduceOp::Max]);
-    let rows = vec![random.pick(&[1, 1, 5, 40]); members.len()];
+    if what.reduces() {
+        like.op = random.pick(&[ReduceOp::Sum, ReduceOp::Average, ReduceOp::Max]);
+    }
+    if what.has_root() {
+        like.root = Rank(random.pick(&members));
+    }
+    let n = members.len();
+    let matrix: Vec<Vec<u64>> = (0..n).map(|_| (0..n).map(|_| random.below(4)).collect()).collect();
+    let rows: Vec<u64> = match what.has_free_rows() {
+        true => (0..n).map(|_| random.below(6)).collect(),
+        false => vec![random.pick(&[1, 1, 5, 40]); n],
+    };
     let row = random.pick(&[1, 3, 7]);
     let pause = HORIZON_NS / 16;
     let mut before = None;
     for step in 1..=6 + random.below(10) {
         let mut op = like.clone();
         op.salt = random.below(1000);
-        // Now and then all of them go on with something else.
-        let rows = rows.iter().map(|rows| rows + u64::from(step % 7 == 6)).collect();
-        op.tensors = vec![(row, rows)];
-        op.in_place = random.once_in(2);
+        // Now and then all of them go on with something else, or one where ranks may differ.
+        let other = random.below(n as u64 + 1);
+        let differs =
+            |m: usize| step % 7 == 6 && (!what.has_free_rows() || other == n as u64 || other == m as u64);
+        if what == Collective::Alltoall {
+            let splits = matrix
+                .iter()
+                .enumerate()
+                .map(|(m, row)| row.iter().map(|split| split + u64::from(differs(m))).collect::<Vec<u64>>());
+            let splits: Vec<Vec<u64>> = splits.collect();
+            op.tensors = vec![(row, splits.iter().map(|split| split.iter().sum()).collect())];
+            op.splits = vec![splits];
+        } else {
+            let rows = rows.iter().enumerate().map(|(m, rows)| rows + u64::from(differs(m)));
+            op.tensors = vec![(row, rows.collect())];
+        }
+        op.in_place = matches!(what, Collective::Allreduce | Collective::Broadcast) && random.once_in(2);
         if random.once_in(10) && members.len() > 1 {
             let kinds = [Wrong::DType, Wrong::Shape, Wrong::Op, Wrong::Collective, Wrong::Refused];
-            op.wrong = Some((Rank(random.pick(&members)), random.pick(&kinds)));
+            // Only an allreduce can differ in every way.
+            let wrong = if what == Collective::Allreduce { random.pick(&kinds) } else { Wrong::Refused };
+            op.wrong = Some((Rank(random.pick(&members)), wrong));
         }
         op.at = (0..size).map(|_| step * pause + random.below(pause)).collect();
         op.needs.extend(before);

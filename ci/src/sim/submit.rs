@@ -82,18 +82,21 @@ fn start(engine: &mut Engine, submission: &Submission<'_>, twice: bool, now: Tim
     let standings = engine.standings();
     let Some(standing) = standings.find(submission.set, submission.name) else { return Ok(false) };
     let (signature, memory) = (submission.signature, submission.tensors.first());
-    let nothing = Region::none();
+    let (what, call) = (signature.collective, submission.call);
+    let tensor = signature.tensors.first().filter(|_| signature.tensors.len() == 1);
+    let mut shape = tensor.map_or(Vec::new(), |tensor| tensor.shape.clone());
+    if what.has_free_rows() && !shape.is_empty() {
+        shape[0] = call.iter().sum();
+    }
     let call = Repeat {
-        collective: signature.collective,
+        collective: what,
         op: signature.op,
         scale: signature.scale,
         join_average: signature.join_average,
-        tensor: signature
-            .tensors
-            .first()
-            .filter(|_| signature.tensors.len() == 1 && submission.refused.is_none())
-            .map(|tensor| (tensor.dtype, &tensor.shape[..])),
-        input: memory.map_or(nothing, |memory| memory.input),
+        root: signature.root,
+        tensor: tensor.filter(|_| submission.refused.is_none()).map(|tensor| (tensor.dtype, &shape[..])),
+        splits: if what == Collective::Alltoall { call } else { &[] },
+        input: memory.map_or(Region::none(), |memory| memory.input),
         output: memory.and_then(|memory| memory.output),
     };
     let post = |op: OpId| standings.post(&standing, &call, || Ok(op)).map_err(|error| error.to_string());

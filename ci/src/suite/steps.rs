@@ -119,10 +119,10 @@ pub fn all(scale: Scale) -> Vec<Step> {
     let mut steps = vec![
         Step::new("rustfmt", "cargo fmt --all -- --check"),
         Step::new("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
-        Step::new("tidy", "cargo test --quiet -p carole --test tidy"),
+        Step::new("tidy", &format!("cargo test --quiet {PACKAGES} --test tidy")),
     ];
     steps.extend(rust_tests());
-    steps.push(Step::new("doc tests", "cargo test --doc -p carole"));
+    steps.push(Step::new("doc tests", &format!("cargo test --doc {PACKAGES}")));
     steps.push(
         Step::new("loom models", "cargo test --release -p carole --lib loom")
             .with("RUSTFLAGS", "--cfg loom")
@@ -245,7 +245,8 @@ fn processes(long: bool) -> Vec<Step> {
 /// A task of this program that starts `carolerun`, which lies beside it.
 fn with_launcher(name: &'static str, line: &str) -> Step {
     let own = std::env::current_exe().expect("a program knows where it lies");
-    Step::new(name, "cargo build --quiet --release -p carole --bins")
+    // Together with this program, as it was built.
+    Step::new(name, "cargo build --quiet --release -p ci -p carole --bin carolerun --bin carole-perf")
         .then(&format!("{} {line}", own.display()))
 }
 

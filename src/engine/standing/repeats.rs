@@ -1,10 +1,9 @@
 //! Which operations stand, as the agreed log tells, and what the engine does for their starts.
 #![forbid(unsafe_code)]
 
+use super::share::{Share, slot_bytes};
 use super::{Inner, Look, Standing, Standings, Start, lock};
 use crate::coordinator::{Agreed, ENGINE_NAMES, PLAN_NAMES};
-use crate::device::Finish;
-use crate::engine::batch::divisor;
 use crate::engine::boards::Seating;
 use crate::engine::operation::Ended;
 use crate::engine::{Engine, Submission, TensorMemory};
@@ -12,17 +11,14 @@ use crate::error::Error;
 use crate::hash::Map;
 use crate::limits::{BOARD_NICHES_BYTES, CACHE_KEYS_MAX, NICHE_BYTES_MAX};
 use crate::transport::board::Niche;
-use crate::types::{
-    Collective, Place, Rank, SetId, SharedSignature, Signature, TensorKey, TensorSignature, Time,
-};
+use crate::types::{Place, Rank, SetId, SharedSignature, TensorKey, Time};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 /// What a set remembers to see that an operation repeats, and where its niches lie.
 #[derive(Default)]
 pub(in crate::engine) struct Repeats {
-    /// How often a key of the response cache was agreed on in a row, by what its name and signature were.
-    seen: Map<TensorKey, (Arc<str>, SharedSignature, u32)>,
+    seen: Map<TensorKey, Seen>,
     /// Where the niches end that were given out.
     end: usize,
     /// Niches that were given back, by their size.
@@ -31,19 +27,38 @@ pub(in crate::engine) struct Repeats {
     given: u64,
 }
 
+/// How often a key of the response cache was agreed on in a row.
+struct Seen {
+    name: Arc<str>,
+    signature: SharedSignature,
+    /// The row counts or splits of all members.
+    rows: Vec<u64>,
+    times: u32,
+}
+
 impl Repeats {
     /// Whether this is the time from which on the operation stands.
     fn note(&mut self, agreed: &Agreed, stands_after: u32) -> bool {
         if self.seen.len() >= CACHE_KEYS_MAX && !self.seen.contains_key(&agreed.key) {
             self.seen.clear();
         }
-        let fresh = || (Arc::clone(&agreed.name), Arc::clone(&agreed.signature), 0);
-        let (name, signature, times) = self.seen.entry(agreed.key).or_insert_with(fresh);
-        if *name != agreed.name || *signature != agreed.signature || !agreed.absent.is_empty() {
-            (*name, *signature, *times) = fresh();
+        // Of others the values of a call are no rows.
+        let rows = if agreed.signature.collective.has_free_rows() { &agreed.call.values[..] } else { &[] };
+        let seen = self.seen.entry(agreed.key).or_insert_with(|| Seen {
+            name: Arc::clone(&agreed.name),
+            signature: Arc::clone(&agreed.signature),
+            rows: rows.to_vec(),
+            times: 0,
+        });
+        if seen.name != agreed.name || seen.signature != agreed.signature || seen.rows != rows {
+            seen.name = Arc::clone(&agreed.name);
+            seen.signature = Arc::clone(&agreed.signature);
+            seen.rows.clear();
+            seen.rows.extend_from_slice(rows);
+            seen.times = 0;
         }
-        *times += u32::from(agreed.absent.is_empty());
-        *times >= stands_after
+        seen.times = if agreed.absent.is_empty() { seen.times + 1 } else { 0 };
+        seen.times >= stands_after
     }
 
     fn take(&mut self, size: usize) -> Option<(usize, u64)> {
@@ -79,11 +94,11 @@ impl Engine {
             return;
         }
         let Seating::Taken(seat) = &set.seating else { return };
-        let bytes = bytes_of(&agreed.signature);
+        let (size, root) = (set.size(), set.root_of(&agreed.signature));
+        let bytes = slot_bytes(agreed, size, root) as usize;
         let Some((offset, next)) = set.repeats.take(Niche::size(bytes)) else { return };
         set.repeats.seen.remove(&agreed.key);
         let places = seat.places().iter().map(|place| place.niche(offset)).collect();
-        let finish = Finish { divisor: divisor(agreed, set.size()), post: agreed.signature.scale.post };
         self.standings.insert(Standing {
             set: id,
             name: Arc::clone(&agreed.name),
@@ -91,7 +106,7 @@ impl Engine {
             ranks: Arc::clone(&set.ranks),
             niche: Niche::new(set.me() as usize, places, bytes),
             offset,
-            finish,
+            share: Share::new(agreed, set.me(), size, root),
             inner: Mutex::new(Inner { next, start: None, is_over: false }),
         });
     }
@@ -102,13 +117,17 @@ impl Engine {
         // Names of a ring are told apart by order, and the same one may be in flight twice.
         let is_named =
             !agreed.name.starts_with([ENGINE_NAMES, PLAN_NAMES]) && !agreed.name.contains(".noname.");
-        signature.collective == Collective::Allreduce
-            && signature.place == Place::Host
+        let is_small = || {
+            let set = &self.sets[&id];
+            let bytes = slot_bytes(agreed, set.size(), set.root_of(signature));
+            (1..=NICHE_BYTES_MAX as u64).contains(&bytes)
+        };
+        signature.place == Place::Host
             && signature.tensors.len() == 1
-            && (1..=NICHE_BYTES_MAX).contains(&bytes_of(signature))
             && is_named
             && !self.setup.uniform
             && self.goes_over_boards(id, signature)
+            && is_small()
     }
 
     /// Looks at what somebody sleeps for, makes ordinary operations of starts from which a member has withdrawn, and
@@ -157,7 +176,7 @@ impl Engine {
             name: &standing.name,
             hold: false,
             signature: &standing.signature,
-            call: &[],
+            call: &standing.share.call,
             tensors: &[TensorMemory { input: start.input, output }],
             refused: None,
             on_device: None,
@@ -209,9 +228,4 @@ impl Engine {
             || self.standings.awaits.load(Ordering::SeqCst)
                 && lock(&self.standings.awaited).iter().any(|standing| standing.has_news())
     }
-}
-
-fn bytes_of(signature: &Signature) -> usize {
-    let bytes = |t: &TensorSignature| t.elements().saturating_mul(t.dtype.size() as u64);
-    usize::try_from(signature.tensors.first().map_or(0, bytes)).unwrap_or(usize::MAX)
 }

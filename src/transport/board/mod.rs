@@ -21,7 +21,7 @@
 //! Where the tensors of all members lie in the arenas of their boards ([`BoardMemory::find`]), nothing is posted and
 //! nothing settled: the members reduce them where they are (`lent`).
 //!
-//! Small allreduces that repeat need no seat's turn: each has a *niche* on all boards ([`Niche`]).
+//! Small collectives that repeat need no seat's turn: each has a *niche* on all boards ([`Niche`]).
 //!
 //! Tensors on devices go from device to device, with boards for the counters only: [`device`].
 //!
@@ -40,7 +40,7 @@ mod tests;
 pub use arena::Block;
 pub use exchange::{AREA_UNIT, Back, Exchange, Part, Place, Share};
 pub use memory::{BOARD_BYTES, BoardMemory};
-pub use niche::{Niche, Progress};
+pub use niche::{Niche, Progress, Shown};
 
 use crate::error::Cause;
 use crate::limits::BOARD_SLOTS;

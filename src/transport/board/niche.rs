@@ -1,8 +1,8 @@
-//! Niches: what the members of a set exchange a small allreduce through that stands ([`crate::engine::standing`]).
+//! Niches: what the members of a set exchange a small collective through that stands ([`crate::engine::standing`]).
 //!
 //! Each member has a niche of two slots on its own board, at the same place behind its seat. A slot holds the number
-//! of a start and its bytes. Whoever starts writes its bytes and then the number; whoever finds the number in the slots
-//! of all reduces them itself, in member order. So nobody waits for what another does after it has started, and that
+//! of a start and its owner's bytes. Whoever starts writes its bytes and then the number; whoever finds the number in the
+//! slots of all takes from them what it gets: it reduces them itself, in member order, or copies pieces of them. So nobody waits for what another does after it has started, and that
 //! is one way through memory. Two slots are enough: a member starts again only when it has read all of the start before,
 //! and no other can have come further than one start.
 //!
@@ -26,7 +26,19 @@ pub struct Niche {
     me: usize,
     /// By member: the board, and where on it the niche begins.
     places: Vec<(Arc<BoardMemory>, usize)>,
+    /// Room of a slot.
     bytes: usize,
+}
+
+/// Bytes that a member has shown.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shown {
+    /// Whose.
+    pub member: usize,
+    /// The first of them in its slot.
+    pub from: usize,
+    /// How many.
+    pub len: usize,
 }
 
 /// How far a start has come.
@@ -41,7 +53,7 @@ pub enum Progress {
 }
 
 impl Niche {
-    /// Bytes on each board of a niche for `bytes` bytes.
+    /// Bytes on each board of a niche in which each member shows at most `bytes` bytes.
     #[must_use]
     pub fn size(bytes: usize) -> usize {
         (2 * Niche::stride(bytes)).next_multiple_of(LINE_BYTES)
@@ -61,7 +73,7 @@ impl Niche {
         Niche { me, places, bytes }
     }
 
-    /// The bytes of each member.
+    /// What each member may show.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -85,12 +97,12 @@ impl Niche {
         self.places[member].0.bytes_at(at, self.bytes).expect("a niche lies on its board")
     }
 
-    /// Starts: shows the others this member's bytes. All earlier starts are over here.
-    pub fn post(&self, start: u64, input: Region) {
-        assert!(input.len() == self.bytes as u64);
+    /// Starts: shows the others the first `len` bytes of the input. All earlier starts are over here.
+    pub fn post(&self, start: u64, input: Region, len: usize) {
+        assert!(len <= self.bytes && len as u64 <= input.len());
         // SAFETY: the submitter keeps the input alive and unwritten until the operation has ended; nobody reads the slot,
         // since all others have read the start before the last, or they would not have started the last.
-        unsafe { std::ptr::copy_nonoverlapping(input.as_ptr(), self.payload(self.me, start), self.bytes) };
+        unsafe { std::ptr::copy_nonoverlapping(input.as_ptr(), self.payload(self.me, start), len) };
         self.number(self.me, start).store(start, Ordering::Release);
     }
 
@@ -137,16 +149,39 @@ impl Niche {
         self.places.iter().enumerate().filter(|(member, _)| *member != self.me).map(|(_, place)| place)
     }
 
-    /// Reduces what all have shown of a start that is [`Progress::Complete`].
-    pub fn reduce(&self, start: u64, reduction: Reduction, pre: f64, finish: Finish, output: Region) {
-        assert!(output.len() == self.bytes as u64);
+    /// Reduces what all have shown of a start that is [`Progress::Complete`], from the byte `from` on, into all of the
+    /// output.
+    pub fn reduce(
+        &self,
+        start: u64,
+        from: usize,
+        reduction: Reduction,
+        pre: f64,
+        finish: Finish,
+        output: Region,
+    ) {
+        let len = output.len() as usize;
+        assert!(from + len <= self.bytes);
         let mut sources = [std::ptr::null(); BOARD_MEMBERS_MAX];
         for (member, source) in sources.iter_mut().enumerate().take(self.places.len()) {
-            *source = self.payload(member, start).cast_const();
+            *source = self.payload(member, start).wrapping_add(from).cast_const();
         }
         let sources = &sources[..self.places.len()];
         // SAFETY: the bytes of all members were published before their numbers, and stay until this member starts
         // again; the submitter has given the output away until the operation has ended.
-        unsafe { host::reduce_many(reduction, output.as_ptr(), sources, self.bytes, pre, finish) };
+        unsafe { host::reduce_many(reduction, output.as_ptr(), sources, len, pre, finish) };
+    }
+
+    /// Copies what members have shown of a start that is [`Progress::Complete`], end to end.
+    pub fn copy(&self, start: u64, shown: &[Shown], output: Region) {
+        let mut at = 0;
+        for shown in shown {
+            assert!(shown.from + shown.len <= self.bytes && (at + shown.len) as u64 <= output.len());
+            let source = self.payload(shown.member, start).wrapping_add(shown.from);
+            // SAFETY: as in `reduce`; a board and a caller's memory do not overlap, but for a tensor in shared memory,
+            // which is no part of a niche.
+            unsafe { std::ptr::copy_nonoverlapping(source, output.as_ptr().wrapping_add(at), shown.len) };
+            at += shown.len;
+        }
     }
 }

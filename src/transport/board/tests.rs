@@ -204,15 +204,21 @@ fn niches_are_reduced_by_each_member_and_withdrawn_from_for_good() {
         let mut values = [[start as f32, 1.0, 2.0], [3.0; 3], [0.5; 3]];
         // SAFETY: the values outlive what is done with them here.
         let regions = values.each_mut().map(|v| unsafe { Region::new(v.as_mut_ptr().cast(), 12) });
-        niches[0].post(start, regions[0]);
-        niches[2].post(start, regions[2]);
+        niches[0].post(start, regions[0], 12);
+        niches[2].post(start, regions[2], 12);
         assert_eq!(niches[0].progress(start), Progress::Waiting);
         assert_eq!(niches[0].missing(start).collect::<Vec<_>>(), [1]);
-        niches[1].post(start, regions[1]);
+        niches[1].post(start, regions[1], 12);
         for (member, niche) in niches.iter().enumerate() {
             assert_eq!(niche.progress(start), Progress::Complete);
             let reduction = Reduction { dtype: DType::F32, op: ReduceOp::Sum };
-            niche.reduce(start, reduction, 1.0, Finish { divisor: 1, post: 1.0 }, regions[member]);
+            niche.reduce(start, 0, reduction, 1.0, Finish { divisor: 1, post: 1.0 }, regions[member]);
+            let mut some = [0f32; 2];
+            // SAFETY: as above.
+            let output = unsafe { Region::new(some.as_mut_ptr().cast(), 8) };
+            let shown = [Shown { member: 1, from: 4, len: 4 }, Shown { member: 0, from: 0, len: 4 }];
+            niche.copy(start, &shown, output);
+            assert_eq!(some, [3.0, start as f32], "pieces end to end");
         }
         assert!(values.iter().all(|v| *v == [start as f32 + 3.5, 4.5, 5.5]), "{values:?}");
     }

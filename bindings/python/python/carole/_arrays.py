@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import Any, Callable, Optional, Set, Tuple, Union
 
 from ._native import DeviceOutput, Output
 
@@ -59,10 +59,21 @@ def _of_library(output: DeviceOutput, library: str) -> Any:
         return output
 
 
+# Types that this torch's DLPack was found not to take.
+_not_exchanged: Set[str] = set()
+
+
 def to_torch(output: Union[Output, DeviceOutput]) -> Any:
-    """A torch tensor over the memory of `output`. It goes by bytes, which every torch's DLPack can read."""
+    """A torch tensor over the memory of `output`; by its bytes, which every torch's DLPack can read, where its type is
+    not taken."""
     import torch
 
+    if output.nbytes and isinstance(output, Output) and output.dtype not in _not_exchanged:
+        try:
+            # A capsule is not asked what devices it is for.
+            return torch.from_dlpack(output.__dlpack__())
+        except Exception:  # noqa: BLE001 (versions of torch have different errors for this)
+            _not_exchanged.add(output.dtype)
     dtype = getattr(torch, output.dtype)
     if isinstance(output, DeviceOutput):
         device = torch.device("cuda", output.device)

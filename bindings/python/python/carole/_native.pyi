@@ -150,12 +150,18 @@ def submit_raw(
     streams: Optional[Tuple[int, Callable[[], int], int]] = None,
 ) -> Handle: ...
 def learn_torch(
-    class_: type, dtypes: Sequence[Tuple[Any, int]], strided: Any, empty_like: Callable[[Any], Any], everyone: Any, /
+    class_: type,
+    dtypes: Sequence[Tuple[Any, int]],
+    strided: Any,
+    empty_like: Callable[[Any], Any],
+    to_torch: Callable[[Any], Any],
+    everyone: Any,
+    /,
 ) -> None: ...
 def start(
     collective: int,
     tensors: Any,
-    in_place: bool,
+    in_place: Optional[bool],
     prefix: str,
     name: Optional[str],
     set: Any,

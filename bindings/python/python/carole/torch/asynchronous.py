@@ -24,7 +24,7 @@ _CODES = {
 }  # fmt: skip
 
 _native.learn_torch(
-    torch.Tensor, list(_CODES.items()), torch.strided, torch.empty_like, global_process_set
+    torch.Tensor, list(_CODES.items()), torch.strided, torch.empty_like, _arrays.to_torch, global_process_set
 )
 _start = _native.start
 
@@ -286,8 +286,13 @@ def sparse_allreduce_async(tensor, name, op, process_set=global_process_set) -> 
 
 def start_allgather(tensor: Any, name: Optional[str], process_set: ProcessSet, waits: bool = False) -> Handle:
     """Starts an allgather of one tensor."""
+    tensor = _detached(tensor)
+    if not _observed:
+        handle = _start(ALLGATHER, tensor, None, "allgather", name, process_set, Sum, 1.0, 1.0, 0, waits)
+        if handle is not None:
+            return handle
     return submit(
-        ALLGATHER, [_detached(tensor)], None, lambda outcome: _tensors(outcome)[0],
+        ALLGATHER, [tensor], None, lambda outcome: _tensors(outcome)[0],
         _named("allgather", name), process_set, waits=waits,
     )  # fmt: skip
 
@@ -337,6 +342,12 @@ def broadcast_async_(tensor, root_rank, name=None, process_set=global_process_se
 
 def start_alltoall(tensor: Any, splits: Any, name: Optional[str], process_set: ProcessSet,
               with_splits: bool, waits: bool = False) -> Handle:  # fmt: skip
+    """Starts an alltoall of one tensor; with `with_splits` the result has the received splits beside it."""
+    tensor = _detached(tensor)
+    if not _observed and splits is None and not with_splits:
+        handle = _start(ALLTOALL, tensor, None, "alltoall", name, process_set, Sum, 1.0, 1.0, 0, waits)
+        if handle is not None:
+            return handle
     refused = None
     if isinstance(splits, torch.Tensor):
         if splits.dim() != 1 or splits.dtype.is_floating_point:
@@ -348,7 +359,7 @@ def start_alltoall(tensor: Any, splits: Any, name: Optional[str], process_set: P
         return (output, torch.tensor(outcome[1], dtype=torch.int32)) if with_splits else output
 
     return submit(
-        ALLTOALL, [_detached(tensor)], None, finish, _named("alltoall", name), process_set, splits=splits,
+        ALLTOALL, [tensor], None, finish, _named("alltoall", name), process_set, splits=splits,
         refused=refused, waits=waits,
     )  # fmt: skip
 
@@ -374,6 +385,11 @@ def _reducescatter(tensors: List[Any], single: bool, name: Optional[str], op: in
 def start_reducescatter(tensor: Any, name: Optional[str], op: int, pre: float, post: float, process_set: ProcessSet,
                         waits: bool = False) -> Handle:  # fmt: skip
     """Starts a reducescatter of one tensor."""
+    tensor = _detached(tensor)
+    if not _observed and op in (Average, Sum):
+        handle = _start(REDUCESCATTER, tensor, None, "reducescatter", name, process_set, op, pre, post, 0, waits)
+        if handle is not None:
+            return handle
     name = _named("reducescatter", name)
     return _reducescatter([tensor], True, name, op, pre, post, process_set, None, waits)
 

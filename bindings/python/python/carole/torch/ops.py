@@ -30,8 +30,11 @@ from .asynchronous import (
     poll,
     reducescatter_async,
     sparse_allreduce_async,
+    start_allgather,
     start_allreduce,
+    start_alltoall,
     start_broadcast,
+    start_reducescatter,
     submit,
     synchronize,
 )
@@ -58,10 +61,18 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _is_recorded(tensor: Any) -> bool:
+    # Where it is not, autograd's detour would cost more than a small collective does.
+    return getattr(tensor, "requires_grad", False) and torch.is_grad_enabled()
+
+
 def allreduce(tensor, average=None, name=None, compression=Compression.none, op=None, prescale_factor=1.0,
               postscale_factor=1.0, process_set=global_process_set) -> torch.Tensor:  # fmt: skip
     """The reduction of all ranks' tensors, on every rank. Differentiable."""
     op = handle_average_backwards_compatibility(op, average)
+    if compression is Compression.none and not _is_recorded(tensor):
+        handle = start_allreduce(tensor, False, name, op, prescale_factor, postscale_factor, process_set, True)
+        return synchronize(handle)
     compressed, ctx = compression.compress(tensor)
     reduced = HorovodAllreduce.apply(compressed, None, name, op, prescale_factor, postscale_factor, process_set)
     return compression.decompress(reduced, ctx)
@@ -96,6 +107,8 @@ def grouped_allreduce_(tensors, average=None, name=None, op=None, prescale_facto
 
 def allgather(tensor, name=None, process_set=global_process_set) -> torch.Tensor:
     """All ranks' tensors joined along the first dimension, which may differ. Differentiable."""
+    if not _is_recorded(tensor):
+        return synchronize(start_allgather(tensor, name, process_set, True))
     return HorovodAllgather.apply(tensor, name, process_set)
 
 
@@ -106,6 +119,8 @@ def grouped_allgather(tensors, name=None, process_set=global_process_set) -> Lis
 
 def broadcast(tensor, root_rank, name=None, process_set=global_process_set) -> torch.Tensor:
     """The root's tensor, on every rank; `root_rank` counts in the whole job. Differentiable."""
+    if not _is_recorded(tensor):
+        return synchronize(start_broadcast(tensor, False, root_rank, name, process_set, True))
     return HorovodBroadcast.apply(tensor, root_rank, name, process_set)
 
 
@@ -117,6 +132,8 @@ def broadcast_(tensor, root_rank, name=None, process_set=global_process_set) -> 
 def alltoall(tensor, splits=None, name=None, process_set=global_process_set) -> Any:
     """Rank j gets the j-th split of every rank's rows. Returns the rows, and with `splits` also how many came
     from each rank. Differentiable."""
+    if not _is_recorded(tensor):
+        return synchronize(start_alltoall(tensor, splits, name, process_set, splits is not None, True))
     output, received = HorovodAlltoall.apply(tensor, splits, name, process_set)
     return output if splits is None else (output, received)
 
@@ -125,6 +142,9 @@ def reducescatter(tensor, name=None, compression=Compression.none, op=Average, p
                   prescale_factor=1.0, postscale_factor=1.0) -> torch.Tensor:  # fmt: skip
     """This rank's rows of the reduction; the lower ranks get one row more where they do not divide evenly.
     Average and Sum only. Differentiable."""
+    if compression is Compression.none and not _is_recorded(tensor):
+        handle = start_reducescatter(tensor, name, op, prescale_factor, postscale_factor, process_set, True)
+        return synchronize(handle)
     compressed, ctx = compression.compress(tensor)
     reduced = HorovodReducescatter.apply(compressed, name, op, process_set, prescale_factor, postscale_factor)
     return compression.decompress(reduced, ctx)
