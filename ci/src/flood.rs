@@ -70,15 +70,30 @@ pub fn run(settings: &Settings) -> Verdict {
     let unrelated = unrelated().map_err(|e| format!("no listener beside the job: {e}"))?;
     let mut random = Random::new(&[settings.seed]);
     let mut spans = Vec::new();
+    let mut worked = Duration::ZERO;
     let mut count = Count::default();
     for turn in 0..turns {
         let targets = if turn % 2 == 0 { &[unrelated][..] } else { &ports };
-        let begin = now_ms();
+        let (begin, before) = (now_ms(), porters(&job, settings.ranks));
         count.passed += flood(targets, settings.rate, &mut random);
         spans.push((begin + SETTLE_MS, now_ms()));
+        if turn % 2 == 1 {
+            worked += porters(&job, settings.ranks).saturating_sub(before);
+        }
     }
     std::fs::write(&until, "").map_err(|e| format!("the job cannot be told to end: {e}"))?;
     let marks = end(job)?;
+    let flooded: f64 = spans.iter().skip(1).step_by(2).map(|(from, to)| to - from + SETTLE_MS).sum();
+    println!(
+        "flood: {} connections, {} a second, to the {} ports of a job of {} ranks over {} and to an unrelated listener, in \
+         turn; to answer them the job's porters took {:.2} % of a processor's time for each rank",
+        count.passed,
+        settings.rate,
+        ports.len(),
+        settings.ranks,
+        settings.transport,
+        worked.as_secs_f64() * 1e5 / flooded / f64::from(settings.ranks),
+    );
     let steps: Vec<Option<f64>> = spans.iter().map(|span| step_ms(&marks, *span)).collect();
     let cost = |pair: &[Option<f64>]| Some((pair[1]? / pair[0]? - 1.0) * 100.0);
     let mut costs: Vec<f64> = steps.chunks_exact(2).filter_map(cost).collect();
@@ -89,19 +104,30 @@ pub fn run(settings: &Settings) -> Verdict {
     }
     let at = |share: f64| costs[((costs.len() - 1) as f64 * share).round() as usize];
     println!(
-        "flood: {} connections, {} a second, to the {} ports of a job of {} ranks over {} make a step (256 KiB) {:.1} % \
-         longer than the same to an unrelated listener (median of {} pairs; a quarter below {:.1} %, a quarter above {:.1} %)",
-        count.passed,
-        settings.rate,
-        ports.len(),
-        settings.ranks,
-        settings.transport,
+        "flood: a step (256 KiB) takes {:.1} % longer in the former (median of {} pairs; a quarter below {:.1} %, a quarter \
+         above {:.1} %)",
         at(0.5),
         costs.len(),
         at(0.25),
         at(0.75)
     );
     Ok(count)
+}
+
+/// The processor time that the ranks' threads have taken which answer connections.
+fn porters(job: &Job, ranks: u32) -> Duration {
+    let threads = |rank| {
+        let tasks = format!("/proc/{}/task", job.pid(rank).as_raw_nonzero());
+        std::fs::read_dir(tasks).into_iter().flatten().flatten().map(|entry| entry.path())
+    };
+    let porter = |task: &PathBuf| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "carole-porter")
+    };
+    let took = |task: PathBuf| -> Option<u64> {
+        let stat = std::fs::read_to_string(task.join("schedstat")).ok()?;
+        stat.split_whitespace().next()?.parse().ok()
+    };
+    Duration::from_nanos((0..ranks).flat_map(threads).filter(porter).filter_map(took).sum())
 }
 
 /// A listener that takes every connection and closes it.

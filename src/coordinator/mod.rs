@@ -363,9 +363,15 @@ impl Coordinator {
         }
     }
 
+    /// Whether this member has joined and not all have.
+    #[must_use]
+    pub fn has_joined(&self) -> bool {
+        self.join.op.is_some()
+    }
+
     /// Takes an operation.
     pub fn submit(&mut self, submission: Submission<'_>, now: Time) -> Result<(), SubmitError> {
-        if self.join.op.is_some() {
+        if self.has_joined() {
             return Err(SubmitError::HasJoined);
         }
         if self.ops.len() >= IN_FLIGHT_MAX {

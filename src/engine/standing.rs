@@ -356,7 +356,7 @@ impl Standing {
     fn is(&self, call: &Repeat<'_>) -> bool {
         let (what, known, tensor) = (call.collective, &*self.signature, &self.signature.tensors[0]);
         let is_like = |(dtype, shape): (DType, &[u64])| {
-            dtype == tensor.dtype && self.share.has_rows_of(&tensor.shape, shape, call)
+            dtype == tensor.dtype && self.share.fits(&tensor.shape, shape, call)
         };
         what == known.collective
             && (!what.reduces() || (call.op == known.op && call.scale == known.scale))

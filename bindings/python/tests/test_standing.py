@@ -281,6 +281,35 @@ def test_join(size):
     assert run(size, body_join) == ["ok"] * size
 
 
+def body_join_before():
+    """What makes an operation stand may be agreed on when a rank has joined, which will not start it."""
+    me, size = carole.rank(), carole.size()
+    ones = settle("first")
+    for name in ("a", "b", "c"):
+        # From the third agreement on it stands.
+        for _ in range(2):
+            assert (carole.allreduce(ones, carole.Sum, name=name) == size).all()
+    carole.barrier()
+    if me > 0:
+        handles = [carole.allreduce_async(ones, carole.Sum, name=name) for name in ("a", "b", "c")]
+        assert carole.join() >= 0
+        assert all((handle.wait() == size).all() for handle in handles)
+    else:
+        time.sleep(0.5)
+        for name in ("a", "b", "c"):
+            assert (carole.allreduce(ones, carole.Sum, name=name) == size).all()
+        for name in ("a", "b", "c"):
+            assert (carole.allreduce(ones, carole.Sum, name=name) == 1).all()
+        assert carole.join() >= 0
+    assert (carole.allreduce(ones, carole.Sum, name="a") == size).all()
+    return "ok"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_join_before_it_stands(size):
+    assert run(size, body_join_before) == ["ok"] * size
+
+
 def body_unwaited():
     """A start is nobody's to wait for: it ends by itself, and by a look at it."""
     me, size = carole.rank(), carole.size()

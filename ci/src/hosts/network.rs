@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// The largest packet on a shaped link before it is cut into segments.
@@ -38,7 +39,9 @@ impl Network {
 
     /// Makes the hosts and lets the router forward between all of them.
     pub fn new(hosts: u32, family: Family) -> Result<Network, String> {
-        let network = Network { prefix: format!("carole{}", std::process::id()), hosts };
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let network = Network { prefix: format!("carole{}n{number}", std::process::id()), hosts };
         // A run that was killed may have had this number.
         network.remove();
         let router = network.router();

@@ -199,20 +199,22 @@ impl Cluster {
         carried: &Sets,
     ) -> Cluster {
         let strict = random.once_in(4);
-        let program = program(&mut random, size, strict, carried);
-        let per_host = 1 + random.below(u64::from(size)) as u32;
-        let even = random.once_in(2);
+        // What only ranks of one host do, and only where nothing is forced, would else be met in few clusters.
+        let within = network.has_boards() && size <= 9 && random.once_in(2);
+        let program = program(&mut random, size, (strict, within), carried);
+        let per_host = if within { size } else { 1 + random.below(u64::from(size)) as u32 };
+        let even = within || random.once_in(2);
         let hosts: Arc<[u32]> = match even {
             true => (0..size).map(|r| r / per_host).collect(),
             false => first_seen((0..size).map(|_| random.below(u64::from(size.div_ceil(per_host))))),
         };
         let list = ["ring", "tree", "doubling", "direct", "hierarchical"];
-        let forced = if random.once_in(3) { None } else { Some(random.pick(&list)) };
+        let forced = if within || random.once_in(3) { None } else { Some(random.pick(&list)) };
         let fusion_bytes = random.pick(&[0, 3000, 1 << 20]);
-        let cache_keys = random.pick(&[0, 4, 1024]);
+        let cache_keys = if within { 1024 } else { random.pick(&[0, 4, 1024]) };
         let eager_bytes_max = random.pick(&[0, 64, 8 << 10]);
         let window_bytes = random.pick(&[4096, 1 << 20]);
-        let uniform = random.once_in(2);
+        let uniform = !within && random.once_in(2);
         let lent_bytes = random.pick(&[1, 1000, 16 << 10]);
         let stands_after = random.pick(&[1, 1, 2, 3]);
         let fault = fault(&mut random, size);
@@ -246,7 +248,8 @@ impl Cluster {
                 };
                 let options = FlowOptions { eager_bytes_max, checksums };
                 let fabric = Fabric::new(network.clone(), Rank(r), options);
-                let engine = match order.sabotage.filter(|bug| r == 1 || bug.is_everywhere()) {
+                let of_links = |bug: &Sabotage| bug.is_of_links() && (r == 1 || bug.is_everywhere());
+                let engine = match order.sabotage.filter(of_links) {
                     Some(bug) => Engine::new(setup, Box::new(Sabotaged { fabric, bug })),
                     None => Engine::new(setup, Box::new(fabric)),
                 };
@@ -414,6 +417,7 @@ impl Cluster {
     /// Submits what is due on a rank and can be submitted.
     fn submit_due(&mut self, i: usize, now: Time) -> Result<bool, String> {
         let skipped = self.skipped_sync();
+        let joins_untold = self.order.sabotage == Some(Sabotage::JoinUntold);
         let (node, program) = (&mut self.nodes[i], &self.program);
         let mut moved = false;
         let mut at = node.plan.len();
@@ -427,7 +431,7 @@ impl Cluster {
                 Some(false) => continue,
                 None => node.skipped[op] = true,
                 Some(true) if i == 1 && skipped == Some(op) => node.skipped[op] = true,
-                Some(true) if joins_too_early(node, &program.ops[op], now) => continue,
+                Some(true) if !joins_untold && joins_too_early(node, &program.ops[op], now) => continue,
                 Some(true) => {
                     let alone = program.sets[program.ops[op].set].len() == 1;
                     let twice = !alone && self.random.once_in(16);

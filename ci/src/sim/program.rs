@@ -131,8 +131,8 @@ pub const HORIZON_NS: u64 = 20_000_000;
 pub const BUSY_RANKS_MAX: u32 = 256;
 
 /// The operations of a cluster of `size` ranks, which has these process sets from the start. In strict mode some have
-/// values that are rounded.
-pub fn program(random: &mut Random, size: u32, strict: bool, carried: &Sets) -> Program {
+/// values that are rounded; `within`: more is done that only ranks of one host do in ways of their own.
+pub fn program(random: &mut Random, size: u32, (strict, within): (bool, bool), carried: &Sets) -> Program {
     if size > BUSY_RANKS_MAX {
         let barrier = |i| plain(random, size, Collective::Barrier, 0, format!("barrier/{i}"));
         let ops = (0..4).map(barrier).collect();
@@ -165,11 +165,13 @@ pub fn program(random: &mut Random, size: u32, strict: bool, carried: &Sets) -> 
     if (2..=9).contains(&size) && random.once_in(3) {
         repeat(random, size, &mut program);
     }
-    if (2..=9).contains(&size) && random.once_in(3) {
-        stand(random, size, &mut program);
-    }
-    if size > 1 && random.once_in(4) {
-        join(random, size, strict, &mut program);
+    let stands = (2..=9).contains(&size) && random.once_in(if within { 1 } else { 3 });
+    let stands = stands.then(|| stand(random, size, &mut program));
+    if size > 1 && random.once_in(if within { 2 } else { 4 }) {
+        // Who joins withdraws from what stands.
+        let set = stands.filter(|_| random.once_in(2));
+        let set = set.unwrap_or_else(|| random.below(program.sets.len() as u64) as usize);
+        join(random, size, strict, set, &mut program);
     }
     for set in 1..program.sets.len() {
         if random.once_in(2) {
@@ -359,8 +361,8 @@ fn repeat(random: &mut Random, size: u32, program: &mut Program) {
 }
 
 /// Small collectives of one name, one after the other: after a few they are done without agreement, until somebody
-/// deviates.
-fn stand(random: &mut Random, size: u32, program: &mut Program) {
+/// deviates. Returns their set.
+fn stand(random: &mut Random, size: u32, program: &mut Program) -> usize {
     let set = random.below(program.sets.len() as u64) as usize;
     let members = program.sets[set].clone();
     let what = match random.once_in(2) {
@@ -416,12 +418,12 @@ fn stand(random: &mut Random, size: u32, program: &mut Program) {
         before = Some(program.ops.len());
         program.push(op);
     }
+    set
 }
 
-/// The ranks of one set join, each at its own time: what they would have submitted later goes on without
+/// The ranks of a set join, each at its own time: what they would have submitted later goes on without
 /// them. When all have joined, they go on together.
-fn join(random: &mut Random, size: u32, strict: bool, program: &mut Program) {
-    let set = random.below(program.sets.len() as u64) as usize;
+fn join(random: &mut Random, size: u32, strict: bool, set: usize, program: &mut Program) {
     let members = program.sets[set].clone();
     let index = program.ops.len();
     let mut join = plain(random, size, Collective::Join, set, "join".into());

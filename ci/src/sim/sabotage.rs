@@ -38,9 +38,15 @@ pub enum Sabotage {
     HeldTooSoon,
     /// The verdict of an epoch that broke is not passed on.
     VerdictLost,
+    /// A rank joins without a word to those who go on with what stands.
+    JoinUntold,
 }
 
 impl Sabotage {
+    /// Whether links are made worse. Then there are no boards, or what is to go wrong would go over them.
+    pub fn is_of_links(self) -> bool {
+        self != Sabotage::JoinUntold
+    }
     /// News that one rank does not pass on mostly come another way.
     pub fn is_everywhere(self) -> bool {
         matches!(

@@ -12,6 +12,7 @@ use crate::{Count, Verdict, matrix};
 use clap::Args;
 use site::Site;
 pub use site::{Ended, PATIENCE, Running, program, start};
+use std::sync::{Mutex, PoisonError};
 
 /// What to run.
 #[derive(Args, Clone)]
@@ -31,6 +32,8 @@ pub struct Settings {
 }
 
 type Scene = fn(&Settings) -> Result<(), String>;
+
+const SCENES_AT_ONCE: usize = 3;
 
 const SCENES: [(&str, Scene); 8] = [
     ("IPv6 alone", ipv6_alone),
@@ -56,8 +59,22 @@ pub fn run(settings: &Settings) -> Verdict {
     }
     let scenes = SCENES.into_iter().chain(refusals::SCENES).chain(failures::SCENES).chain(elastic::SCENES);
     let wanted = |name: &str| settings.scene.as_ref().is_none_or(|words| name.contains(words));
-    for (name, scene) in scenes.filter(|(name, _)| wanted(name)) {
-        match scene(settings) {
+    let played = play(scenes.filter(|(name, _)| wanted(name)).collect(), settings)?;
+    Ok(Count { passed: count.passed + played.passed, skipped: count.skipped + played.skipped })
+}
+
+/// Plays scenes, several at a time: each has hosts of its own, and mostly waits.
+fn play(scenes: Vec<(&'static str, Scene)>, settings: &Settings) -> Verdict {
+    let rest = Mutex::new((scenes.into_iter(), Ok(Count::default())));
+    let lock = || rest.lock().unwrap_or_else(PoisonError::into_inner);
+    let next = || {
+        let (scenes, verdict) = &mut *lock();
+        scenes.next().filter(|_| verdict.is_ok())
+    };
+    let note = |name: &str, outcome: Result<(), String>| {
+        let (_, verdict) = &mut *lock();
+        let Ok(count) = verdict else { return };
+        match outcome {
             Ok(()) => {
                 println!("ssh: {name}: as it should be");
                 count.passed += 1;
@@ -66,10 +83,19 @@ pub fn run(settings: &Settings) -> Verdict {
                 println!("ssh: {name}: {words}");
                 count.skipped += 1;
             }
-            Err(words) => return Err(format!("{name}: {words}")),
+            Err(words) => *verdict = Err(format!("{name}: {words}")),
         }
-    }
-    Ok(count)
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..SCENES_AT_ONCE {
+            scope.spawn(|| {
+                while let Some((name, scene)) = next() {
+                    note(name, scene(settings));
+                }
+            });
+        }
+    });
+    rest.into_inner().unwrap_or_else(PoisonError::into_inner).1
 }
 
 /// A job of `ci rank` on all hosts.

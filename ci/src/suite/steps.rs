@@ -171,7 +171,10 @@ const CUDA_TESTS: [&str; 3] = ["kernels", "cuda", "cuda_direct"];
 
 fn rust_tests() -> Vec<Step> {
     let nextest = Need::Program("cargo-nextest").is_met();
-    let run = if nextest { "cargo nextest run --no-fail-fast" } else { "cargo test --no-fail-fast" };
+    let run = match nextest {
+        true => "cargo nextest run --config-file ci/nextest.toml --no-fail-fast",
+        false => "cargo test --no-fail-fast",
+    };
     let all = if nextest { "" } else { "--lib --bins --tests" };
     let cuda = CUDA_TESTS.map(|test| format!("--test {test}")).join(" ");
     // Only nextest can leave tests out by the binary in which they are.

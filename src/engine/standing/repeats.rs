@@ -3,7 +3,7 @@
 
 use super::share::{Share, slot_bytes};
 use super::{Inner, Look, Standing, Standings, Start, lock};
-use crate::coordinator::{Agreed, ENGINE_NAMES, PLAN_NAMES};
+use crate::coordinator::{Agreed, Coordinator, ENGINE_NAMES, PLAN_NAMES};
 use crate::engine::boards::Seating;
 use crate::engine::operation::Ended;
 use crate::engine::{Engine, Submission, TensorMemory};
@@ -109,6 +109,10 @@ impl Engine {
             share: Share::new(agreed, set.me(), size, root),
             inner: Mutex::new(Inner { next, start: None, is_over: false }),
         });
+        // What this member submitted before it joined may stand only now; it will not start it.
+        if set.coordinator.as_ref().is_some_and(Coordinator::has_joined) {
+            self.standings.withdraw_all(id);
+        }
     }
 
     /// Whether such an operation can stand: a function of what is agreed.

@@ -72,7 +72,7 @@ impl Share {
     }
 
     /// Whether a call, of the agreed type, has the agreed shape `known`, and the rows and splits of this member.
-    pub fn has_rows_of(&self, known: &[u64], shape: &[u64], call: &Repeat<'_>) -> bool {
+    pub fn fits(&self, known: &[u64], shape: &[u64], call: &Repeat<'_>) -> bool {
         // A scalar counts as one row where rows count.
         let shape = if shape.is_empty() && call.collective.has_rows() { &[1] } else { shape };
         if !call.collective.has_free_rows() {

@@ -86,6 +86,11 @@ struct State {
 pub struct Network(Arc<Mutex<State>>);
 
 impl Network {
+    /// Whether ranks have boards.
+    #[must_use]
+    pub fn has_boards(&self) -> bool {
+        self.lock().options.boards
+    }
     /// A network at time 0.
     #[must_use]
     pub fn new(options: SimOptions) -> Network {
