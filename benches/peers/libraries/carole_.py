@@ -58,7 +58,12 @@ class Carole(Library):
         def into_output() -> None:
             carole.reducescatter(inputs[0], carole.Sum, name="one", out=outputs[0])
 
-        return {"into output": into_output}
+        def new_output() -> Tensors:
+            return [hvd.reducescatter(inputs[0], op=hvd.Sum, name="one")]
+
+        # To look at a tensor through DLPack takes longer than a small reducescatter does.
+        is_small = inputs[0].numel() <= 16 << 10
+        return {"new output": new_output} if is_small else {"into output": into_output}
 
     def _broadcast(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
         def by_name() -> None:
