@@ -130,7 +130,7 @@ pub fn all(scale: Scale) -> Vec<Step> {
             .quickly(),
     );
     steps.push(
-        Step::task("simulator", &format!("sim --seeds {}", scale.of(1500, 1_000_000)))
+        Step::task("simulator", &format!("sim --seeds {}", scale.of(2000, 1_000_000)))
             .within(Duration::from_secs(if long { 48 * 3600 } else { 1800 })),
     );
     steps.push(Step::task("agreed steps", pick("agreement --ranks-max 256", "agreement")));
