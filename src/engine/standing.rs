@@ -1,9 +1,9 @@
 //! Standing operations: small collectives that repeat, done without any agreement.
 //!
 //! A collective of one tensor of a few kilobytes that has been agreed on a few times with the same name, signature, row
-//! counts and splits *stands*: from there on each start goes through a niche on the boards of the members ([`Niche`]), by whoever submits and whoever
-//! waits, and neither the coordinator nor the engine hears of it. That it stands, and where its niche lies, are functions
-//! of the agreed log, so all members know it before any of them can submit that name again.
+//! counts and splits *stands*: from there on each start goes through a niche on the boards of the members ([`Niche`]),
+//! by whoever submits and whoever waits, and neither the coordinator nor the engine hears of it. That it stands, and
+//! where its niche lies, are functions of the agreed log, so all members know it before any can submit that name again.
 //!
 //! Whoever deviates withdraws from the next start: by submitting the name with anything else, or by joining. The others
 //! see that in the niche, and the start becomes an ordinary operation on all members: what it then comes to is agreed as

@@ -1,4 +1,4 @@
-//! What one member puts into each start of an operation that stands, and what it takes out: functions of what is agreed.
+//! What a member puts into each start of an operation that stands, and what it takes out: functions of what is agreed.
 #![forbid(unsafe_code)]
 
 use super::Repeat;
@@ -57,14 +57,15 @@ impl Share {
             None => Takes::Nothing,
         };
         let free = signature.collective.has_free_rows();
-        let received = (0..size).map(|from| split(&agreed.call, from, me, 0, size));
         Share {
             call: if free { agreed.call.of(Member(me)).to_vec() } else { Vec::new() },
             input_bytes: sizes.input as usize,
             output_bytes: sizes.output as usize,
             shape,
             received_splits: match signature.collective {
-                Collective::Alltoall => received.collect(),
+                Collective::Alltoall => {
+                    (0..size).map(|from| split(&agreed.call, from, me, 0, size)).collect()
+                }
                 _ => Vec::new(),
             },
             takes,

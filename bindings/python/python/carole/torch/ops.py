@@ -1,7 +1,8 @@
 """The collectives on torch tensors, with Horovod's names, signatures and defaults.
 
 Tensors are dense and contiguous, in host memory or on a CUDA device. Results are new tensors of the same type, or
-(functions whose name ends with an underscore) replace the contents of the tensor given. `op` and `average` exclude each other.
+(functions whose name ends with an underscore) replace the contents of the tensor given. `op` and `average` exclude each
+other.
 Errors: a wrong call is a `carole.UsageError` (a ValueError); what fails in flight is a `HorovodInternalError`.
 """
 
