@@ -217,7 +217,7 @@ fn other_messages() -> Vec<Vec<u8>> {
     let marks = vec![(SetId(0), 700), (SetId(4), 1)];
     let all = [
         Message::Heartbeat,
-        Message::Goodbye { who: Rank(2), clean: true },
+        Message::Goodbye { who: Rank(2), clean: true, sent: 3 },
         Message::Closed { set: SetId(0), who: Rank(2) },
         Message::Mark { set: SetId(0), mark: 300 },
         Message::Abort(broken(Cause::Exited)),

@@ -29,6 +29,10 @@ pub(super) enum Flight {
         peer: Rank,
         /// Its process set.
         set: SetId,
+        /// Its name.
+        stream: Stream,
+        /// Whether it is sent from here.
+        sends: bool,
     },
 }
 
@@ -393,7 +397,7 @@ impl Engine {
         }
     }
 
-    fn drop_flight(&mut self, slot: usize) {
+    pub(super) fn drop_flight(&mut self, slot: usize) {
         let Some(flight) = self.flights[slot].take() else { return };
         self.flying -= 1;
         let run = match &flight {

@@ -32,7 +32,8 @@ impl Engine {
             self.meet_neighbours();
             for place in 0..self.links.up().len() {
                 let to = self.links.up()[place];
-                self.say(to, &wire::Message::Goodbye { who: self.me, clean });
+                let sent = self.sent_to(to);
+                self.say(to, &wire::Message::Goodbye { who: self.me, clean, sent });
             }
         } else {
             for to in self.links.up().to_vec() {
@@ -82,10 +83,11 @@ impl Engine {
                 for place in 0..self.leavers.len() {
                     let (who, clean) = self.leavers[place];
                     if who != peer {
-                        self.say(peer, &wire::Message::Goodbye { who, clean });
+                        self.say(peer, &wire::Message::Goodbye { who, clean, sent: 0 });
                     }
                 }
-                self.say(peer, &wire::Message::Goodbye { who: self.me, clean });
+                let sent = self.sent_to(peer);
+                self.say(peer, &wire::Message::Goodbye { who: self.me, clean, sent });
             }
         }
     }
@@ -97,7 +99,7 @@ impl Engine {
     }
 
     /// A neighbour has sent the goodbye of a rank, perhaps its own.
-    pub(super) fn hear_goodbye(&mut self, peer: Rank, who: Rank, clean: bool, now: Time) {
+    pub(super) fn hear_goodbye(&mut self, peer: Rank, who: Rank, clean: bool, sent: u64, now: Time) {
         if self.left.is_some() {
             if peer == who {
                 // Both have left: neither needs the link.
@@ -112,6 +114,7 @@ impl Engine {
         if peer != who {
             return;
         }
+        self.farewells.insert(who, sent);
         for id in self.set_ids().collect::<Vec<SetId>>() {
             let Some(set) = self.sets.get(&id) else { continue };
             let parent = set.coordinator.as_ref().and_then(|c| c.parent()).map(|m| set.ranks[m.0 as usize]);
@@ -133,6 +136,11 @@ impl Engine {
     /// Whether a rank is known to have left.
     pub(super) fn has_departed(&self, who: Rank) -> bool {
         self.membership.has_departed(who)
+    }
+
+    /// Whether a rank has left with nothing under way.
+    pub(super) fn has_left_cleanly(&self, who: Rank) -> bool {
+        self.leavers.iter().any(|&(leaver, clean)| leaver == who && clean)
     }
 
     /// A rank has left; heard of for the first time.
@@ -183,11 +191,17 @@ impl Engine {
         }
     }
 
-    /// Closes the links to ranks that have left, as soon as nothing in flight may still come from them.
+    /// Closes the links to ranks that have left, as soon as nothing may still come from them: for what is in flight, or
+    /// messages that nobody has asked for yet.
     pub(super) fn close_departed(&mut self) {
         let mut place = 0;
         while place < self.departing.len() {
             let who = self.departing[place];
+            if !self.has_all_of(who) {
+                place += 1;
+                continue;
+            }
+            self.end_unsent(who);
             if self.flights.iter().flatten().any(|flight| self.may_need(flight, who)) {
                 place += 1;
                 continue;

@@ -56,7 +56,9 @@ impl Engine {
     fn carry_out_intent(&mut self, intent: Intent, now: Time) {
         match intent {
             Intent::Heartbeat(to) => self.say(to, &wire::Message::Heartbeat),
-            Intent::Goodbye { to, who, clean } => self.say(to, &wire::Message::Goodbye { who, clean }),
+            Intent::Goodbye { to, who, clean } => {
+                self.say(to, &wire::Message::Goodbye { who, clean, sent: 0 });
+            }
             Intent::Abort { to, broken } => self.say(to, &wire::Message::Abort(Broken::clone(&broken))),
             Intent::Seek(rank) => self.links.request(rank),
             Intent::Ballot { to, verdict, broken, marks } => {

@@ -5,7 +5,8 @@ use crate::error::Cause;
 use crate::fork;
 use crate::memory::{Memory, RunId};
 use crate::transport::board::BoardMemory;
-use crate::transport::{Events, Fabric, FabricEvent, Link, LinkOrder};
+use crate::transport::flow::Leftovers;
+use crate::transport::{Events, Fabric, FabricEvent, Link, LinkOrder, Stream};
 use crate::types::{Rank, Time};
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -26,6 +27,8 @@ enum Slot {
     Requested(Waiting),
     /// Up.
     Up(Box<dyn Link>),
+    /// The peer is gone, and some messages of it can still be received.
+    Left(Leftovers),
     /// It was up, or could not come up; the peer is gone.
     Dead,
 }
@@ -36,6 +39,10 @@ pub struct Links {
     slots: Vec<Slot>,
     /// Peers whose links are up.
     up: Vec<Rank>,
+    /// Peers that are gone and have left messages.
+    left: Vec<Rank>,
+    /// The streams of those messages.
+    lasting: fn(Stream) -> bool,
 }
 
 /// What happened to a link.
@@ -57,10 +64,11 @@ pub enum LinkChange {
 }
 
 impl Links {
-    /// No links yet.
+    /// No links yet. What has landed of `lasting` streams outlives its link.
     #[must_use]
-    pub fn new(fabric: Box<dyn Fabric>, size: u32) -> Links {
-        Links { fabric, slots: (0..size).map(|_| Slot::None).collect(), up: Vec::new() }
+    pub fn new(fabric: Box<dyn Fabric>, size: u32, lasting: fn(Stream) -> bool) -> Links {
+        let slots = (0..size).map(|_| Slot::None).collect();
+        Links { fabric, slots, up: Vec::new(), left: Vec::new(), lasting }
     }
 
     /// Peers whose links are up.
@@ -103,7 +111,32 @@ impl Links {
     /// Whether there is no link to a peer any more, or never will be.
     #[must_use]
     pub fn is_dead(&self, peer: Rank) -> bool {
-        matches!(self.slots[peer.0 as usize], Slot::Dead)
+        matches!(self.slots[peer.0 as usize], Slot::Left(_) | Slot::Dead)
+    }
+
+    /// Whether the link to a peer is up.
+    #[must_use]
+    pub fn is_up(&self, peer: Rank) -> bool {
+        matches!(self.slots[peer.0 as usize], Slot::Up(_))
+    }
+
+    /// Lasting messages of a peer that have arrived whole and were not received yet.
+    #[must_use]
+    pub fn landed(&self, peer: Rank) -> u64 {
+        match &self.slots[peer.0 as usize] {
+            Slot::Up(link) => link.landed(self.lasting),
+            _ => 0,
+        }
+    }
+
+    /// Whether the message of a stream has arrived whole, and was not received yet.
+    #[must_use]
+    pub fn holds(&self, peer: Rank, stream: Stream) -> bool {
+        match &self.slots[peer.0 as usize] {
+            Slot::Up(link) => link.holds(stream),
+            Slot::Left(leftovers) => leftovers.holds(stream),
+            _ => false,
+        }
     }
 
     /// Asks for a link without giving it anything to do.
@@ -122,6 +155,7 @@ impl Links {
         match &mut self.slots[peer.0 as usize] {
             Slot::Up(link) => link.post(order),
             Slot::Requested(waiting) => waiting.orders.push(order),
+            Slot::Left(leftovers) => leftovers.post(order),
             Slot::None | Slot::Dead => {}
         }
     }
@@ -137,7 +171,7 @@ impl Links {
         match &mut self.slots[peer.0 as usize] {
             Slot::Up(link) => link.tell(message),
             Slot::Requested(waiting) => waiting.messages.push(message.to_vec()),
-            Slot::None | Slot::Dead => {}
+            Slot::None | Slot::Left(_) | Slot::Dead => {}
         }
     }
 
@@ -158,7 +192,7 @@ impl Links {
         let peer = link.peer();
         let slot = &mut self.slots[peer.0 as usize];
         match slot {
-            Slot::Up(_) | Slot::Dead => return,
+            Slot::Up(_) | Slot::Left(_) | Slot::Dead => return,
             Slot::Requested(waiting) => {
                 for message in waiting.messages.drain(..) {
                     link.tell(&message);
@@ -176,17 +210,14 @@ impl Links {
     }
 
     fn fall(&mut self, peer: Rank, culprit: Rank, cause: Cause, changes: &mut Vec<LinkChange>) {
-        let slot = &mut self.slots[peer.0 as usize];
-        disown(slot);
-        let was = std::mem::replace(slot, Slot::Dead);
-        self.up.retain(|&p| p != peer);
-        match was {
-            Slot::Dead => {}
+        match &self.slots[peer.0 as usize] {
+            Slot::Dead | Slot::Left(_) => return,
             Slot::Up(_) => changes.push(LinkChange::Down(peer, cause)),
             Slot::None | Slot::Requested(_) => {
                 changes.push(LinkChange::Unreachable { peer, culprit, cause });
             }
         }
+        self.close(peer);
     }
 
     /// Moves bytes on one link (by its place in [`Links::up`]); what happened is appended to `events`.
@@ -211,6 +242,24 @@ impl Links {
         }
     }
 
+    /// Hands out messages of a peer that is gone (by its place in [`Links::left`]).
+    pub fn settle_left(&mut self, place: usize, memory: &Memory, events: &mut Events) -> bool {
+        let slot = &mut self.slots[self.left[place].0 as usize];
+        let Slot::Left(leftovers) = slot else { unreachable!("left lists peers that have left messages") };
+        let moved = leftovers.settle(memory, events);
+        if leftovers.is_empty() {
+            *slot = Slot::Dead;
+            self.left.swap_remove(place);
+        }
+        moved
+    }
+
+    /// Peers that are gone and have left messages.
+    #[must_use]
+    pub fn left(&self) -> &[Rank] {
+        &self.left
+    }
+
     /// When a peer was last heard of.
     #[must_use]
     pub fn heard(&self, peer: Rank) -> Option<Time> {
@@ -226,6 +275,7 @@ impl Links {
             match slot {
                 Slot::Up(link) => link.withdraw(run, memory),
                 Slot::Requested(waiting) => waiting.orders.retain(|order| order.token.run != run),
+                Slot::Left(leftovers) => leftovers.withdraw(run),
                 Slot::None | Slot::Dead => {}
             }
         }
@@ -289,12 +339,20 @@ impl Links {
         })
     }
 
-    /// Forgets a peer that has said goodbye: the end of its connection is no failure.
+    /// Forgets a peer that has said goodbye: the end of its connection is no failure. Lasting messages that are here
+    /// stay.
     pub fn close(&mut self, peer: Rank) {
         let slot = &mut self.slots[peer.0 as usize];
         disown(slot);
-        *slot = Slot::Dead;
+        *slot = match std::mem::replace(slot, Slot::Dead) {
+            Slot::Up(link) => link.leave(self.lasting).map_or(Slot::Dead, Slot::Left),
+            Slot::Left(leftovers) => Slot::Left(leftovers),
+            Slot::None | Slot::Requested(_) | Slot::Dead => Slot::Dead,
+        };
         self.up.retain(|&p| p != peer);
+        if matches!(slot, Slot::Left(_)) && !self.left.contains(&peer) {
+            self.left.push(peer);
+        }
     }
 }
 

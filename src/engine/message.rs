@@ -35,8 +35,10 @@ impl Engine {
     /// Takes a point-to-point message.
     pub fn submit_message(&mut self, m: &MessageSubmission, shape: &[u64]) -> Result<()> {
         self.quiet_until = None;
+        let next = self.messages.get(&(m.set, m.peer, m.tag, m.sends)).copied().unwrap_or_default();
+        let stream = message_stream(m.set, m.tag, next);
         match self.admit(m.set, m.op) {
-            _ if self.broken.is_none() && self.has_departed(m.peer) => {
+            _ if self.broken.is_none() && self.has_departed(m.peer) && !self.may_still_receive(m, stream) => {
                 return Err(Error::Shutdown(Some(m.peer)));
             }
             // A message needs its two ends and nobody else.
@@ -70,15 +72,14 @@ impl Engine {
             });
         }
         self.ops.insert(m.op, operation);
-        let counter = self.messages.entry((m.set, m.peer, m.tag, m.sends)).or_insert(0);
-        let stream = message_stream(m.set, m.tag, *counter);
-        *counter += 1;
+        self.messages.insert((m.set, m.peer, m.tag, m.sends), next + 1);
         let run = self.memory.register([m.memory]);
         // An empty message has no piece; the ends still meet, so that one of another length is found out.
         let list: Arc<[Piece]> = Arc::new([Piece { region: 0, offset: 0, len: m.memory.len() }]);
         let bytes = PieceRange { list, start: 0, end: u32::from(!m.memory.is_empty()) };
         let kind = if m.sends { OrderKind::Send { src: bytes } } else { OrderKind::Recv { dst: bytes } };
-        self.place_flight(run, Flight::Message { op: m.op, run, peer: m.peer, set: m.set });
+        let (op, peer, set, sends) = (m.op, m.peer, m.set, m.sends);
+        self.place_flight(run, Flight::Message { op, run, peer, set, stream, sends });
         self.links.post(m.peer, LinkOrder { token: Token { run, window: 0, step: 0 }, stream, kind });
         Ok(())
     }
@@ -89,10 +90,45 @@ impl Engine {
         if !matches!(slot, Some(Flight::Message { run: of, .. }) if *of == run) {
             return;
         }
-        let Some(Flight::Message { op, .. }) = slot.take() else { return };
+        let Some(Flight::Message { op, peer, sends, .. }) = slot.take() else { return };
+        let (sent, received) = self.exchanged.entry(peer).or_default();
+        *if sends { sent } else { received } += 1;
         self.flying -= 1;
         self.memory.forget(run);
         self.end(op, error.map_or(Ok(()), Err));
+    }
+
+    /// Messages that a rank was sent from here.
+    pub(super) fn sent_to(&self, peer: Rank) -> u64 {
+        self.exchanged.get(&peer).map_or(0, |&(sent, _)| sent)
+    }
+
+    /// Whether all messages are here that a rank has sent that has left. It counts them in its goodbye; until that has
+    /// come, nobody knows.
+    pub(super) fn has_all_of(&self, who: Rank) -> bool {
+        if !self.has_left_cleanly(who) || !self.links.is_up(who) {
+            return true;
+        }
+        let received = self.exchanged.get(&who).map_or(0, |&(_, received)| received);
+        self.farewells.get(&who).is_some_and(|&sent| received + self.links.landed(who) >= sent)
+    }
+
+    /// Whether a message can be received that a rank has sent before it left: it is here, or may be on its way.
+    fn may_still_receive(&self, m: &MessageSubmission, stream: Stream) -> bool {
+        !m.sends && (self.links.holds(m.peer, stream) || !self.has_all_of(m.peer))
+    }
+
+    /// All that a rank has sent is here, and it has left: ends the receives of what it has not sent.
+    pub(super) fn end_unsent(&mut self, who: Rank) {
+        for slot in 0..self.flights.len() {
+            if let Some(Flight::Message { op, peer, stream, sends: false, .. }) = self.flights[slot]
+                && peer == who
+                && !self.links.holds(who, stream)
+            {
+                self.drop_flight(slot);
+                self.end(op, Err(Error::Shutdown(Some(who))));
+            }
+        }
     }
 }
 
@@ -109,7 +145,15 @@ pub(super) fn length_mismatch(me: Rank, peer: Rank, ours: u64, theirs: u64) -> E
     }))
 }
 
-/// The name of a message. The top bit tells it from those of batches.
+/// Whether a stream is that of a message.
+pub(super) fn is_message(stream: Stream) -> bool {
+    stream.0 & MESSAGE != 0
+}
+
+/// Tells the names of messages from those of batches.
+const MESSAGE: u128 = 1 << 127;
+
+/// The name of a message.
 fn message_stream(set: SetId, tag: u32, counter: u64) -> Stream {
-    Stream(1 << 127 | u128::from(set.0) << 96 | u128::from(tag) << 64 | u128::from(counter))
+    Stream(MESSAGE | u128::from(set.0) << 96 | u128::from(tag) << 64 | u128::from(counter))
 }

@@ -125,7 +125,10 @@ pub struct Engine {
     #[expect(clippy::vec_box, reason = "a flight is large and moves between tables by its address")]
     spare_flights: Vec<Box<BatchFlight>>,
     scratch: Vec<OwnedBytes>,
+    /// The number of the next message of a tag, to or from a rank.
     messages: HashMap<(SetId, Rank, u32, bool), u64>,
+    /// Messages that were sent to a rank and received from it.
+    exchanged: Map<Rank, (u64, u64)>,
     ended: Vec<Ended>,
     warnings: Vec<String>,
     broken: Option<Error>,
@@ -133,6 +136,8 @@ pub struct Engine {
     left: Option<bool>,
     /// Ranks that have left, in the order in which this rank heard of it, and whether they had nothing in flight.
     leavers: Vec<(Rank, bool)>,
+    /// The messages that they say that they had sent here.
+    farewells: Map<Rank, u64>,
     /// Ranks that have left and whose links are kept for what they had sent before.
     departing: Vec<Rank>,
     /// Neighbours whose links this rank waits for only to say goodbye.
@@ -169,7 +174,7 @@ impl Engine {
             devices: Devices::default(),
             plannings: Plannings::default(),
             standings: Arc::default(),
-            links: Links::new(fabric, size),
+            links: Links::new(fabric, size, message::is_message),
             memory: Memory::default(),
             device: HostDevice::default(),
             plans: Plans::new(setup.plans.clone()),
@@ -190,11 +195,13 @@ impl Engine {
             spare_flights: Vec::new(),
             scratch: Vec::new(),
             messages: HashMap::new(),
+            exchanged: Map::default(),
             ended: Vec::new(),
             warnings: Vec::new(),
             broken: None,
             left: None,
             leavers: Vec::new(),
+            farewells: Map::default(),
             departing: Vec::new(),
             unmet: Vec::new(),
             quiet_until: None,
@@ -304,6 +311,15 @@ impl Engine {
             // A link that died has left the list, and another stands in its place.
             place += usize::from(self.links.up().get(place) == Some(&peer));
         }
+        let mut place = 0;
+        while let Some(&peer) = self.links.left().get(place) {
+            events.clear();
+            moved |= self.links.settle_left(place, &self.memory, &mut events);
+            for event in &events.list {
+                self.hear(peer, event, &events.control, now);
+            }
+            place += usize::from(self.links.left().get(place) == Some(&peer));
+        }
         self.events = events;
         moved
     }
@@ -319,8 +335,8 @@ impl Engine {
                 let outcome = match wire::Message::decode(&control[range.clone()]) {
                     Ok(wire::Message::Coordination { set, body }) => self.coordinate(peer, set, body, now),
                     Ok(wire::Message::Heartbeat) => Ok(()),
-                    Ok(wire::Message::Goodbye { who, clean }) => {
-                        self.hear_goodbye(peer, who, clean, now);
+                    Ok(wire::Message::Goodbye { who, clean, sent }) => {
+                        self.hear_goodbye(peer, who, clean, sent, now);
                         Ok(())
                     }
                     Ok(wire::Message::Closed { set, who }) => {

@@ -195,6 +195,12 @@ pub trait Link: Send {
     }
     /// Whether all that was told has been handed to the transport (so that a goodbye can be waited for).
     fn drained(&self) -> bool;
+    /// Messages of those streams that have arrived whole before they were asked for, and were not received yet.
+    fn landed(&self, of: fn(Stream) -> bool) -> u64;
+    /// Whether such a message is there on a stream.
+    fn holds(&self, stream: Stream) -> bool;
+    /// Ends the connection. What is left are those messages, if there are any.
+    fn leave(self: Box<Self>, of: fn(Stream) -> bool) -> Option<flow::Leftovers>;
 }
 
 /// Supplies links. Connecting and proving who one is happens elsewhere (rendezvous, or the simulator); the

@@ -42,6 +42,8 @@ pub enum Message<'a> {
         who: Rank,
         /// Whether it had nothing in flight, so that whatever it has agreed to can be finished without it.
         clean: bool,
+        /// Tagged messages that it has sent to whom it says this itself; 0 where it is passed on.
+        sent: u64,
     },
     /// A member of this set has left, and no agreement follows. Travels down the coordinator's tree behind the
     /// last agreement, so that what was agreed before is known to be.
@@ -100,10 +102,11 @@ impl<'a> Message<'a> {
                 out.extend_from_slice(body);
             }
             Message::Heartbeat => out.push(HEARTBEAT),
-            Message::Goodbye { who, clean } => {
+            Message::Goodbye { who, clean, sent } => {
                 out.push(GOODBYE);
                 out.extend_from_slice(&who.0.to_le_bytes());
                 out.push(u8::from(*clean));
+                out.extend_from_slice(&sent.to_le_bytes());
             }
             Message::Closed { set, who } => {
                 out.push(CLOSED);
@@ -146,7 +149,8 @@ impl<'a> Message<'a> {
                     1 => true,
                     _ => return Err(Malformed("a goodbye that is neither clean nor not")),
                 };
-                reader.end().map(|()| Message::Goodbye { who, clean })
+                let sent = reader.u64()?;
+                reader.end().map(|()| Message::Goodbye { who, clean, sent })
             }
             CLOSED => {
                 let (set, who) = (SetId(reader.u32()?), Rank(reader.u32()?));

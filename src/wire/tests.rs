@@ -146,7 +146,7 @@ proptest! {
         let messages = [
             Message::Coordination { set: SetId(set), body: &body },
             Message::Heartbeat,
-            Message::Goodbye { who: Rank(set), clean: set % 2 == 0 },
+            Message::Goodbye { who: Rank(set), clean: set % 2 == 0, sent: u64::from(set) << 20 },
             Message::Closed { set: SetId(set), who: Rank(7) },
             Message::Mark { set: SetId(set), mark: u64::from(set) << 7 },
             Message::Ballot {

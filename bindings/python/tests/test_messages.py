@@ -1,5 +1,8 @@
 """Tagged messages between two ranks."""
 
+import os
+import time
+
 import numpy as np
 
 import carole
@@ -41,6 +44,33 @@ def body_tags():
 
 def test_tags_and_order():
     run(2, body_tags)
+
+
+def body_sent_before_leaving():
+    """What was sent before its sender left can still be received, and what was not ends with an error."""
+    count = 20
+    pid = int(carole.broadcast(np.array([os.getpid()]), 0)[0])
+    if carole.rank() == 0:
+        for i in range(count):
+            carole.send(np.full(100, i), 1, tag=i % 3)
+        carole.shutdown()
+        return
+    out = np.empty(100, np.int64)
+    never = carole.recv_async(np.empty(100), 0, tag=9)
+    while os.path.exists(f"/proc/{pid}"):
+        time.sleep(0.01)
+    assert "rank 0" in catch(carole.ShutdownError, lambda: never.wait(30))
+    for tag in (2, 0, 1):
+        for i in range(tag, count, 3):
+            assert (carole.recv(out, 0, tag=tag) == i).all()
+    for tag in (0, 9):
+        assert "rank 0" in catch(carole.ShutdownError, lambda: carole.recv(out, 0, tag=tag))
+    assert "rank 0" in catch(carole.ShutdownError, lambda: carole.send(out, 0))
+
+
+def test_messages_that_were_sent_before_leaving():
+    for transport in ("shm", "tcp"):
+        run(2, body_sent_before_leaving, env={"CAROLE_TRANSPORT": transport})
 
 
 def body_both_ways():

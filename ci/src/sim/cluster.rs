@@ -61,6 +61,8 @@ pub struct Node {
     /// The number of each set of the program here.
     pub sets: Vec<Option<SetId>>,
     pub left: bool,
+    /// Whether nothing of it was under way when it left.
+    pub left_idle: bool,
     /// When a rank that has left ends its process at the latest.
     pub gone_at: Option<Time>,
 }
@@ -377,6 +379,8 @@ impl Cluster {
             Fault::Leave(rank) => {
                 let node = &mut self.nodes[rank.0 as usize];
                 node.left = true;
+                node.left_idle =
+                    node.submitted.iter().zip(&node.results).all(|(&began, ended)| !began || ended.is_some());
                 node.gone_at = Some(now.after_ns(SHUTDOWN_MS * 1_000_000));
                 if let Some(engine) = &mut node.engine {
                     engine.leave();
@@ -562,6 +566,7 @@ fn node(rank: Rank, engine: Engine, program: &Program, start: Time) -> Node {
         results: (0..n).map(|_| None).collect(),
         sets,
         left: false,
+        left_idle: false,
         gone_at: None,
     }
 }

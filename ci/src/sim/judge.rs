@@ -8,7 +8,7 @@ use super::submit::message_bytes;
 use carole::coordinator::OpId;
 use carole::engine::Outcome;
 use carole::error::{Cause, Error};
-use carole::types::{Collective, Time};
+use carole::types::{Collective, Rank, Time};
 
 impl Cluster {
     /// Checks every operation on every live rank.
@@ -126,7 +126,7 @@ impl Cluster {
                 .map(|outcome| outcome.last_joined)
                 .collect();
             last.dedup();
-            let is_member = |rank: carole::types::Rank| self.program.sets[planned.set].contains(&rank.0);
+            let is_member = |rank: Rank| self.program.sets[planned.set].contains(&rank.0);
             if last.len() > 1 || last.iter().any(|rank| !rank.is_some_and(is_member)) {
                 return Err(format!("the last rank to join is {last:?}"));
             }
@@ -188,6 +188,15 @@ impl Cluster {
         Ok(())
     }
 
+    /// Whether this is a message that a rank has sent before it left, with nothing else under way: it can be received.
+    fn was_sent(&self, planned: &Planned, leaver: Rank) -> bool {
+        let sender = &self.nodes[leaver.0 as usize];
+        let i = self.program.ops.iter().position(|op| std::ptr::eq(op, planned)).expect("one of the program");
+        matches!(planned.kind, Kind::Message { from, bytes, room, .. } if from == leaver.0 && bytes == room)
+            && sender.left_idle
+            && matches!(sender.results[i], Some(Ok(_)))
+    }
+
     fn has_absent_root(&self, planned: &Planned) -> bool {
         planned.collective.has_root() && !planned.present[planned.root.0 as usize]
     }
@@ -222,7 +231,7 @@ impl Cluster {
                     Kind::Message { from, to, .. } => vec![from, to],
                     _ => members.clone(),
                 };
-                *who == Some(rank) && ends.contains(&rank.0)
+                *who == Some(rank) && ends.contains(&rank.0) && !self.was_sent(planned, rank)
             }
             _ => false,
         };

@@ -3,6 +3,7 @@
 
 use carole::error::Cause;
 use carole::memory::{Memory, RunId};
+use carole::transport::flow::Leftovers;
 use carole::transport::{Events, Fabric, FabricEvent, Link, LinkEvent, LinkOrder, OrderKind, Stream};
 use carole::types::{Rank, Time};
 use carole::wire::Message;
@@ -154,5 +155,14 @@ impl Link for BadLink {
     }
     fn drained(&self) -> bool {
         self.link.drained()
+    }
+    fn landed(&self, of: fn(Stream) -> bool) -> u64 {
+        self.link.landed(of)
+    }
+    fn holds(&self, stream: Stream) -> bool {
+        self.link.holds(stream)
+    }
+    fn leave(self: Box<Self>, of: fn(Stream) -> bool) -> Option<Leftovers> {
+        self.link.leave(of)
     }
 }

@@ -21,6 +21,11 @@ impl Outbox {
     pub fn is_empty(&self) -> bool {
         self.head == self.bytes.len()
     }
+    /// Forgets what waits: nobody is there to read it.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.head = 0;
+    }
     /// Bytes that wait.
     pub fn len(&self) -> usize {
         self.bytes.len() - self.head

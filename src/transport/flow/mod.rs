@@ -25,6 +25,7 @@ mod checksum;
 mod control;
 mod frame;
 mod landing;
+mod leftovers;
 #[allow(unsafe_code)]
 pub(in crate::transport) mod pieces;
 mod recv;
@@ -42,6 +43,7 @@ use crate::transport::{Events, Link, LinkEvent, LinkOrder, OrderKind, Pipe, Stre
 use crate::types::{Rank, Time};
 use control::{Inbox, Outbox};
 use frame::{FrameKind, Header};
+pub use leftovers::Leftovers;
 use pieces::{Combine, Target};
 use recv::{Incoming, Recvs};
 use send::{Outgoing, Sends};
@@ -390,6 +392,18 @@ impl Link for FlowLink {
 
     fn is_polled(&self) -> bool {
         self.control.is_polled()
+    }
+
+    fn landed(&self, of: fn(Stream) -> bool) -> u64 {
+        self.recvs.landed().filter(|&stream| of(stream)).count() as u64
+    }
+
+    fn holds(&self, stream: Stream) -> bool {
+        self.recvs.landed().any(|landed| landed == stream)
+    }
+
+    fn leave(self: Box<Self>, of: fn(Stream) -> bool) -> Option<Leftovers> {
+        Leftovers::new(self.recvs, of)
     }
 
     fn drained(&self) -> bool {

@@ -206,6 +206,12 @@ impl Recvs {
         self.owed += landing_cost(chain.len as u64);
     }
 
+    /// The streams of messages that lie whole in landing space.
+    pub fn landed(&self) -> impl Iterator<Item = Stream> {
+        let whole = self.landed.iter().filter(|(_, landed)| landed.chain.landed == landed.chain.len);
+        whole.map(|(_, landed)| landed.key.stream)
+    }
+
     /// A frame of the control pipe that concerns receives.
     pub fn hear(&mut self, header: &Header, outbox: &mut Outbox) -> Result<(), Cause> {
         let key = Key { stream: header.stream, ordinal: header.ordinal };
