@@ -87,6 +87,8 @@ pub struct EngineSetup {
     pub lent_bytes: u64,
     /// After how many agreements in a row a small collective stands.
     pub stands_after: u32,
+    /// How much a member shows in a niche itself; more lies aside.
+    pub niche_bytes_within: u64,
     /// Whether an operation that is complete on one rank is so on all, though the epoch breaks (uniform completion).
     pub uniform: bool,
     /// Process sets of the epoch before, by their numbers, besides the global one.

@@ -1,6 +1,6 @@
 //! Standing operations: small collectives that repeat, done without any agreement.
 //!
-//! A collective of one tensor of a few kilobytes that has been agreed on a few times with the same name, signature, row
+//! A collective of one tensor that stays in cache and that has been agreed on a few times with the same name, signature, row
 //! counts and splits *stands*: from there on each start goes through a niche on the boards of the members ([`Niche`]),
 //! by whoever submits and whoever waits, and neither the coordinator nor the engine hears of it. That it stands, and
 //! where its niche lies, are functions of the agreed log, so all members know it before any can submit that name again.
@@ -317,10 +317,12 @@ impl Standings {
         ended
     }
 
-    fn insert(&self, standing: Standing) {
+    fn insert(&self, standing: Standing) -> Arc<Standing> {
+        let standing = Arc::new(standing);
         let mut sets = lock(&self.sets);
-        sets.entry(standing.set).or_default().insert(Arc::clone(&standing.name), Arc::new(standing));
+        sets.entry(standing.set).or_default().insert(Arc::clone(&standing.name), Arc::clone(&standing));
         self.count.fetch_add(1, Ordering::Release);
+        standing
     }
 
     fn remove(&self, set: SetId, name: &str) -> Option<Arc<Standing>> {

@@ -481,6 +481,7 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
         },
         lent_bytes: limits::LENT_BYTES_MIN,
         stands_after: limits::STANDS_AFTER,
+        niche_bytes_within: limits::NICHE_BYTES_WITHIN as u64,
         uniform: config.uniform.unwrap_or(config.worker.is_some()),
         sets: joined.table.sets.list.clone(),
         next_set: joined.table.sets.next,

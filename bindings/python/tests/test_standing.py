@@ -191,9 +191,75 @@ def test_other_rows(size):
     assert run(size, body_other_rows) == ["ok"] * size
 
 
+def body_large():
+    """More than a few kilobytes lie aside; all else is as with small ones."""
+    me, size = carole.rank(), carole.size()
+    settle("first")
+    dtypes = [np.dtype(kind) for kind in (np.float32, np.float16, np.uint8)]
+    for n in ((4 << 10) + 4, (64 << 10) + 12, 256 << 10):
+        for dtype in dtypes:
+            name = f"{dtype.name}.{n}"
+            shape = (n // dtype.itemsize,)
+            for turn in range(ENOUGH):
+                inputs = [values(rank + 3 * turn, shape, dtype) for rank in range(size)]
+                mine = inputs[me].copy()
+                out = mine if turn % 3 == 0 else np.empty_like(mine) if turn % 3 == 1 else None
+                result = carole.allreduce(mine, carole.Sum, name=name, out=out)
+                close(result, combine(carole.Sum, inputs, dtype), (name, turn))
+                gathered = carole.allgather(inputs[me], name="g" + name)
+                assert gathered.tobytes() == np.concatenate(inputs).tobytes(), (name, turn)
+                shown = carole.broadcast(inputs[me], size - 1, name="b" + name)
+                assert shown.tobytes() == inputs[size - 1].tobytes(), (name, turn)
+            assert stands(name) and stands("g" + name) and stands("b" + name), name
+            agreed = carole.allreduce(inputs[me].copy(), carole.Sum, name=name + ".fresh")
+            assert np.asarray(result).tobytes() == np.asarray(agreed).tobytes(), name
+    # The memory of what stood is used again, whoever deviates and however often.
+    for turn in range(50):
+        for _ in range(ENOUGH):
+            wide = np.full(30_000 + turn % 2, me + turn, np.float32)
+            total = carole.allreduce(wide, carole.Sum, name="changes")
+            assert (total == size * turn + size * (size - 1) / 2).all(), turn
+        assert stands("changes"), turn
+    text = catch(carole.MismatchError, lambda: carole.allreduce(np.ones(30_000 + (me == 1)), name="changes"))
+    assert "'changes'" in text and "rank 0" in text and "rank 1" in text, text
+    for _ in range(ENOUGH):
+        carole.allreduce(np.ones(30_000), carole.Sum, name="changes")
+    assert stands("changes")
+    if me > 0:
+        assert carole.join() >= 0
+    else:
+        assert (carole.allreduce(np.ones(30_000), carole.Sum, name="changes") == 1).all()
+        assert carole.join() >= 0
+    assert (carole.allreduce(np.ones(30_000), carole.Sum, name="changes") == size).all()
+    return stay()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_large(size):
+    assert run(size, body_large) == ["ok"] * size
+
+
+def body_without_memory():
+    """A rank that gets no memory for what lies aside goes the ordinary way, and so do all."""
+    me, size = carole.rank(), carole.size()
+    settle("first")
+    names = [f"n{i}" for i in range(40)]
+    for turn in range(3 * ENOUGH):
+        for name in names:
+            x = np.full(64 << 10, me + turn, np.float32)
+            assert (carole.allreduce_(x, carole.Sum, name=name) == size * turn + 1).all(), (name, turn)
+    return stay(sum(map(stands, names)))
+
+
+def test_memory_that_runs_out():
+    standing = run(2, body_without_memory, env={"CAROLE_MEMORY": "16M"})
+    assert all(0 < some < 40 for some in standing), standing
+    assert run(2, body_without_memory) == [40, 40]
+
+
 def body_does_not():
     ones = np.ones(3, np.float32)
-    big = np.ones(4097, np.uint8)
+    big = np.ones((256 << 10) + 1, np.uint8)
     for _ in range(300):
         time.sleep(0.001)
         assert (carole.allreduce(ones, carole.Sum, name="small") == carole.size()).all()

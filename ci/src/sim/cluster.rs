@@ -236,6 +236,7 @@ impl Cluster {
                     direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
                     lent_bytes,
                     stands_after,
+                    niche_bytes_within: if lent_bytes == 1 { 16 } else { 4 << 10 },
                     plans: PlanRules {
                         prices: Prices::default(),
                         forced: forced.map(str::to_string),

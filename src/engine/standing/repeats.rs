@@ -9,8 +9,8 @@ use crate::engine::operation::Ended;
 use crate::engine::{Engine, Submission, TensorMemory};
 use crate::error::Error;
 use crate::hash::Map;
-use crate::limits::{BOARD_NICHES_BYTES, CACHE_KEYS_MAX, NICHE_BYTES_MAX};
-use crate::transport::board::Niche;
+use crate::limits::{BOARD_NICHES_BYTES, CACHE_KEYS_MAX, NICHE_BYTES_MAX, NICHES_ASIDE_BYTES};
+use crate::transport::board::{Niche, Room};
 use crate::types::{Place, Rank, SetId, SharedSignature, TensorKey, Time};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -23,6 +23,8 @@ pub(in crate::engine) struct Repeats {
     end: usize,
     /// Niches that were given back, by their size.
     free: Vec<(usize, usize)>,
+    /// Bytes that lie aside on each board.
+    aside: usize,
     /// Niches given out so far: their starts have numbers that no other niche's ever had.
     given: u64,
 }
@@ -61,7 +63,11 @@ impl Repeats {
         seen.times >= stands_after
     }
 
-    fn take(&mut self, size: usize) -> Option<(usize, u64)> {
+    fn take(&mut self, room: Room) -> Option<(usize, u64)> {
+        if self.aside + room.aside() > NICHES_ASIDE_BYTES {
+            return None;
+        }
+        let size = room.behind_seat();
         let offset = match self.free.iter().position(|(of, _)| *of == size) {
             Some(at) => self.free.swap_remove(at).1,
             None if self.end + size <= BOARD_NICHES_BYTES => {
@@ -71,7 +77,15 @@ impl Repeats {
             None => return None,
         };
         self.given += 1;
+        self.aside += room.aside();
         Some((offset, self.given << 32))
+    }
+
+    fn give_back(&mut self, standing: &Standing) {
+        let room = standing.niche.room();
+        self.free.push((room.behind_seat(), standing.offset));
+        self.aside -= room.aside();
+        standing.niche.release();
     }
 }
 
@@ -88,30 +102,33 @@ impl Engine {
         let may_stand = self.may_stand(id, agreed);
         let Some(set) = self.sets.get_mut(&id) else { return };
         if let Some(removed) = removed {
-            set.repeats.free.push((Niche::size(removed.niche.bytes()), removed.offset));
+            set.repeats.give_back(&removed);
         }
         if !may_stand || !set.repeats.note(agreed, self.setup.stands_after) {
             return;
         }
         let Seating::Taken(seat) = &set.seating else { return };
         let (size, root) = (set.size(), set.root_of(&agreed.signature));
-        let bytes = slot_bytes(agreed, size, root) as usize;
-        let Some((offset, next)) = set.repeats.take(Niche::size(bytes)) else { return };
+        let bytes = slot_bytes(agreed, size, root);
+        let room = Room { bytes: bytes as usize, is_aside: bytes > self.setup.niche_bytes_within };
+        let Some((offset, next)) = set.repeats.take(room) else { return };
         set.repeats.seen.remove(&agreed.key);
         let places = seat.places().iter().map(|place| place.niche(offset)).collect();
-        self.standings.insert(Standing {
+        let niche = Niche::new(set.me() as usize, places, room);
+        let is_whole = niche.is_whole();
+        let standing = self.standings.insert(Standing {
             set: id,
             name: Arc::clone(&agreed.name),
             signature: Arc::clone(&agreed.signature),
             ranks: Arc::clone(&set.ranks),
-            niche: Niche::new(set.me() as usize, places, bytes),
+            niche,
             offset,
             share: Share::new(agreed, set.me(), size, root),
             inner: Mutex::new(Inner { next, start: None, is_over: false }),
         });
         // What this member submitted before it joined may stand only now; it will not start it.
-        if set.coordinator.as_ref().is_some_and(Coordinator::has_joined) {
-            self.standings.withdraw_all(id);
+        if !is_whole || set.coordinator.as_ref().is_some_and(Coordinator::has_joined) {
+            self.standings.withdraw(&standing, &mut lock(&standing.inner));
         }
     }
 

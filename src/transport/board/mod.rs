@@ -40,7 +40,7 @@ mod tests;
 pub use arena::Block;
 pub use exchange::{AREA_UNIT, Back, Exchange, Part, Place, Share};
 pub use memory::{BOARD_BYTES, BoardMemory};
-pub use niche::{Niche, Progress, Shown};
+pub use niche::{Niche, Progress, Room, Shown};
 
 use crate::error::Cause;
 use crate::limits::BOARD_SLOTS;

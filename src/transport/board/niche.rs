@@ -2,21 +2,29 @@
 //!
 //! Each member has a niche of two slots on its own board, at the same place behind its seat. A slot holds the number
 //! of a start and its owner's bytes. Whoever starts writes its bytes and then the number; whoever finds the number in the
-//! slots of all takes from them what it gets: it reduces them itself, in member order, or copies pieces of them. So nobody waits for what another does after it has started, and that
-//! is one way through memory. Two slots are enough: a member starts again only when it has read all of the start before,
-//! and no other can have come further than one start.
+//! slots of all takes from them what it gets: it reduces them itself, in member order, or copies pieces of them. So nobody
+//! waits for what another does after it has started, and that is one way through memory. Two slots are enough: a member
+//! starts again only when it has read all of the start before, and no other can have come further than one start.
+//!
+//! Many bytes lie *aside*, in a block that the member takes of its board's arena when it makes the niche; in its first
+//! slot it says where. Each member reduces all bytes of all, which is more work than if each reduced a part for all, but
+//! for what stays in cache it takes less time than another round of waiting, the more so where ranks share processors.
 //!
 //! A member that will not take part in a start withdraws: it writes the start's number into another word, for good.
+//! So does one that got no block.
 
+use super::Block;
 use super::memory::{BoardMemory, LINE_BYTES};
 use crate::device::{Finish, Reduction, host};
 use crate::limits::BOARD_MEMBERS_MAX;
 use crate::memory::Region;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// In front of the bytes of a slot: the number of its start, and that of the start which its owner withdraws from.
 const HEAD_BYTES: usize = 16;
+/// Where in a slot its bytes lie aside: the place on the board.
+const PLACE_BYTES: usize = 8;
 /// What a processor moves at once: slots begin there.
 const SLOT_UNIT: usize = 64;
 
@@ -26,8 +34,43 @@ pub struct Niche {
     me: usize,
     /// By member: the board, and where on it the niche begins.
     places: Vec<(Arc<BoardMemory>, usize)>,
-    /// Room of a slot.
-    bytes: usize,
+    room: Room,
+    /// Where this member's bytes lie aside.
+    block: Option<Block>,
+    /// Nobody reads the block any more.
+    is_free: AtomicBool,
+}
+
+/// What each member may show in a niche.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Room {
+    /// Bytes.
+    pub bytes: usize,
+    /// Whether they lie aside.
+    pub is_aside: bool,
+}
+
+impl Room {
+    fn stride(self) -> usize {
+        let bytes = if self.is_aside { PLACE_BYTES } else { self.bytes };
+        (HEAD_BYTES + bytes).next_multiple_of(SLOT_UNIT)
+    }
+
+    /// Bytes that a niche takes behind each seat.
+    #[must_use]
+    pub fn behind_seat(self) -> usize {
+        (2 * self.stride()).next_multiple_of(LINE_BYTES)
+    }
+
+    /// Bytes of the two slots that lie aside.
+    #[must_use]
+    pub fn aside(self) -> usize {
+        if self.is_aside { 2 * self.slot_aside() } else { 0 }
+    }
+
+    fn slot_aside(self) -> usize {
+        self.bytes.next_multiple_of(SLOT_UNIT)
+    }
 }
 
 /// Bytes that a member has shown.
@@ -53,34 +96,51 @@ pub enum Progress {
 }
 
 impl Niche {
-    /// Bytes on each board of a niche in which each member shows at most `bytes` bytes.
-    #[must_use]
-    pub fn size(bytes: usize) -> usize {
-        (2 * Niche::stride(bytes)).next_multiple_of(LINE_BYTES)
-    }
-
-    fn stride(bytes: usize) -> usize {
-        (HEAD_BYTES + bytes).next_multiple_of(SLOT_UNIT)
-    }
-
     /// The niches at these places, which lie on their boards.
     #[must_use]
-    pub fn new(me: usize, places: Vec<(Arc<BoardMemory>, usize)>, bytes: usize) -> Niche {
+    pub fn new(me: usize, places: Vec<(Arc<BoardMemory>, usize)>, room: Room) -> Niche {
         let inside = |(board, at): &(Arc<BoardMemory>, usize)| {
-            at.is_multiple_of(LINE_BYTES) && board.bytes_at(*at, Niche::size(bytes)).is_some()
+            at.is_multiple_of(LINE_BYTES) && board.bytes_at(*at, room.behind_seat()).is_some()
         };
         assert!(places.iter().all(inside) && me < places.len() && places.len() <= BOARD_MEMBERS_MAX);
-        Niche { me, places, bytes }
+        let block = match room.is_aside && places.iter().all(|(board, _)| board.has_arena()) {
+            // Without memory for it the collective does not stand.
+            true => Block::take(&places[me].0, room.aside()).ok(),
+            false => None,
+        };
+        let niche = Niche { me, places, room, block, is_free: AtomicBool::new(false) };
+        if let Some(block) = &niche.block {
+            // Published with the number of the first start.
+            niche.place(me).store(block.at() as u64, Ordering::Relaxed);
+        }
+        niche
+    }
+
+    /// Whether this member can take part.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        !self.room.is_aside || self.block.is_some()
     }
 
     /// What each member may show.
     #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.bytes
+    pub fn room(&self) -> Room {
+        self.room
+    }
+
+    /// All members have left: what lies aside may be given back.
+    pub fn release(&self) {
+        self.is_free.store(true, Ordering::Release);
     }
 
     fn slot_at(&self, member: usize, start: u64) -> usize {
-        self.places[member].1 + (start % 2) as usize * Niche::stride(self.bytes)
+        self.places[member].1 + (start % 2) as usize * self.room.stride()
+    }
+
+    /// Where a member says that its bytes lie.
+    fn place(&self, member: usize) -> &AtomicU64 {
+        let (board, at) = &self.places[member];
+        board.word_at(at + HEAD_BYTES).expect("a niche lies on its board")
     }
 
     fn number(&self, member: usize, start: u64) -> &AtomicU64 {
@@ -92,17 +152,28 @@ impl Niche {
         board.word_at(at + 8).expect("a niche lies on its board")
     }
 
-    fn payload(&self, member: usize, start: u64) -> *mut u8 {
-        let at = self.slot_at(member, start) + HEAD_BYTES;
-        self.places[member].0.bytes_at(at, self.bytes).expect("a niche lies on its board")
+    /// The bytes of a member that has started; none where it says that they lie where none can.
+    fn payload(&self, member: usize, start: u64) -> Option<*mut u8> {
+        let board = &self.places[member].0;
+        if !self.room.is_aside {
+            return board.bytes_at(self.slot_at(member, start) + HEAD_BYTES, self.room.bytes);
+        }
+        let first = self.place(member).load(Ordering::Relaxed);
+        let at = first.checked_add(start % 2 * self.room.slot_aside() as u64)?;
+        board.lent_at(at, self.room.bytes as u64)
+    }
+
+    fn shown(&self, member: usize, start: u64) -> *mut u8 {
+        self.payload(member, start).expect("a start is complete when all bytes lie where they can")
     }
 
     /// Starts: shows the others the first `len` bytes of the input. All earlier starts are over here.
     pub fn post(&self, start: u64, input: Region, len: usize) {
-        assert!(len <= self.bytes && len as u64 <= input.len());
+        assert!(len <= self.room.bytes && len as u64 <= input.len() && self.is_whole());
+        let shown = self.payload(self.me, start).expect("a member's own bytes lie on its board");
         // SAFETY: the submitter keeps the input alive and unwritten until the operation has ended; nobody reads the slot,
         // since all others have read the start before the last, or they would not have started the last.
-        unsafe { std::ptr::copy_nonoverlapping(input.as_ptr(), self.payload(self.me, start), len) };
+        unsafe { std::ptr::copy_nonoverlapping(input.as_ptr(), shown, len) };
         self.number(self.me, start).store(start, Ordering::Release);
     }
 
@@ -121,6 +192,9 @@ impl Niche {
                     return Progress::Withdrawn;
                 }
                 all = false;
+            } else if self.payload(member, start).is_none() {
+                // It does not keep to the rules; nobody takes anything of it.
+                return Progress::Withdrawn;
             }
         }
         if all { Progress::Complete } else { Progress::Waiting }
@@ -161,10 +235,10 @@ impl Niche {
         output: Region,
     ) {
         let len = output.len() as usize;
-        assert!(from + len <= self.bytes);
+        assert!(from + len <= self.room.bytes);
         let mut sources = [std::ptr::null(); BOARD_MEMBERS_MAX];
         for (member, source) in sources.iter_mut().enumerate().take(self.places.len()) {
-            *source = self.payload(member, start).wrapping_add(from).cast_const();
+            *source = self.shown(member, start).wrapping_add(from).cast_const();
         }
         let sources = &sources[..self.places.len()];
         // SAFETY: the bytes of all members were published before their numbers, and stay until this member starts
@@ -176,12 +250,20 @@ impl Niche {
     pub fn copy(&self, start: u64, shown: &[Shown], output: Region) {
         let mut at = 0;
         for shown in shown {
-            assert!(shown.from + shown.len <= self.bytes && (at + shown.len) as u64 <= output.len());
-            let source = self.payload(shown.member, start).wrapping_add(shown.from);
+            assert!(shown.from + shown.len <= self.room.bytes && (at + shown.len) as u64 <= output.len());
+            let source = self.shown(shown.member, start).wrapping_add(shown.from);
             // SAFETY: as in `reduce`; a board and a caller's memory do not overlap, but for a tensor in shared memory,
             // which is no part of a niche.
             unsafe { std::ptr::copy_nonoverlapping(source, output.as_ptr().wrapping_add(at), shown.len) };
             at += shown.len;
+        }
+    }
+}
+
+impl Drop for Niche {
+    fn drop(&mut self) {
+        if let Some(block) = self.block.take().filter(|_| !self.is_free.load(Ordering::Acquire)) {
+            block.leave();
         }
     }
 }

@@ -194,10 +194,16 @@ fn a_board_crosses_as_a_descriptor() {
 
 #[test]
 fn niches_are_reduced_by_each_member_and_withdrawn_from_for_good() {
+    for is_aside in [false, true] {
+        niches_are_reduced_and_withdrawn_from(is_aside);
+    }
+}
+
+fn niches_are_reduced_and_withdrawn_from(is_aside: bool) {
     let boards: Vec<Arc<BoardMemory>> = (0..3).map(|_| BoardMemory::within_process()).collect();
     let niche = |me| {
         let places = boards.iter().map(|board| Place::seat(Arc::clone(board), 0).niche(256));
-        Niche::new(me, places.collect(), 12)
+        Niche::new(me, places.collect(), Room { bytes: 12, is_aside })
     };
     let niches: Vec<Niche> = (0..3).map(niche).collect();
     for start in (1 << 32)..(1 << 32) + 5 {
