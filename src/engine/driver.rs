@@ -14,6 +14,8 @@ mod channels;
 mod intake;
 mod standing;
 
+pub use standing::Ran;
+
 use super::Engine;
 use super::channel::Activity;
 use super::handles::{Handles, Submitted, Waited};

@@ -222,15 +222,25 @@ impl Handles {
         Ok((slot.begin(index, inner), index))
     }
 
-    /// Takes a slot for a start of what stands, which is no submission. Returns the handle and the slot.
+    /// Takes a slot for a start of what stands, which is no submission.
+    pub fn reserve(&self) -> Result<u32> {
+        self.take_slot(&mut lock(&self.free))
+    }
+
+    /// Gives a slot back that was not needed.
+    pub fn release(&self, index: u32) {
+        lock(&self.free).slots.push(index);
+    }
+
+    /// Begins with a start in a slot that was reserved for it. Returns the handle.
     pub fn open_start(
         &self,
+        index: u32,
         keep: Option<Box<dyn Any + Send>>,
         standing: &Arc<Standing>,
-    ) -> Result<(u64, u32)> {
-        let index = self.take_slot(&mut lock(&self.free))?;
+    ) -> u64 {
         let inner = Inner { keep, standing: Some(Arc::clone(standing)), ..Inner::default() };
-        Ok((self.slot(index).begin(index, inner), index))
+        self.slot(index).begin(index, inner)
     }
 
     /// What the operation of a handle is a start of, if it is one.

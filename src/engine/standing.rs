@@ -22,7 +22,6 @@ use share::Share;
 
 use super::operation::{Outcome, OutputTensor};
 use crate::coordinator::OpId;
-use crate::error::Result;
 use crate::hash::Map;
 use crate::memory::{OwnedBytes, Region};
 use crate::transport::board::{Niche, Progress};
@@ -109,10 +108,12 @@ pub struct Repeat<'a> {
 }
 
 /// What has become of a call.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub enum Posted {
     /// It is the next start.
     Started,
+    /// It was the next start, and is over already.
+    Done(Outcome),
     /// It is none, or somebody has withdrawn: it is an ordinary operation.
     Ordinary,
     /// The start before is not over.
@@ -147,23 +148,24 @@ impl Standings {
         lock(&self.sets).get(&set)?.get(name).cloned()
     }
 
-    /// Starts it once more, if the call is what stands; else withdraws from it. `open` gives the start its number as an
-    /// operation.
+    /// Starts it once more, if the call is what stands; else withdraws from it. `spin` looks again and again for a while
+    /// and says whether what it was given has come true; where it has, the start is over and nobody else has heard of it.
+    /// Otherwise `open` gives it its number as an operation.
     pub fn post(
         &self,
         standing: &Standing,
         call: &Repeat<'_>,
-        open: impl FnOnce() -> Result<OpId>,
-    ) -> Result<Posted> {
+        spin: impl FnOnce(&dyn Fn() -> bool) -> bool,
+        open: impl FnOnce() -> OpId,
+    ) -> Posted {
         let mut inner = lock(&standing.inner);
         if inner.start.is_some() {
-            return Ok(Posted::Busy);
+            return Posted::Busy;
         }
         if inner.is_over || !standing.is(call) || standing.niche.is_withdrawn(inner.next) {
             self.withdraw(standing, &mut inner);
-            return Ok(Posted::Ordinary);
+            return Posted::Ordinary;
         }
-        let op = open()?;
         let share = &standing.share;
         let (output, made) = match call.output {
             Some(given) => (given, None),
@@ -173,13 +175,19 @@ impl Standings {
                 (made.as_region(), Some(made))
             }
         };
-        standing.niche.post(inner.next, call.input, share.input_bytes);
+        let (number, niche) = (inner.next, &standing.niche);
+        niche.post(number, call.input, share.input_bytes);
         inner.next += 1;
-        inner.start = Some(Start { op, input: call.input, output, made });
+        // Who sleeps is to be woken first, by whoever drives.
+        if !niche.has_sleepers() && spin(&|| niche.progress(number) == Progress::Complete) {
+            share.take(niche, number, standing.signature.scale.pre, output);
+            return Posted::Done(standing.outcome(made));
+        }
+        inner.start = Some(Start { op: open(), input: call.input, output, made });
         self.under_way.fetch_add(1, Ordering::SeqCst);
         drop(inner);
         self.call(standing);
-        Ok(Posted::Started)
+        Posted::Started
     }
 
     /// Members that sleep are to look at the niche.

@@ -3,12 +3,12 @@
 use super::changes::Changes;
 use super::reform::Leash;
 use super::staged::Stages;
-use super::{Handle, Options, Request, SetInfo, TensorArg, World, request};
+use super::{Handle, Options, Request, Running, SetInfo, TensorArg, World, request};
 use crate::config::{self, Config, SimdLevel, TransportChoice};
 use crate::coordinator;
 use crate::cost::{Prices, Wire};
 use crate::device::host::{self, Level};
-use crate::engine::driver::{Driver, Patience};
+use crate::engine::driver::{Driver, Patience, Ran};
 use crate::engine::handles::{Handles, Message, Submitted};
 use crate::engine::plan::PlanRules;
 use crate::engine::{Direct, Engine, EngineSetup, Outcome};
@@ -184,6 +184,27 @@ impl Live {
         })
     }
 
+    /// Submits a collective, and takes its outcome if it is there at once.
+    pub(super) fn run(
+        &self,
+        request: &Request<'_>,
+        keep: impl FnOnce() -> Box<dyn Any + Send>,
+    ) -> Result<Running> {
+        let mut keep = Some(keep);
+        if let Some(name) = request.name
+            && let Some(standing) = self.driver.find_standing(request.set, name)
+        {
+            let set = self.check_place(request)?;
+            let call = request::repeat(request, &set);
+            match self.driver.post(&standing, &call, true, || keep.take().map(|keep| keep()))? {
+                Some(Ran::Done(outcome)) => return Ok(Running::Done(outcome)),
+                Some(Ran::Started(handle)) => return Ok(Running::Started(Handle(handle))),
+                None => {}
+            }
+        }
+        self.submit(request, keep.map(|keep| keep()), true).map(Running::Started)
+    }
+
     /// Submits a collective.
     pub(super) fn submit(
         &self,
@@ -194,7 +215,8 @@ impl Live {
         let set = self.check_place(request)?;
         if let Some(name) = request.name
             && let Some(standing) = self.driver.find_standing(request.set, name)
-            && let Some(handle) = self.driver.post(&standing, &request::repeat(request, &set), &mut keep)?
+            && let Some(Ran::Started(handle)) =
+                self.driver.post(&standing, &request::repeat(request, &set), false, || keep.take())?
         {
             return Ok(Handle(handle));
         }

@@ -307,6 +307,30 @@ pub unsafe fn submit_to_wait(request: &Request<'_>, keep: Option<Box<dyn Any + S
     live()?.submit(request, keep, true)
 }
 
+/// What [`run`] has come to.
+#[derive(Debug)]
+pub enum Running {
+    /// The operation is over.
+    Done(Outcome),
+    /// It is under way: [`wait`] for it.
+    Started(Handle),
+}
+
+/// Submits an operation for a caller that waits at once, and takes the outcome where it is there in no time, which costs
+/// less than a handle does. What `keep` makes is held as in [`submit`], where the operation goes on.
+///
+/// # Errors
+/// Those of [`submit`].
+///
+/// # Safety
+/// As [`submit`].
+pub unsafe fn run(
+    request: &Request<'_>,
+    keep: impl FnOnce() -> Box<dyn Any + Send>,
+) -> Result<Running> {
+    live()?.run(request, keep)
+}
+
 /// Plans a collective that is to be started many times, and waits until all members of its set have planned the same:
 /// a planning call is matched by its name, or by order, as an operation is. The set may not be joined as long as there
 /// are plans.

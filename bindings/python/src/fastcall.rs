@@ -46,19 +46,28 @@ static START: Method = Method {
     name: c"start".as_ptr(),
     function: start,
     flags: METH_FASTCALL,
-    doc: c"Starts an allreduce or a broadcast of tensors; None where the general way is to be taken."
-        .as_ptr(),
+    doc: c"Starts a collective of tensors of PyTorch; None where the general way is to be taken.".as_ptr(),
+};
+
+static RUN: Method = Method {
+    name: c"run".as_ptr(),
+    function: run,
+    flags: METH_FASTCALL,
+    doc: c"A collective of a tensor of PyTorch; None where the general way is to be taken.".as_ptr(),
 };
 
 /// Adds the functions to the module.
 pub fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    let definition = (&raw const START).cast_mut().cast::<ffi::PyMethodDef>();
-    // SAFETY: the struct has the layout of PyMethodDef, lives for ever and is not written by CPython.
-    let function = unsafe {
-        let made = ffi::PyCFunction_NewEx(definition, std::ptr::null_mut(), std::ptr::null_mut());
-        Bound::from_owned_ptr_or_err(module.py(), made)?
-    };
-    module.add("start", function)
+    for (name, method) in [("start", &raw const START), ("run", &raw const RUN)] {
+        let definition = method.cast_mut().cast::<ffi::PyMethodDef>();
+        // SAFETY: the struct has the layout of PyMethodDef, lives for ever and is not written by CPython.
+        let function = unsafe {
+            let made = ffi::PyCFunction_NewEx(definition, std::ptr::null_mut(), std::ptr::null_mut());
+            Bound::from_owned_ptr_or_err(module.py(), made)?
+        };
+        module.add(name, function)?;
+    }
+    Ok(())
 }
 
 unsafe extern "C" fn start(
@@ -66,20 +75,44 @@ unsafe extern "C" fn start(
     arguments: *const *mut ffi::PyObject,
     count: isize,
 ) -> *mut ffi::PyObject {
+    // SAFETY: what CPython passes is passed on.
+    unsafe {
+        call(arguments, count, |py, arguments| {
+            torch::start(py, arguments)?.map(|handle| Ok(Bound::new(py, handle)?.into_any())).transpose()
+        })
+    }
+}
+
+unsafe extern "C" fn run(
+    _module: *mut ffi::PyObject,
+    arguments: *const *mut ffi::PyObject,
+    count: isize,
+) -> *mut ffi::PyObject {
+    // SAFETY: what CPython passes is passed on.
+    unsafe { call(arguments, count, torch::run) }
+}
+
+/// # Safety
+/// To be called by CPython, attached, with `count` arguments.
+unsafe fn call(
+    arguments: *const *mut ffi::PyObject,
+    count: isize,
+    function: for<'py> fn(Python<'py>, &torch::Arguments<'py>) -> PyResult<Option<Bound<'py, PyAny>>>,
+) -> *mut ffi::PyObject {
     // SAFETY: CPython calls us attached.
     let py = unsafe { Python::assume_attached() };
     let result = catch_unwind(AssertUnwindSafe(|| {
         if count != 11 {
-            let message = format!("start() takes 11 arguments, and got {count}");
+            let message = format!("11 arguments are taken, and {count} were given");
             return Err(pyo3::exceptions::PyTypeError::new_err(message));
         }
         // SAFETY: CPython passes `count` objects that are alive during the call; a `Bound` is such a pointer, and by
         // reference it owns nothing.
-        let arguments = unsafe { &*arguments.cast::<[Bound<'_, PyAny>; 11]>() };
-        torch::start(py, arguments)?.map(|handle| Bound::new(py, handle)).transpose()
+        let arguments = unsafe { &*arguments.cast::<torch::Arguments<'_>>() };
+        function(py, arguments)
     }));
     match result {
-        Ok(Ok(Some(handle))) => handle.into_ptr(),
+        Ok(Ok(Some(result))) => result.into_ptr(),
         Ok(Ok(None)) => py.None().into_ptr(),
         Ok(Err(error)) => {
             error.restore(py);

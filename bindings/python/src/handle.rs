@@ -115,7 +115,7 @@ impl Handle {
     }
 
     /// Horovod's way of waiting: a second call returns None, and what fails is a HorovodInternalError.
-    fn synchronize<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    pub fn synchronize<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         if self.finished() {
             return Ok(py.None().into_bound(py));
         }
@@ -200,7 +200,8 @@ impl Drop for Handle {
     }
 }
 
-fn new_tensor(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
+/// The one result, which the engine has made, as a tensor of PyTorch.
+pub fn new_tensor(py: Python<'_>, outcome: Outcome) -> PyResult<Bound<'_, PyAny>> {
     match outcome.tensors.into_iter().next() {
         Some(OutputTensor { memory: Some(memory), dtype, shape, .. }) => {
             torch::tensor_over(py, memory, dtype, shape)

@@ -39,7 +39,7 @@ mod _native {
     #[pymodule_export]
     use crate::submit::{submit, submit_raw, transfer, transfer_raw};
     #[pymodule_export]
-    use crate::torch::learn_torch;
+    use crate::torch::{learn_torch, observe};
     use pyo3::prelude::*;
 
     #[pymodule_init]

@@ -4,16 +4,17 @@
 use crate::errors;
 use crate::exchange::Exchange;
 use crate::fastcall::text;
-use crate::handle::{Finish, Handle, release_finished};
+use crate::handle::{Finish, Handle, new_tensor, release_finished};
 use crate::output::Output;
-use carole::runtime::{self, OwnedBytes, Request, TensorArg};
+use carole::runtime::{self, OwnedBytes, Request, Running, TensorArg};
 use carole::types::{Collective, DType, Rank, ReduceOp, Scale, SetId};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyList, PyString, PyType};
+use pyo3::types::{PyInt, PyList, PyString, PyType};
 use std::any::Any;
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What torch is, told once by `carole.torch`.
 struct Torch {
@@ -140,7 +141,7 @@ enum Results {
     Made,
 }
 
-/// The arguments of [`start`], as Python gave them.
+/// The arguments of [`start`] and [`run`], as Python gave them.
 struct Call<'a, 'py> {
     torch: &'a Torch,
     collective: Collective,
@@ -154,12 +155,24 @@ struct Call<'a, 'py> {
     waits: bool,
 }
 
+/// Somebody looks on, so that the general way is to be taken: a timeline, or the search for writes.
+static OBSERVED: AtomicBool = AtomicBool::new(false);
+
+/// Tells whether somebody looks on.
+#[pyfunction]
+pub fn observe(observed: bool) {
+    OBSERVED.store(observed, Ordering::Relaxed);
+}
+
+/// The arguments of [`start`] and [`run`]: collective, tensors, in_place, prefix, name, set, op, pre, post, root, waits (the
+/// caller waits at once, so that nobody is woken; `run` does in any case).
+pub type Arguments<'py> = [Bound<'py, PyAny>; 11];
+
 /// Starts a collective of a tensor, or of a list of tensors as one operation: in place (`in_place` is true), into new
-/// tensors that are like the inputs (false), or, for one tensor, into one that the engine makes (none). Its name is `prefix.name` (`name` where the prefix is empty). `None` where the general way is to be
-/// taken. The handle's result is the tensor, or the list.
-///
-/// The arguments: collective, tensors, in_place, prefix, name, set, op, pre, post, root, waits.
-pub fn start<'py>(py: Python<'py>, arguments: &[Bound<'py, PyAny>; 11]) -> PyResult<Option<Handle>> {
+/// tensors that are like the inputs (false), or, for one tensor, into one that the engine makes (none). Its name is
+/// `prefix.name` (`name` where the prefix is empty). `None` where the general way is to be taken. The handle's result is
+/// the tensor, or the list.
+pub fn start<'py>(py: Python<'py>, arguments: &Arguments<'py>) -> PyResult<Option<Handle>> {
     release_finished();
     match understand(py, arguments) {
         Some(call) if call.tensors.is_instance_of::<PyList>() => match call.results {
@@ -172,8 +185,29 @@ pub fn start<'py>(py: Python<'py>, arguments: &[Bound<'py, PyAny>; 11]) -> PyRes
     }
 }
 
-fn understand<'a, 'py>(py: Python<'py>, arguments: &'a [Bound<'py, PyAny>; 11]) -> Option<Call<'a, 'py>> {
+/// Does the same for one tensor, waits, and returns the result. `None` where the general way is to be taken.
+pub fn run<'py>(py: Python<'py>, arguments: &Arguments<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let Some(call) = understand(py, arguments) else { return Ok(None) };
+    let Some(one) = call.one(py)? else { return Ok(None) };
+    let request = Request { tensors: &[argument(&one.view, one.output)], ..call.request() };
+    // SAFETY: as in `post`. Where it is over at once, this call holds the tensors meanwhile.
+    match unsafe { runtime::run(&request, || one.keep()) }.map_err(|error| errors::to_python(py, &error))? {
+        Running::Done(outcome) => match one.result {
+            Some(result) => Ok(Some(result)),
+            None => new_tensor(py, outcome).map(Some),
+        },
+        Running::Started(handle) => {
+            let finish = one.finish();
+            Handle::new(handle, call.name, finish).synchronize(py).map(Some)
+        }
+    }
+}
+
+fn understand<'a, 'py>(py: Python<'py>, arguments: &'a Arguments<'py>) -> Option<Call<'a, 'py>> {
     let [collective, tensors, in_place, prefix, name, set, op, pre, post, root, waits] = arguments;
+    if OBSERVED.load(Ordering::Relaxed) {
+        return None;
+    }
     let torch = TORCH.get(py)?;
     let name = match name.cast_exact::<PyString>() {
         Ok(name) => {
@@ -196,38 +230,41 @@ fn understand<'a, 'py>(py: Python<'py>, arguments: &'a [Bound<'py, PyAny>; 11]) 
         set: torch.set(set)?,
         op: ReduceOp::from_code(op.extract().ok()?)?,
         scale: Scale { pre: pre.extract().ok()?, post: post.extract().ok()? },
-        root: Rank(root.extract().ok()?),
+        root: Rank(root.cast_exact::<PyInt>().ok()?.extract().ok()?),
         waits: waits.is_truthy().ok()?,
     })
 }
 
 fn start_one<'py>(py: Python<'py>, call: Call<'_, 'py>) -> PyResult<Option<Handle>> {
-    let Some(view) = call.torch.view(call.tensors) else { return Ok(None) };
-    let input = call.tensors.clone().unbind();
-    if call.results == Results::Made {
-        let made = TensorArg { output: std::ptr::null_mut(), ..argument(&view, view.data) };
-        let handle = call.post(py, &[made], Box::new(input))?;
-        return Ok(Some(Handle::new(handle, call.name, Finish::NewTensor)));
+    let Some(one) = call.one(py)? else { return Ok(None) };
+    let handle = call.post(py, &[argument(&one.view, one.output)], one.keep())?;
+    Ok(Some(Handle::new(handle, call.name, one.finish())))
+}
+
+/// An operation of one tensor.
+struct One<'a, 'py> {
+    input: &'a Bound<'py, PyAny>,
+    view: View<'a>,
+    /// Null where the engine makes the result.
+    output: *mut u8,
+    result: Option<Bound<'py, PyAny>>,
+}
+
+impl<'a, 'py> One<'a, 'py> {
+    fn keep(&self) -> Box<dyn Any + Send> {
+        let input = self.input.clone().unbind();
+        match &self.result {
+            Some(result) if !result.is(self.input) => Box::new((input, result.clone().unbind())),
+            _ => Box::new(input),
+        }
     }
-    let in_place = call.results == Results::InPlace;
-    let result = match in_place {
-        true => call.tensors.clone(),
-        false => call.torch.empty_like.bind(py).call1((call.tensors,))?,
-    };
-    let output = match in_place {
-        true => view.data,
-        false => match call.torch.view(&result) {
-            Some(output) => output.data,
-            None => return Ok(None),
-        },
-    };
-    let keep: Box<dyn Any + Send> = match in_place {
-        true => Box::new(input),
-        false => Box::new((input, result.clone().unbind())),
-    };
-    let tensors = [argument(&view, output)];
-    let handle = call.post(py, &tensors, keep)?;
-    Ok(Some(Handle::new(handle, call.name, Finish::Tensors { result: result.unbind() })))
+
+    fn finish(self) -> Finish {
+        match self.result {
+            Some(result) => Finish::Tensors { result: result.unbind() },
+            None => Finish::NewTensor,
+        }
+    }
 }
 
 fn start_list<'py>(py: Python<'py>, call: &Call<'_, 'py>) -> PyResult<Option<Handle>> {
@@ -254,7 +291,7 @@ fn start_list<'py>(py: Python<'py>, call: &Call<'_, 'py>) -> PyResult<Option<Han
         .map(|(data, dtype, shape)| View { data, dtype, shape: Cow::Owned(shape) })
         .collect();
     let tensors: Vec<TensorArg<'_>> =
-        views.iter().zip(&outputs).map(|(view, output)| argument(view, output.0)).collect();
+        views.iter().zip(&outputs).map(|(view, output)| argument(view, given(output.0))).collect();
     // A list of its own, which the caller cannot change while the operation needs it.
     let result = PyList::new(py, made)?;
     let keep = (call.tensors.cast::<PyList>()?.as_sequence().to_list()?.unbind(), result.clone().unbind());
@@ -263,29 +300,53 @@ fn start_list<'py>(py: Python<'py>, call: &Call<'_, 'py>) -> PyResult<Option<Han
     Ok(Some(Handle::new(handle, call.name.clone(), finish)))
 }
 
+/// `output` is null where the engine is to allocate.
 fn argument<'a>(view: &'a View<'_>, output: *mut u8) -> TensorArg<'a> {
-    // Null asks the engine to allocate, so that of an empty tensor becomes another address.
-    let output = if output.is_null() { std::ptr::NonNull::dangling().as_ptr() } else { output };
     TensorArg { input: view.data, output, dtype: view.dtype, shape: &view.shape }
 }
 
-impl Call<'_, '_> {
-    fn post(
-        &self,
-        py: Python<'_>,
-        tensors: &[TensorArg<'_>],
-        keep: Box<dyn Any + Send>,
-    ) -> PyResult<runtime::Handle> {
-        let request = Request {
+/// Where results are to be written: of an empty tensor another address than null.
+fn given(output: *mut u8) -> *mut u8 {
+    if output.is_null() { std::ptr::NonNull::dangling().as_ptr() } else { output }
+}
+
+impl<'a, 'py> Call<'a, 'py> {
+    fn one(&self, py: Python<'py>) -> PyResult<Option<One<'a, 'py>>> {
+        let input = self.tensors;
+        let Some(view) = self.torch.view(input) else { return Ok(None) };
+        let (result, output) = match self.results {
+            Results::Made => (None, std::ptr::null_mut()),
+            Results::InPlace => (Some(input.clone()), given(view.data)),
+            Results::Alike => {
+                let result = self.torch.empty_like.bind(py).call1((input,))?;
+                let Some(output) = self.torch.view(&result).map(|view| given(view.data)) else {
+                    return Ok(None);
+                };
+                (Some(result), output)
+            }
+        };
+        Ok(Some(One { input, view, output, result }))
+    }
+
+    fn request(&self) -> Request<'_> {
+        Request {
             name: self.name.as_deref(),
             set: self.set,
             collective: self.collective,
             op: self.op,
             scale: self.scale,
             root: self.root,
-            tensors,
             ..Request::default()
-        };
+        }
+    }
+
+    fn post(
+        &self,
+        py: Python<'_>,
+        tensors: &[TensorArg<'_>],
+        keep: Box<dyn Any + Send>,
+    ) -> PyResult<runtime::Handle> {
+        let request = Request { tensors, ..self.request() };
         // SAFETY: `keep` holds inputs and outputs where they are until the operation has an outcome; that Python
         // code does not write inputs, touch outputs or resize either meanwhile is its documented duty.
         let handle = unsafe {

@@ -55,6 +55,8 @@ pub struct Node {
     pub plan: Vec<(Time, usize)>,
     pub buffers: Vec<Vec<Buffer>>,
     pub submitted: Vec<bool>,
+    /// What was over when it was submitted.
+    pub done: Vec<Ended>,
     /// What it needed did not end well, so it was not submitted.
     pub skipped: Vec<bool>,
     pub results: Vec<Option<Result<Outcome, Error>>>,
@@ -403,7 +405,7 @@ impl Cluster {
             let node = &mut self.nodes[i];
             let engine = node.engine.as_mut().expect("just seen");
             moved |= engine.turn(now);
-            let ended: Vec<Ended> = engine.ended().collect();
+            let ended: Vec<Ended> = engine.ended().chain(node.done.drain(..)).collect();
             for ended in ended {
                 self.note(i, ended, now)?;
                 moved = true;
@@ -563,6 +565,7 @@ fn node(rank: Rank, engine: Engine, program: &Program, start: Time) -> Node {
         plan,
         buffers: (0..n).map(|_| Vec::new()).collect(),
         submitted: vec![false; n],
+        done: Vec::new(),
         skipped: vec![false; n],
         results: (0..n).map(|_| None).collect(),
         sets,

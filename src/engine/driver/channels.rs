@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
+/// For how long a caller looks for the end of a start that nobody else knows of yet.
+const BRIEFLY: Duration = Duration::from_micros(20);
 
 /// What a look has found.
 pub(super) struct Spun {
@@ -90,7 +92,7 @@ impl Shared {
     /// Looks again and again for as long as a waiter may, since something last moved; whether it is over.
     pub(super) fn spin(&self, mut look: impl FnMut() -> Spun) -> bool {
         let limit = Duration::from_nanos(self.patience.spin_ns);
-        let mut since = Instant::now();
+        let mut since = None;
         loop {
             for _ in 0..LOOKS {
                 let Spun { over, moved } = look();
@@ -98,16 +100,40 @@ impl Shared {
                     return true;
                 }
                 if moved {
-                    since = Instant::now();
-                } else if self.patience.yields {
-                    std::thread::yield_now();
+                    since = Some(Instant::now());
                 } else {
-                    std::hint::spin_loop();
+                    self.pause();
                 }
             }
-            if since.elapsed() > limit {
+            // The clock is read only when it takes longer than to read it.
+            if since.get_or_insert_with(Instant::now).elapsed() > limit {
                 return false;
             }
+        }
+    }
+
+    /// The same for a look that moves nothing, and only while it is short for whoever waits for this thread's locks.
+    pub(super) fn spin_briefly(&self, is_over: &dyn Fn() -> bool) -> bool {
+        let limit = Duration::from_nanos(self.patience.spin_ns).min(BRIEFLY);
+        let mut since = None;
+        loop {
+            for _ in 0..LOOKS {
+                if is_over() {
+                    return true;
+                }
+                self.pause();
+            }
+            if since.get_or_insert_with(Instant::now).elapsed() > limit {
+                return false;
+            }
+        }
+    }
+
+    fn pause(&self) {
+        if self.patience.yields {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
         }
     }
 

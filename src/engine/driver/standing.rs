@@ -6,6 +6,7 @@ use super::channels::Spun;
 use super::{Driver, Mail, Shared};
 use crate::coordinator::{OpId, stalled};
 use crate::engine::handles::in_flight;
+use crate::engine::operation::Outcome;
 use crate::engine::standing::{Look, Posted, Repeat, Standing};
 use crate::error::Result;
 use crate::log;
@@ -13,6 +14,15 @@ use crate::types::SetId;
 use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// What has become of a start.
+#[derive(Debug)]
+pub enum Ran {
+    /// It is over.
+    Done(Outcome),
+    /// It is under way, with this handle.
+    Started(u64),
+}
 
 /// How often starts are looked at that nobody waits for.
 const LOOK_AFTER: Duration = Duration::from_millis(50);
@@ -30,24 +40,30 @@ impl Driver {
         self.shared.standings.find(set, name)
     }
 
-    /// Starts what stands once more, and takes what is to be kept alive for it. None where the call is an ordinary
-    /// operation now.
+    /// Starts what stands once more, and takes what is to be kept alive for it, if it is not over at once; with `waits`
+    /// it is looked at for a while. None where the call is an ordinary operation now.
     pub fn post(
         &self,
         standing: &Arc<Standing>,
         call: &Repeat<'_>,
-        keep: &mut Option<Box<dyn Any + Send>>,
-    ) -> Result<Option<u64>> {
+        waits: bool,
+        mut keep: impl FnMut() -> Option<Box<dyn Any + Send>>,
+    ) -> Result<Option<Ran>> {
         let shared = &*self.shared;
-        let mut handle = 0;
-        let posted = shared.standings.post(standing, call, || {
-            let (opened, index) = shared.handles.open_start(keep.take(), standing)?;
-            handle = opened;
-            Ok(OpId(index))
-        })?;
+        let index = shared.handles.reserve()?;
+        let mut handle = None;
+        let spin = |is_over: &dyn Fn() -> bool| waits && shared.spin_briefly(is_over);
+        let posted = shared.standings.post(standing, call, spin, || {
+            handle = Some(shared.handles.open_start(index, keep(), standing));
+            OpId(index)
+        });
+        if handle.is_none() {
+            shared.handles.release(index);
+        }
         shared.see_to_standings();
         match posted {
-            Posted::Started => Ok(Some(handle)),
+            Posted::Done(outcome) => Ok(Some(Ran::Done(outcome))),
+            Posted::Started => Ok(handle.map(Ran::Started)),
             Posted::Ordinary => Ok(None),
             Posted::Busy => Err(in_flight(standing.name())),
         }

@@ -172,6 +172,21 @@ def start(
     waits: bool,
     /,
 ) -> Optional[Handle]: ...
+def run(
+    collective: int,
+    tensor: Any,
+    in_place: Optional[bool],
+    prefix: str,
+    name: Optional[str],
+    set: Any,
+    op: int,
+    pre: float,
+    post: float,
+    root: int,
+    waits: bool,
+    /,
+) -> Any: ...
+def observe(observed: bool) -> None: ...
 def plan(
     collective: int,
     tensors: Sequence[Any],

@@ -63,6 +63,7 @@ _observed = False
 def _observe(*_: Any) -> None:
     global _observed
     _observed = _watches or _timeline.active is not None
+    _native.observe(_observed)
 
 
 _timeline.listeners.append(_observe)
@@ -184,10 +185,9 @@ def _as_list(tensors: Any) -> Tuple[List[Any], Optional[str]]:
 def start_allreduce(tensor: Any, in_place: bool, name: Optional[str], op: int, pre: float, post: float,
                     process_set: ProcessSet, waits: bool = False) -> Handle:  # fmt: skip
     """Starts an allreduce of one tensor, in place or into a new one."""
-    if not _observed:
-        handle = _start(ALLREDUCE, tensor, in_place, "allreduce", name, process_set, op, pre, post, 0, waits)
-        if handle is not None:
-            return handle
+    handle = _start(ALLREDUCE, tensor, in_place, "allreduce", name, process_set, op, pre, post, 0, waits)
+    if handle is not None:
+        return handle
     made: List[torch.Tensor] = []
 
     def outputs() -> List[torch.Tensor]:
@@ -213,13 +213,12 @@ def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1
     """Starts an allreduce of `tensor` in place."""
     if op is None or average is not None:
         op = handle_average_backwards_compatibility(op, average)
-    if not _observed:
-        # The same again as start_allreduce, without a call more: training submits hundreds of tensors a step.
-        handle = _start(
-            ALLREDUCE, tensor, True, "allreduce", name, process_set, op, prescale_factor, postscale_factor, 0, False
-        )
-        if handle is not None:
-            return handle
+    # The same again as start_allreduce, without a call more: training submits hundreds of tensors a step.
+    handle = _start(
+        ALLREDUCE, tensor, True, "allreduce", name, process_set, op, prescale_factor, postscale_factor, 0, False
+    )
+    if handle is not None:
+        return handle
     return start_allreduce(tensor, True, name, op, prescale_factor, postscale_factor, process_set)
 
 
@@ -233,7 +232,7 @@ def start_grouped_allreduce(tensors: Any, in_place: bool, name: Optional[str], o
     tensors, refused = _as_list(tensors)
     if not in_place:
         tensors = [_detached(tensor) for tensor in tensors]
-    if not _observed and refused is None:
+    if refused is None:
         handle = _start(ALLREDUCE, tensors, in_place, "grouped_allreduce", name, process_set, op, pre, post, 0, False)
         if handle is not None:
             return handle
@@ -287,10 +286,9 @@ def sparse_allreduce_async(tensor, name, op, process_set=global_process_set) -> 
 def start_allgather(tensor: Any, name: Optional[str], process_set: ProcessSet, waits: bool = False) -> Handle:
     """Starts an allgather of one tensor."""
     tensor = _detached(tensor)
-    if not _observed:
-        handle = _start(ALLGATHER, tensor, None, "allgather", name, process_set, Sum, 1.0, 1.0, 0, waits)
-        if handle is not None:
-            return handle
+    handle = _start(ALLGATHER, tensor, None, "allgather", name, process_set, Sum, 1.0, 1.0, 0, waits)
+    if handle is not None:
+        return handle
     return submit(
         ALLGATHER, [tensor], None, lambda outcome: _tensors(outcome)[0],
         _named("allgather", name), process_set, waits=waits,
@@ -314,10 +312,9 @@ def grouped_allgather_async(tensors, name=None, process_set=global_process_set) 
 def start_broadcast(tensor: Any, in_place: bool, root_rank: int, name: Optional[str], process_set: ProcessSet,
                     waits: bool = False) -> Handle:  # fmt: skip
     """Starts a broadcast of one tensor, in place or into a new one."""
-    if not _observed and type(root_rank) is int and 0 <= root_rank < 1 << 32:
-        handle = _start(BROADCAST, tensor, in_place, "broadcast", name, process_set, Sum, 1.0, 1.0, root_rank, waits)
-        if handle is not None:
-            return handle
+    handle = _start(BROADCAST, tensor, in_place, "broadcast", name, process_set, Sum, 1.0, 1.0, root_rank, waits)
+    if handle is not None:
+        return handle
     made: List[torch.Tensor] = []
 
     def outputs() -> List[torch.Tensor]:
@@ -344,7 +341,7 @@ def start_alltoall(tensor: Any, splits: Any, name: Optional[str], process_set: P
               with_splits: bool, waits: bool = False) -> Handle:  # fmt: skip
     """Starts an alltoall of one tensor; with `with_splits` the result has the received splits beside it."""
     tensor = _detached(tensor)
-    if not _observed and splits is None and not with_splits:
+    if splits is None and not with_splits:
         handle = _start(ALLTOALL, tensor, None, "alltoall", name, process_set, Sum, 1.0, 1.0, 0, waits)
         if handle is not None:
             return handle
@@ -386,7 +383,7 @@ def start_reducescatter(tensor: Any, name: Optional[str], op: int, pre: float, p
                         waits: bool = False) -> Handle:  # fmt: skip
     """Starts a reducescatter of one tensor."""
     tensor = _detached(tensor)
-    if not _observed and op in (Average, Sum):
+    if op in (Average, Sum):
         handle = _start(REDUCESCATTER, tensor, None, "reducescatter", name, process_set, op, pre, post, 0, waits)
         if handle is not None:
             return handle

@@ -12,8 +12,23 @@ from typing import Any, List
 
 import torch
 
+from .. import _native
 from .._sets import global_process_set
-from .._submit import BARRIER, JOIN, Adasum, Average, Max, Min, Product, Sum
+from .._submit import (
+    ALLGATHER,
+    ALLREDUCE,
+    ALLTOALL,
+    BARRIER,
+    BROADCAST,
+    JOIN,
+    REDUCESCATTER,
+    Adasum,
+    Average,
+    Max,
+    Min,
+    Product,
+    Sum,
+)
 from .asynchronous import (
     Handle,
     allgather_async,
@@ -62,6 +77,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+# The short way, which starts a collective and waits: None where the general way is to be taken.
+_run = _native.run
+
+
 def _is_recorded(tensor: Any) -> bool:
     # Where it is not, autograd's detour would cost more than a small collective does.
     return getattr(tensor, "requires_grad", False) and torch.is_grad_enabled()
@@ -70,8 +89,14 @@ def _is_recorded(tensor: Any) -> bool:
 def allreduce(tensor, average=None, name=None, compression=Compression.none, op=None, prescale_factor=1.0,
               postscale_factor=1.0, process_set=global_process_set) -> torch.Tensor:  # fmt: skip
     """The reduction of all ranks' tensors, on every rank. Differentiable."""
-    op = handle_average_backwards_compatibility(op, average)
+    if op is None or average is not None:
+        op = handle_average_backwards_compatibility(op, average)
     if compression is Compression.none and not _is_recorded(tensor):
+        result = _run(
+            ALLREDUCE, tensor, False, "allreduce", name, process_set, op, prescale_factor, postscale_factor, 0, True
+        )
+        if result is not None:
+            return result
         handle = start_allreduce(tensor, False, name, op, prescale_factor, postscale_factor, process_set, True)
         return synchronize(handle)
     compressed, ctx = compression.compress(tensor)
@@ -82,7 +107,13 @@ def allreduce(tensor, average=None, name=None, compression=Compression.none, op=
 def allreduce_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
                process_set=global_process_set) -> torch.Tensor:  # fmt: skip
     """The reduction of all ranks' tensors, in place."""
-    op = handle_average_backwards_compatibility(op, average)
+    if op is None or average is not None:
+        op = handle_average_backwards_compatibility(op, average)
+    result = _run(
+        ALLREDUCE, tensor, True, "allreduce", name, process_set, op, prescale_factor, postscale_factor, 0, True
+    )
+    if result is not None:
+        return result
     return synchronize(start_allreduce(tensor, True, name, op, prescale_factor, postscale_factor, process_set, True))
 
 
@@ -109,6 +140,9 @@ def grouped_allreduce_(tensors, average=None, name=None, op=None, prescale_facto
 def allgather(tensor, name=None, process_set=global_process_set) -> torch.Tensor:
     """All ranks' tensors joined along the first dimension, which may differ. Differentiable."""
     if not _is_recorded(tensor):
+        result = _run(ALLGATHER, tensor, None, "allgather", name, process_set, Sum, 1.0, 1.0, 0, True)
+        if result is not None:
+            return result
         return synchronize(start_allgather(tensor, name, process_set, True))
     return HorovodAllgather.apply(tensor, name, process_set)
 
@@ -121,12 +155,18 @@ def grouped_allgather(tensors, name=None, process_set=global_process_set) -> Lis
 def broadcast(tensor, root_rank, name=None, process_set=global_process_set) -> torch.Tensor:
     """The root's tensor, on every rank; `root_rank` counts in the whole job. Differentiable."""
     if not _is_recorded(tensor):
+        result = _run(BROADCAST, tensor, False, "broadcast", name, process_set, Sum, 1.0, 1.0, root_rank, True)
+        if result is not None:
+            return result
         return synchronize(start_broadcast(tensor, False, root_rank, name, process_set, True))
     return HorovodBroadcast.apply(tensor, root_rank, name, process_set)
 
 
 def broadcast_(tensor, root_rank, name=None, process_set=global_process_set) -> torch.Tensor:
     """The root's tensor, in place."""
+    result = _run(BROADCAST, tensor, True, "broadcast", name, process_set, Sum, 1.0, 1.0, root_rank, True)
+    if result is not None:
+        return result
     return synchronize(start_broadcast(tensor, True, root_rank, name, process_set, True))
 
 
@@ -134,6 +174,10 @@ def alltoall(tensor, splits=None, name=None, process_set=global_process_set) -> 
     """Rank j gets the j-th split of every rank's rows. Returns the rows, and with `splits` also how many came
     from each rank. Differentiable."""
     if not _is_recorded(tensor):
+        if splits is None:
+            result = _run(ALLTOALL, tensor, None, "alltoall", name, process_set, Sum, 1.0, 1.0, 0, True)
+            if result is not None:
+                return result
         return synchronize(start_alltoall(tensor, splits, name, process_set, splits is not None, True))
     output, received = HorovodAlltoall.apply(tensor, splits, name, process_set)
     return output if splits is None else (output, received)
@@ -144,6 +188,13 @@ def reducescatter(tensor, name=None, compression=Compression.none, op=Average, p
     """This rank's rows of the reduction; the lower ranks get one row more where they do not divide evenly.
     Average and Sum only. Differentiable."""
     if compression is Compression.none and not _is_recorded(tensor):
+        if op in (Average, Sum):
+            result = _run(
+                REDUCESCATTER, tensor, None, "reducescatter", name, process_set, op, prescale_factor,
+                postscale_factor, 0, True,
+            )  # fmt: skip
+            if result is not None:
+                return result
         handle = start_reducescatter(tensor, name, op, prescale_factor, postscale_factor, process_set, True)
         return synchronize(handle)
     compressed, ctx = compression.compress(tensor)
