@@ -26,8 +26,8 @@ OURS = ("carole", "carole-tcp")
 # The same with tensors in memory that the ranks share.
 SHARED = "carole-shared"
 NOT_PEERS = (*OURS, SHARED, "carole-perf", "copy", "stream")
-# What counts for Carole; the other ways are printed for what they are.
-OUR_WAYS = ("by name", "each", "new output", "into output")
+# What counts for Carole, one tensor after the other by name; the other ways are printed for what they are.
+OUR_WAYS = ("by name", "each", "blocking", "new output", "into output")
 
 Row = dict
 

@@ -44,11 +44,15 @@ class Carole(Library):
             for handle in handles:
                 hvd.synchronize(handle)
 
+        def blocking() -> None:
+            for tensor, name in zip(inputs, names):
+                hvd.allreduce_(tensor, op=hvd.Sum, name=name)
+
         def grouped() -> None:
             hvd.grouped_allreduce_(inputs, op=hvd.Sum, name="all")
 
         planned = hvd.grouped_allreduce_init(inputs, op=hvd.Sum, out=inputs)
-        return {"each": each, "grouped": grouped, "planned": lambda: _nothing(planned())}
+        return {"each": each, "blocking": blocking, "grouped": grouped, "planned": lambda: _nothing(planned())}
 
     def _allgather(self, inputs: Tensors, _: Tensors) -> Dict[str, Way]:
         # There is no out= for an allgather: the output is new memory each time, and what its pages cost counts.
