@@ -69,6 +69,7 @@ fn engine(network: &Network, me: u32) -> Engine {
         direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
         lent_bytes: carole::limits::LENT_BYTES_MIN,
         stands_after: carole::limits::STANDS_AFTER,
+        niche_bytes_within: 4 << 10,
         uniform: false,
         sets: Vec::new(),
         next_set: 1,

@@ -233,12 +233,7 @@ impl Handles {
     }
 
     /// Begins with a start in a slot that was reserved for it. Returns the handle.
-    pub fn open_start(
-        &self,
-        index: u32,
-        keep: Option<Box<dyn Any + Send>>,
-        standing: &Arc<Standing>,
-    ) -> u64 {
+    pub fn open_start(&self, index: u32, keep: Option<Box<dyn Any + Send>>, standing: &Arc<Standing>) -> u64 {
         let inner = Inner { keep, standing: Some(Arc::clone(standing)), ..Inner::default() };
         self.slot(index).begin(index, inner)
     }

@@ -28,7 +28,7 @@ enum Slot {
     /// Up.
     Up(Box<dyn Link>),
     /// The peer is gone, and some messages of it can still be received.
-    Left(Leftovers),
+    Left(Box<Leftovers>),
     /// It was up, or could not come up; the peer is gone.
     Dead,
 }
@@ -345,7 +345,7 @@ impl Links {
         let slot = &mut self.slots[peer.0 as usize];
         disown(slot);
         *slot = match std::mem::replace(slot, Slot::Dead) {
-            Slot::Up(link) => link.leave(self.lasting).map_or(Slot::Dead, Slot::Left),
+            Slot::Up(link) => link.leave(self.lasting).map_or(Slot::Dead, |left| Slot::Left(Box::new(left))),
             Slot::Left(leftovers) => Slot::Left(leftovers),
             Slot::None | Slot::Requested(_) | Slot::Dead => Slot::Dead,
         };

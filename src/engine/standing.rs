@@ -180,7 +180,7 @@ impl Standings {
         inner.next += 1;
         // Who sleeps is to be woken first, by whoever drives.
         if !niche.has_sleepers() && spin(&|| niche.progress(number) == Progress::Complete) {
-            share.take(niche, number, standing.signature.scale.pre, output);
+            share.take(niche, number, standing.signature.scale.pre, (call.input, output));
             return Posted::Done(standing.outcome(made));
         }
         inner.start = Some(Start { op: open(), input: call.input, output, made });
@@ -243,7 +243,8 @@ impl Standings {
             self.has_fallen.store(true, Ordering::SeqCst);
             return Look::Fallen;
         }
-        standing.share.take(&standing.niche, number, standing.signature.scale.pre, start.output);
+        let memory = (start.input, start.output);
+        standing.share.take(&standing.niche, number, standing.signature.scale.pre, memory);
         drop(inner);
         self.under_way.fetch_sub(1, Ordering::SeqCst);
         Look::Done(start.op, standing.outcome(start.made))

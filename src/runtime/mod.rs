@@ -324,10 +324,7 @@ pub enum Running {
 ///
 /// # Safety
 /// As [`submit`].
-pub unsafe fn run(
-    request: &Request<'_>,
-    keep: impl FnOnce() -> Box<dyn Any + Send>,
-) -> Result<Running> {
+pub unsafe fn run(request: &Request<'_>, keep: impl FnOnce() -> Box<dyn Any + Send>) -> Result<Running> {
     live()?.run(request, keep)
 }
 

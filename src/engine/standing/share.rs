@@ -91,11 +91,11 @@ impl Share {
     }
 
     /// Takes this member's part of a start that is complete. `pre` is what every input is multiplied by.
-    pub fn take(&self, niche: &Niche, number: u64, pre: f64, output: Region) {
+    pub fn take(&self, niche: &Niche, number: u64, pre: f64, (input, output): (Region, Region)) {
         match &self.takes {
             Takes::Nothing => {}
             Takes::Reduced(from, reduction, finish) => {
-                niche.reduce(number, *from, *reduction, pre, *finish, output);
+                niche.reduce(number, *from, *reduction, pre, *finish, (input, output));
             }
             Takes::Pieces(pieces) => niche.copy(number, pieces, output),
         }

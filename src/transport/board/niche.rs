@@ -224,7 +224,7 @@ impl Niche {
     }
 
     /// Reduces what all have shown of a start that is [`Progress::Complete`], from the byte `from` on, into all of the
-    /// output.
+    /// output. `input` is what this member has shown, as it still is in the caller's memory.
     pub fn reduce(
         &self,
         start: u64,
@@ -232,7 +232,7 @@ impl Niche {
         reduction: Reduction,
         pre: f64,
         finish: Finish,
-        output: Region,
+        (input, output): (Region, Region),
     ) {
         let len = output.len() as usize;
         assert!(from + len <= self.room.bytes);
@@ -240,9 +240,15 @@ impl Niche {
         for (member, source) in sources.iter_mut().enumerate().take(self.places.len()) {
             *source = self.shown(member, start).wrapping_add(from).cast_const();
         }
+        // One stream of memory less, where it is the output itself or apart from it.
+        let own = input.as_ptr().wrapping_add(from);
+        let distance = own.addr().abs_diff(output.as_ptr().addr());
+        if (from + len) as u64 <= input.len() && (distance == 0 || distance >= len) {
+            sources[self.me] = own.cast_const();
+        }
         let sources = &sources[..self.places.len()];
         // SAFETY: the bytes of all members were published before their numbers, and stay until this member starts
-        // again; the submitter has given the output away until the operation has ended.
+        // again; the submitter has given the output away until the operation has ended, and has not written the input.
         unsafe { host::reduce_many(reduction, output.as_ptr(), sources, len, pre, finish) };
     }
 

@@ -218,7 +218,14 @@ fn niches_are_reduced_and_withdrawn_from(is_aside: bool) {
         for (member, niche) in niches.iter().enumerate() {
             assert_eq!(niche.progress(start), Progress::Complete);
             let reduction = Reduction { dtype: DType::F32, op: ReduceOp::Sum };
-            niche.reduce(start, 0, reduction, 1.0, Finish { divisor: 1, post: 1.0 }, regions[member]);
+            niche.reduce(
+                start,
+                0,
+                reduction,
+                1.0,
+                Finish { divisor: 1, post: 1.0 },
+                (regions[member], regions[member]),
+            );
             let mut some = [0f32; 2];
             // SAFETY: as above.
             let output = unsafe { Region::new(some.as_mut_ptr().cast(), 8) };
