@@ -47,9 +47,8 @@ pub const BOARD_SLOTS: usize = 4;
 pub const BOARD_SLOT_BYTES: usize = 128 << 10;
 /// Bytes of each seat for niches: a thousand standing operations of 256 bytes fit.
 pub const BOARD_NICHES_BYTES: usize = 1 << 20;
-/// A collective that repeats, and into which no member puts more than this many bytes, gets a niche: above it is faster if
-/// each member reduces a part for all.
-pub const NICHE_BYTES_MAX: usize = 256 << 10;
+/// What a member shows in a niche, at most; how much it is for which collective, `engine::standing` says.
+pub const NICHE_BYTES_MAX: usize = 1 << 20;
 /// More than this lies aside, in a block of its own.
 pub const NICHE_BYTES_WITHIN: usize = 4 << 10;
 /// Bytes that lie aside for one process set, on each board.

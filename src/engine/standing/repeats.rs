@@ -5,13 +5,14 @@ use super::share::{Share, slot_bytes};
 use super::{Inner, Look, Standing, Standings, Start, lock};
 use crate::coordinator::{Agreed, Coordinator, ENGINE_NAMES, PLAN_NAMES};
 use crate::engine::boards::Seating;
+use crate::engine::lending::Lending;
 use crate::engine::operation::Ended;
 use crate::engine::{Engine, Submission, TensorMemory};
 use crate::error::Error;
 use crate::hash::Map;
 use crate::limits::{BOARD_NICHES_BYTES, CACHE_KEYS_MAX, NICHE_BYTES_MAX, NICHES_ASIDE_BYTES};
 use crate::transport::board::{Niche, Room};
-use crate::types::{Place, Rank, SetId, SharedSignature, TensorKey, Time};
+use crate::types::{Collective, Place, Rank, SetId, SharedSignature, TensorKey, Time};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
@@ -28,6 +29,9 @@ pub(in crate::engine) struct Repeats {
     /// Niches given out so far: their starts have numbers that no other niche's ever had.
     given: u64,
 }
+
+/// A few members: as many as small machines have processors.
+const MEMBERS_FEW: u32 = 4;
 
 /// How often a key of the response cache was agreed on in a row.
 struct Seen {
@@ -141,7 +145,10 @@ impl Engine {
         let is_small = || {
             let set = &self.sets[&id];
             let bytes = slot_bytes(agreed, set.size(), set.root_of(signature));
-            (1..=NICHE_BYTES_MAX as u64).contains(&bytes)
+            // To reduce tensors where they lie takes less time, unless they are small.
+            let lends = signature.collective == Collective::Allreduce && set.lending == Lending::Agreed;
+            (1..=most_bytes(signature.collective, set.size()) as u64).contains(&bytes)
+                && !(lends && bytes > self.setup.lent_bytes)
         };
         signature.place == Place::Host
             && signature.tensors.len() == 1
@@ -248,5 +255,16 @@ impl Engine {
         self.standings.calls()
             || self.standings.awaits.load(Ordering::SeqCst)
                 && lock(&self.standings.awaited).iter().any(|standing| standing.has_news())
+    }
+}
+
+/// The most that a member may put into what stands. Above it the ordinary way takes less time, though members wait for
+/// each other twice more: it goes in windows that stay in cache, and each member reduces a part for all. Many members
+/// share processors, and take longer over a round of waiting.
+fn most_bytes(collective: Collective, size: u32) -> usize {
+    match collective {
+        Collective::Allreduce => NICHE_BYTES_MAX / 4,
+        _ if size <= MEMBERS_FEW => NICHE_BYTES_MAX / 2,
+        _ => NICHE_BYTES_MAX,
     }
 }
