@@ -101,10 +101,10 @@
 //! * *Persistent collectives beside the log.* A plan is agreed on (`engine/persistent.rs`), its starts are not: within a
 //!   host each has a [`engine::channel`] to itself, which waiters turn without the engine's baton. They are outside
 //!   uniform completion, so in elastic jobs, as between hosts, a start is an ordinary operation of the plan's name.
-//! * *Standing operations instead of step plans.* A small collective that repeats is done without the coordinator and
-//!   without the engine, each by itself, through niches on the members' boards ([`engine::standing`]); whoever deviates withdraws,
-//!   and the start becomes an ordinary operation on all members. Groups, larger tensors and whole steps are not
-//!   planned; their seam is described in [`coordinator`].
+//! * *Standing operations instead of step plans.* A collective that repeats and stays in cache is done without the
+//!   coordinator and without the engine, each by itself, through niches on the members' boards ([`engine::standing`]);
+//!   whoever deviates withdraws, and the start becomes an ordinary operation on all members. Groups, larger tensors and
+//!   whole steps are not planned; their seam is described in [`coordinator`].
 //! * *Tensors lent by their owners.* Memory for tensors can be taken of a board's arena ([`runtime::allocate`]); where all
 //!   members of a set have, an allreduce reads and writes the tensors themselves ([`transport::board`]). That members ask
 //!   each other is agreed once (`engine/lending.rs`); where the tensors lie is told in a batch's first tick. What stands in

@@ -1,6 +1,6 @@
-//! Standing operations: small collectives that repeat, done without any agreement.
+//! Standing operations: collectives that repeat and stay in cache, done without any agreement.
 //!
-//! A collective of one tensor that stays in cache and that has been agreed on a few times with the same name, signature, row
+//! A collective of one tensor of moderate size that has been agreed on a few times with the same name, signature, row
 //! counts and splits *stands*: from there on each start goes through a niche on the boards of the members ([`Niche`]),
 //! by whoever submits and whoever waits, and neither the coordinator nor the engine hears of it. That it stands, and
 //! where its niche lies, are functions of the agreed log, so all members know it before any can submit that name again.
@@ -9,6 +9,9 @@
 //! see that in the niche, and the start becomes an ordinary operation on all members: what it then comes to is agreed as
 //! ever, a mismatch that names both ranks included. None of them can have finished that start, since one has never
 //! posted it. When the name comes in the agreed log again, all have left the niche, and it is free.
+//!
+//! Who waits at once looks for the end of a start before anything else hears of it; most small ones end so, and are no
+//! operation of the engine at all.
 //!
 //! Where completion is uniform nothing stands: such starts are in no ledger.
 #![forbid(unsafe_code)]

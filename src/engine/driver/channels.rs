@@ -101,8 +101,10 @@ impl Shared {
                 }
                 if moved {
                     since = Some(Instant::now());
+                } else if self.patience.yields {
+                    std::thread::yield_now();
                 } else {
-                    self.pause();
+                    std::hint::spin_loop();
                 }
             }
             // The clock is read only when it takes longer than to read it.
@@ -112,8 +114,12 @@ impl Shared {
         }
     }
 
-    /// The same for a look that moves nothing, and only while it is short for whoever waits for this thread's locks.
+    /// The same for a look that moves nothing, by a caller that holds locks (the interpreter's, the operation's): it is
+    /// over before anybody who waits for those would notice, so it never gives its processor away.
     pub(super) fn spin_briefly(&self, is_over: &dyn Fn() -> bool) -> bool {
+        if self.patience.yields {
+            return is_over();
+        }
         let limit = Duration::from_nanos(self.patience.spin_ns).min(BRIEFLY);
         let mut since = None;
         loop {
@@ -121,19 +127,11 @@ impl Shared {
                 if is_over() {
                     return true;
                 }
-                self.pause();
+                std::hint::spin_loop();
             }
             if since.get_or_insert_with(Instant::now).elapsed() > limit {
                 return false;
             }
-        }
-    }
-
-    fn pause(&self) {
-        if self.patience.yields {
-            std::thread::yield_now();
-        } else {
-            std::hint::spin_loop();
         }
     }
 

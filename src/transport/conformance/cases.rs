@@ -4,7 +4,7 @@
 use super::Ends;
 use super::rig::{Rig, pattern};
 use crate::device::Reduction;
-use crate::transport::Link;
+use crate::transport::{Link, Stream};
 use crate::types::{DType, ReduceOp};
 
 type Make<'a> = &'a mut dyn FnMut() -> Ends;
@@ -252,4 +252,22 @@ pub fn random_traffic(make: Make) {
     for (token, (_, bytes)) in got.iter().zip(&plan) {
         assert!(rig.b.result(*token) == *bytes);
     }
+}
+
+/// Messages that were sent before their sender left can be received when the connection is no more.
+pub fn what_has_landed_outlives_the_link(make: Make) {
+    let mut rig = make().rig();
+    let (first, second) = (pattern(1000, 1), pattern(5000, 2));
+    let sent = [rig.a.send(1, &first, 0), rig.a.send(2, &second, 3)];
+    rig.until("both have landed", |rig| rig.b.link.landed(|_| true) == 2);
+    rig.until("both are sent", |rig| sent.iter().all(|token| rig.a.is_done(*token)));
+    assert!(rig.b.link.holds(Stream(2)) && !rig.b.link.holds(Stream(3)));
+    assert_eq!(rig.b.link.landed(|stream| stream == Stream(1)), 1, "only what is asked for is counted");
+    let (mut left, mut receive) = rig.b.leave();
+    assert_eq!(receive(&mut left, 3, 10), None, "what was never sent never comes");
+    assert_eq!(receive(&mut left, 2, 5000), Some(second));
+    assert_eq!(receive(&mut left, 2, 5000), None, "a message comes once");
+    assert!(left.holds(Stream(1)) && !left.is_empty());
+    assert_eq!(receive(&mut left, 1, 1000), Some(first));
+    assert!(left.is_empty());
 }

@@ -3,7 +3,7 @@
 use crate::device::{Reduction, Token};
 use crate::error::Cause;
 use crate::memory::{Memory, Piece, PieceRange, Region};
-use crate::transport::flow::FlowLink;
+use crate::transport::flow::{FlowLink, Leftovers};
 use crate::transport::sim::Network;
 use crate::transport::{Events, Link, LinkEvent, LinkOrder, OrderKind, Stream};
 use crate::types::Time;
@@ -133,6 +133,28 @@ impl Side {
         self.link.withdraw(token.run, &self.memory);
         self.memory.forget(token.run);
         self.buffers.remove(&token);
+    }
+
+    /// Ends the connection; what had landed, and a message of it.
+    pub fn leave(self) -> (Leftovers, impl FnMut(&mut Leftovers, u128, usize) -> Option<Vec<u8>>) {
+        let (mut memory, mut events) = (self.memory, self.events);
+        let left = Box::new(self.link).leave(|_| true).expect("something has landed");
+        let receive = move |left: &mut Leftovers, stream: u128, len: usize| {
+            let mut buffer = vec![0xEE; len];
+            // SAFETY: the buffer outlives the order, which is done or was dropped when this ends.
+            let region = unsafe { Region::new(buffer.as_mut_ptr(), len as u64) };
+            let token = Token { run: memory.register([region]), window: 0, step: 0 };
+            let dst = cut(len, 7);
+            let kind = OrderKind::Recv { dst: dst.clone() };
+            left.post(LinkOrder { token, stream: Stream(stream), kind });
+            events.clear();
+            let moved = left.settle(&memory, &mut events);
+            memory.forget(token.run);
+            assert_eq!(moved, events.list == [LinkEvent::Done(token)]);
+            let piece = |p: &Piece| buffer[p.offset as usize..][..p.len as usize].to_vec();
+            moved.then(|| dst.pieces().iter().flat_map(piece).collect())
+        };
+        (left, receive)
     }
 
     /// The order is over: its memory is the owner's again.

@@ -185,5 +185,6 @@ def recv_async(out: Any, source: int, tag: int = 0, *, process_set: Set = None) 
 
 
 def recv(out: Any, source: int, tag: int = 0, *, process_set: Set = None) -> Any:
-    """Receives into `out` what rank `source` sends with this tag, and returns `out`."""
+    """Receives into `out` what rank `source` sends with this tag, and returns `out`. What was sent can still be received
+    when that rank has left."""
     return recv_async(out, source, tag, process_set=process_set).wait()
