@@ -59,8 +59,7 @@ pub(super) fn run(
     let tensors = [argument(dtype, &shape, buffers)];
     // SAFETY: the buffers are borrowed for the whole of this call, which waits for the outcome without a
     // limit; after any outcome the engine touches them no more.
-    let handle = unsafe { runtime::submit_to_wait(&Request { tensors: &tensors, ..*request }, None) }?;
-    runtime::wait(handle, None).result
+    unsafe { runtime::run(&Request { tensors: &tensors, ..*request }, || None) }?.outcome()
 }
 
 /// An operation on one tensor of one dimension that is planned once, with its memory.
@@ -138,8 +137,7 @@ fn argument<'a>(dtype: DType, shape: &'a [u64; 1], buffers: Buffers<'_>) -> Tens
 /// No rank leaves before all have entered.
 pub(super) fn barrier() -> Result<()> {
     // SAFETY: a barrier has no buffers.
-    let handle = unsafe { runtime::submit_to_wait(&Request::default(), None) }?;
-    runtime::wait(handle, None).result.map(drop)
+    unsafe { runtime::run(&Request::default(), || None) }?.outcome().map(drop)
 }
 
 /// Sends to one rank and receives from another, at the same time.

@@ -188,7 +188,7 @@ impl Live {
     pub(super) fn run(
         &self,
         request: &Request<'_>,
-        keep: impl FnOnce() -> Box<dyn Any + Send>,
+        keep: impl FnOnce() -> Option<Box<dyn Any + Send>>,
     ) -> Result<Running> {
         let mut keep = Some(keep);
         if let Some(name) = request.name
@@ -196,13 +196,13 @@ impl Live {
         {
             let set = self.check_place(request)?;
             let call = request::repeat(request, &set);
-            match self.driver.post(&standing, &call, true, || keep.take().map(|keep| keep()))? {
+            match self.driver.post(&standing, &call, true, || keep.take().and_then(|keep| keep()))? {
                 Some(Ran::Done(outcome)) => return Ok(Running::Done(outcome)),
                 Some(Ran::Started(handle)) => return Ok(Running::Started(Handle(handle))),
                 None => {}
             }
         }
-        self.submit(request, keep.map(|keep| keep()), true).map(Running::Started)
+        self.submit(request, keep.and_then(|keep| keep()), true).map(Running::Started)
     }
 
     /// Submits a collective.

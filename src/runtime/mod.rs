@@ -316,6 +316,16 @@ pub enum Running {
     Started(Handle),
 }
 
+impl Running {
+    /// Waits for the outcome.
+    pub fn outcome(self) -> Result<Outcome> {
+        match self {
+            Running::Done(outcome) => Ok(outcome),
+            Running::Started(handle) => wait(handle, None).result,
+        }
+    }
+}
+
 /// Submits an operation for a caller that waits at once, and takes the outcome where it is there in no time, which costs
 /// less than a handle does. What `keep` makes is held as in [`submit`], where the operation goes on.
 ///
@@ -324,7 +334,10 @@ pub enum Running {
 ///
 /// # Safety
 /// As [`submit`].
-pub unsafe fn run(request: &Request<'_>, keep: impl FnOnce() -> Box<dyn Any + Send>) -> Result<Running> {
+pub unsafe fn run(
+    request: &Request<'_>,
+    keep: impl FnOnce() -> Option<Box<dyn Any + Send>>,
+) -> Result<Running> {
     live()?.run(request, keep)
 }
 

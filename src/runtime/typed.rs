@@ -23,8 +23,8 @@
 //! ```
 
 use super::{
-    Completion, Handle, Outcome, OwnedBytes, Request, TensorArg, abandon, poll, recv as recv_raw,
-    send as send_raw, submit, submit_to_wait, wait,
+    Completion, Handle, Outcome, OwnedBytes, Request, TensorArg, abandon, poll, recv as recv_raw, run,
+    send as send_raw, submit, wait,
 };
 use crate::error::{Error, Result};
 use crate::types::{Collective, DType, GLOBAL_SET, Rank, ReduceOp, SetId};
@@ -80,8 +80,7 @@ fn in_place<'a, T: Element>(values: &mut [T], shape: &'a [u64; 1]) -> TensorArg<
 fn call(request: &Request<'_>) -> Result<Outcome> {
     // SAFETY: the buffers are borrowed by the caller of this function until it returns, and it returns only
     // with an outcome: the wait has no limit.
-    let handle = unsafe { submit_to_wait(request, None) }?;
-    wait(handle, None).result
+    unsafe { run(request, || None) }?.outcome()
 }
 
 /// Replaces `values` by the reduction over all ranks, which give equally many.

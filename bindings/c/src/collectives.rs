@@ -6,7 +6,7 @@ use crate::handles::deliver;
 use crate::output::carole_output;
 use crate::status::enter;
 use runtime::error::{Error, Result};
-use runtime::runtime::{self as core, Handle, Persistent, Request, TensorArg};
+use runtime::runtime::{self as core, Completion, Handle, Persistent, Request, TensorArg};
 use runtime::types::{Collective, Rank, Scale, SetId};
 
 /// Fills a struct of options with its defaults and its size. CAROLE_OPTIONS_INIT calls it.
@@ -112,8 +112,8 @@ impl Call {
     unsafe fn run(&self, output: *mut *mut carole_output) -> i32 {
         // SAFETY: the caller's promise.
         enter(|| unsafe {
-            let handle = self.submit()?;
-            deliver(core::wait(handle, None), output)
+            let running = self.announce(|request| core::run(request, || None))?;
+            deliver(Completion { result: running.outcome(), keep: None }, output)
         })
     }
 }

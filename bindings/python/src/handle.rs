@@ -6,7 +6,7 @@ use crate::errors;
 use crate::output::Output;
 use crate::torch;
 use carole::error::Error;
-use carole::runtime::{self, Completion, Outcome, OutputTensor};
+use carole::runtime::{self, Completion, Outcome, OutputTensor, Running};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyType};
@@ -50,7 +50,9 @@ pub enum Finish {
 /// An operation in flight. It must be waited for once; dropped, it finishes by itself and its result is lost.
 #[pyclass(frozen, module = "carole._native", weakref)]
 pub struct Handle {
-    handle: runtime::Handle,
+    /// `None` where it was over at once: then the outcome is here.
+    handle: Option<runtime::Handle>,
+    outcome: Mutex<Option<Outcome>>,
     name: Option<String>,
     /// `None` when the outcome has been taken.
     finish: Mutex<Option<Finish>>,
@@ -58,8 +60,13 @@ pub struct Handle {
 }
 
 impl Handle {
-    pub fn new(handle: runtime::Handle, name: Option<String>, finish: Finish) -> Handle {
-        Handle { handle, name, finish: Mutex::new(Some(finish)), device: None }
+    pub fn new(running: Running, name: Option<String>, finish: Finish) -> Handle {
+        let (handle, outcome) = match running {
+            Running::Started(handle) => (Some(handle), None),
+            Running::Done(outcome) => (None, Some(outcome)),
+        };
+        let (outcome, finish) = (Mutex::new(outcome), Mutex::new(Some(finish)));
+        Handle { handle, outcome, name, finish, device: None }
     }
 
     /// Of tensors on a device.
@@ -92,10 +99,12 @@ impl Handle {
     /// Whether the operation is over, with or without success. Never blocks.
     fn poll(&self, py: Python<'_>) -> PyResult<bool> {
         release_finished();
-        if self.finished() {
-            return Ok(true);
+        match self.handle {
+            Some(handle) if !self.finished() => {
+                runtime::poll(handle).map_err(|error| errors::to_python(py, &error))
+            }
+            _ => Ok(true),
         }
-        runtime::poll(self.handle).map_err(|error| errors::to_python(py, &error))
     }
 
     /// Waits for the operation (for at most `timeout` seconds) and returns its result, once.
@@ -166,15 +175,19 @@ impl Handle {
     /// Waits in short turns, so that signals are noticed; the interpreter is free meanwhile.
     fn complete(&self, py: Python<'_>, limit: Option<Duration>) -> PyResult<Completion> {
         // What has ended already is taken without letting go of the interpreter.
-        if runtime::poll(self.handle).is_ok_and(|over| over) {
-            return Ok(runtime::wait(self.handle, Some(Duration::ZERO)));
+        let Some(handle) = self.handle else {
+            let outcome = self.outcome.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            return Ok(Completion { result: Ok(outcome.unwrap_or_default()), keep: None });
+        };
+        if runtime::poll(handle).is_ok_and(|over| over) {
+            return Ok(runtime::wait(handle, Some(Duration::ZERO)));
         }
         release_finished();
         let started = Instant::now();
         loop {
             let left = limit.map(|limit| limit.saturating_sub(started.elapsed()));
             let turn = left.map_or(SIGNALS_EVERY, |left| left.min(SIGNALS_EVERY));
-            let completion = py.detach(|| runtime::wait(self.handle, Some(turn)));
+            let completion = py.detach(|| runtime::wait(handle, Some(turn)));
             let Err(Error::Timeout(_)) = &completion.result else { return Ok(completion) };
             py.check_signals()?;
             if limit.is_some_and(|limit| started.elapsed() >= limit) {
@@ -191,9 +204,11 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        if !self.finished() {
+        if let Some(handle) = self.handle
+            && !self.finished()
+        {
             // (In a forked child, which inherits the object but not the operation, this does nothing.)
-            runtime::abandon(self.handle);
+            runtime::abandon(handle);
             // Python drops its objects while attached.
             release_finished();
         }

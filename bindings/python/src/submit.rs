@@ -5,7 +5,7 @@ use crate::array::{self, Array, Keep};
 use crate::device::{OnDevice, Source};
 use crate::errors;
 use crate::handle::{Finish, Handle, release_finished};
-use carole::runtime::{self, Request, TensorArg};
+use carole::runtime::{self, Request, Running, TensorArg};
 use carole::types::{Collective, DType, JoinAverage, Rank, ReduceOp, Scale, SetId};
 use pyo3::prelude::*;
 use std::any::Any;
@@ -185,7 +185,7 @@ pub fn transfer<'py>(
     let handle = handle.map_err(|error| errors::to_python(py, &error))?;
     let outs = if sending { Vec::new() } else { vec![Some(tensor.unbind())] };
     let finish = Finish::Arrays { outs, like: None, single: true, with_splits: false };
-    Ok(Handle::new(handle, None, finish).on(device))
+    Ok(Handle::new(Running::Started(handle), None, finish).on(device))
 }
 
 /// Sends or receives bytes that lie on a CUDA device and that the caller vouches for.
@@ -216,7 +216,7 @@ pub fn transfer_raw(
         }
     };
     let handle = handle.map_err(|error| errors::to_python(py, &error))?;
-    Ok(Handle::new(handle, None, Finish::Raw).on(Some(told(py, streams))))
+    Ok(Handle::new(Running::Started(handle), None, Finish::Raw).on(Some(told(py, streams))))
 }
 
 impl<'a> Call<'a, '_> {
@@ -280,19 +280,19 @@ impl<'a> Call<'a, '_> {
         tensors: &[TensorArg<'_>],
         keep: Box<dyn Any + Send>,
         place: Option<(u64, Option<i32>)>,
-    ) -> PyResult<runtime::Handle> {
+    ) -> PyResult<Running> {
         let request = self.request(understood, tensors, place);
         // SAFETY: `keep` holds all memory where it is until the operation has an outcome (and the streams that may use
         // it next wait for the results); that Python code does not write inputs or touch outputs meanwhile is its
         // documented duty.
-        let handle = unsafe {
+        let running = unsafe {
             if self.waits {
-                runtime::submit_to_wait(&request, Some(keep))
+                runtime::run(&request, || Some(keep))
             } else {
-                runtime::submit(&request, Some(keep))
+                runtime::submit(&request, Some(keep)).map(Running::Started)
             }
         };
-        handle.map_err(|error| errors::to_python(py, &error))
+        running.map_err(|error| errors::to_python(py, &error))
     }
 }
 

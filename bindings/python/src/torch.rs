@@ -191,14 +191,16 @@ pub fn run<'py>(py: Python<'py>, arguments: &Arguments<'py>) -> PyResult<Option<
     let Some(one) = call.one(py)? else { return Ok(None) };
     let request = Request { tensors: &[argument(&one.view, one.output)], ..call.request() };
     // SAFETY: as in `post`. Where it is over at once, this call holds the tensors meanwhile.
-    match unsafe { runtime::run(&request, || one.keep()) }.map_err(|error| errors::to_python(py, &error))? {
+    match unsafe { runtime::run(&request, || Some(one.keep())) }
+        .map_err(|error| errors::to_python(py, &error))?
+    {
         Running::Done(outcome) => match one.result {
             Some(result) => Ok(Some(result)),
             None => new_tensor(py, outcome).map(Some),
         },
-        Running::Started(handle) => {
+        started => {
             let finish = one.finish();
-            Handle::new(handle, call.name, finish).synchronize(py).map(Some)
+            Handle::new(started, call.name, finish).synchronize(py).map(Some)
         }
     }
 }
@@ -345,16 +347,16 @@ impl<'a, 'py> Call<'a, 'py> {
         py: Python<'_>,
         tensors: &[TensorArg<'_>],
         keep: Box<dyn Any + Send>,
-    ) -> PyResult<runtime::Handle> {
+    ) -> PyResult<Running> {
         let request = Request { tensors, ..self.request() };
         // SAFETY: `keep` holds inputs and outputs where they are until the operation has an outcome; that Python
         // code does not write inputs, touch outputs or resize either meanwhile is its documented duty.
-        let handle = unsafe {
+        let running = unsafe {
             match self.waits {
-                true => runtime::submit_to_wait(&request, Some(keep)),
-                false => runtime::submit(&request, Some(keep)),
+                true => runtime::run(&request, || Some(keep)),
+                false => runtime::submit(&request, Some(keep)).map(Running::Started),
             }
         };
-        handle.map_err(|error| errors::to_python(py, &error))
+        running.map_err(|error| errors::to_python(py, &error))
     }
 }
