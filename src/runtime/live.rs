@@ -78,6 +78,12 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// An epoch has broken, so that `MPI_Finalize` would wait for ranks that are no more.
+fn tell_mpi_of_a_break() {
+    #[cfg(feature = "mpi")]
+    crate::transport::mpi::broke();
+}
+
 /// What is wrong with the settings is said once per process, however often it leaves and joins again.
 fn warn_once(message: String) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
@@ -160,11 +166,9 @@ impl Live {
     /// Says goodbye, lets it leave, ends the threads. Other threads may still hold this job; their calls end
     /// with errors.
     pub(super) fn stop(&self) {
-        #[cfg(feature = "mpi")]
-        if self.driver.try_with(|engine| engine.broken().is_some()).unwrap_or(true) {
-            crate::transport::mpi::broke();
+        if self.driver.stop(|engine| engine.broken().is_some()) {
+            tell_mpi_of_a_break();
         }
-        self.driver.stop(|_| ());
         if let Some(porter) = lock(&self.porter).take() {
             porter.shutdown();
         }
