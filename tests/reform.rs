@@ -119,7 +119,7 @@ fn sum_in(set: SetId) -> f32 {
     let request =
         Request { set, collective: Collective::Allreduce, tensors: &[tensor], ..Request::default() };
     // SAFETY: the value outlives the wait.
-    let handle = unsafe { runtime::submit_to_wait(&request, None) }.unwrap();
+    let handle = unsafe { runtime::submit(&request, None) }.unwrap();
     runtime::wait(handle, None).result.unwrap();
     value[0]
 }

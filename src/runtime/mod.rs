@@ -299,14 +299,6 @@ pub unsafe fn submit(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -
     live()?.submit(request, keep, false)
 }
 
-/// As [`submit`], for a caller that waits at once: nobody is woken, since [`wait`] drives.
-///
-/// # Safety
-/// As [`submit`].
-pub unsafe fn submit_to_wait(request: &Request<'_>, keep: Option<Box<dyn Any + Send>>) -> Result<Handle> {
-    live()?.submit(request, keep, true)
-}
-
 /// What [`run`] has come to.
 #[derive(Debug)]
 pub enum Running {
@@ -326,8 +318,9 @@ impl Running {
     }
 }
 
-/// Submits an operation for a caller that waits at once, and takes the outcome where it is there in no time, which costs
-/// less than a handle does. What `keep` makes is held as in [`submit`], where the operation goes on.
+/// Submits an operation for a caller that waits at once: nobody is woken, since [`wait`] drives, and where the outcome is
+/// there in no time it is taken, which costs less than a handle does. What `keep` makes is held as in [`submit`], where
+/// the operation goes on.
 ///
 /// # Errors
 /// Those of [`submit`].
