@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import carole.torch_backend  # noqa: F401 (registers the backend)
-
 
 class Layer(nn.Module):
     """Causal self-attention and a feed-forward network, each behind a norm."""
@@ -101,6 +99,8 @@ def main():
     for name, value in (("width", 64), ("heads", 4), ("layers", 2), ("length", 64), ("batch", 16), ("steps", 30)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
+    import carole.torch_backend  # noqa: F401 (registers the backend)
+
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29517")

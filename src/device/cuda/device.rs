@@ -121,7 +121,7 @@ impl CudaDevice {
         }
         let module = kernel.module();
         if !self.modules.contains_key(&module) {
-            self.modules.insert(module, LoadedModule::load(&self.context, ptx::of(module))?);
+            self.modules.insert(module, LoadedModule::load(&self.context, &ptx::of(module))?);
         }
         let function = self.modules[&module].function(&kernel.name())?;
         self.functions.insert(kernel, function);

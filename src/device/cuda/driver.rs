@@ -4,7 +4,7 @@
 use super::launch::{Args, THREADS};
 use crate::error::Cause;
 use cudarc::driver::sys::{self, CUresult};
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
@@ -321,9 +321,8 @@ pub struct LoadedModule {
 unsafe impl Send for LoadedModule {}
 
 impl LoadedModule {
-    /// Loads PTX, which ends in a zero byte.
-    pub fn load(context: &Arc<Context>, ptx: &'static str) -> Result<LoadedModule, Fault> {
-        assert!(ptx.ends_with('\0'), "the driver looks for the end of the text");
+    /// Loads PTX.
+    pub fn load(context: &Arc<Context>, ptx: &CStr) -> Result<LoadedModule, Fault> {
         let _current = context.enter()?;
         let mut raw = null_mut();
         // SAFETY: a terminated text; the module is unloaded in `drop`.
