@@ -79,7 +79,8 @@ def job(library: str, name: str, carole: Path) -> List[float]:
     if launch[0] != "mpirun":
         launch.insert(0, sys.executable)
     command = [*map(str, launch), "-np", "2", sys.executable, __file__, "--library", library, "--only", name]
-    environment = {**os.environ, "PYTHONPATH": str(carole.resolve()), "OMP_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, **threads, "PYTHONPATH": str(carole.resolve())}
     if library.startswith("horovod"):
         environment["HOROVOD_CYCLE_TIME"] = "0.1"
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
