@@ -54,8 +54,33 @@ fn encode(dtype: DType, values: impl Iterator<Item = f64>) -> Vec<u8> {
     bytes
 }
 
-/// What `rank` must get of tensor `t`; `None` where it gets nothing.
-pub fn expected(planned: &Planned, members: &[u32], rank: u32, t: usize) -> Option<Vec<u8>> {
+/// What an operation must give; what all ranks get alike is computed once.
+pub struct Reference<'a> {
+    planned: &'a Planned,
+    members: &'a [u32],
+    reduced: Vec<Option<Vec<u8>>>,
+}
+
+impl<'a> Reference<'a> {
+    pub fn new(planned: &'a Planned, members: &'a [u32]) -> Reference<'a> {
+        Reference { planned, members, reduced: vec![None; planned.tensors.len()] }
+    }
+
+    /// What `rank` must get of tensor `t`; `None` where it gets nothing.
+    pub fn of(&mut self, rank: u32, t: usize) -> Option<Vec<u8>> {
+        let (planned, members) = (self.planned, self.members);
+        let mut reduced = || self.reduced[t].get_or_insert_with(|| reduced(planned, members, t)).clone();
+        expected(planned, members, rank, t, &mut reduced)
+    }
+}
+
+fn expected(
+    planned: &Planned,
+    members: &[u32],
+    rank: u32,
+    t: usize,
+    reduced: &mut dyn FnMut() -> Vec<u8>,
+) -> Option<Vec<u8>> {
     let size = members.len();
     let me = members.iter().position(|&m| m == rank).expect("only members get results");
     let present = |member: usize| planned.present[members[member] as usize];
@@ -69,9 +94,9 @@ pub fn expected(planned: &Planned, members: &[u32], rank: u32, t: usize) -> Opti
         all[range.start as usize * row_bytes..range.end as usize * row_bytes].to_vec()
     };
     match planned.collective {
-        Collective::Allreduce => Some(reduced(planned, members, t)),
-        Collective::Reduce => (rank == planned.root.0).then(|| reduced(planned, members, t)),
-        Collective::Reducescatter => Some(mine(&reduced(planned, members, t))),
+        Collective::Allreduce => Some(reduced()),
+        Collective::Reduce => (rank == planned.root.0).then(reduced),
+        Collective::Reducescatter => Some(mine(&reduced())),
         Collective::Scatter => Some(mine(&from_root())),
         Collective::Broadcast => Some(from_root()),
         Collective::Allgather => Some(gathered()),

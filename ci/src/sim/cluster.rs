@@ -1,7 +1,7 @@
 //! A cluster of engines over a simulated network: submits, drives, injects a fault.
 #![forbid(unsafe_code)]
 
-use super::buffer::Buffer;
+use super::node::Node;
 use super::program::{Fault, HORIZON_NS, Kind, Planned, Program, Random, fault, program};
 use super::reform::regroup;
 use super::sabotage::{Sabotage, Sabotaged};
@@ -9,15 +9,14 @@ use super::submit::{joins_too_early, submit};
 use carole::coordinator::{self, OpId};
 use carole::cost::Prices;
 use carole::engine::plan::PlanRules;
-use carole::engine::{Ended, Engine, EngineSetup, Outcome};
-use carole::error::Error;
+use carole::engine::{Ended, Engine, EngineSetup};
 use carole::fusion;
 use carole::limits::SHUTDOWN_MS;
 use carole::membership;
 use carole::rendezvous::past::Sets;
 use carole::transport::flow::FlowOptions;
 use carole::transport::sim::{Fabric, Network, SimOptions};
-use carole::types::{Epoch, GLOBAL_SET, Rank, SetId, Time};
+use carole::types::{Epoch, Rank, SetId, Time};
 use std::sync::Arc;
 
 /// What a cluster came to.
@@ -44,29 +43,6 @@ pub struct Order {
     pub ranks: u32,
     pub verbose: bool,
     pub sabotage: Option<Sabotage>,
-}
-
-/// One rank: its engine, and what it still has to do.
-pub struct Node {
-    pub rank: Rank,
-    pub engine: Option<Engine>,
-    pub stopped_until: Option<Time>,
-    /// Indices into the program with the time at which each is submitted, latest first.
-    pub plan: Vec<(Time, usize)>,
-    pub buffers: Vec<Vec<Buffer>>,
-    pub submitted: Vec<bool>,
-    /// What was over when it was submitted.
-    pub done: Vec<Ended>,
-    /// What it needed did not end well, so it was not submitted.
-    pub skipped: Vec<bool>,
-    pub results: Vec<Option<Result<Outcome, Error>>>,
-    /// The number of each set of the program here.
-    pub sets: Vec<Option<SetId>>,
-    pub left: bool,
-    /// Whether nothing of it was under way when it left.
-    pub left_idle: bool,
-    /// When a rank that has left ends its process at the latest.
-    pub gone_at: Option<Time>,
 }
 
 pub struct Cluster {
@@ -150,48 +126,6 @@ pub fn simulate(order: Order) -> Result<Report, String> {
     Ok(report)
 }
 
-impl Node {
-    /// Whether this rank submits an operation.
-    pub fn takes(&self, planned: &Planned) -> bool {
-        planned.present[self.rank.0 as usize]
-    }
-
-    /// Whether an operation that this rank needs for another has ended well here; `None`: not yet.
-    fn has(&self, program: &Program, op: usize, by: &Planned) -> Option<bool> {
-        if !self.takes(&program.ops[op]) || self.skipped[op] {
-            return Some(!self.skipped[op]);
-        }
-        // A removal waits for whatever becomes of the set's operations, and a name for its former one.
-        let (former, of_set) = (&program.ops[op], matches!(by.kind, Kind::RemoveSet(_)));
-        let any = of_set && former.set > 0 || former.set == by.set && former.name == by.name;
-        self.results[op].as_ref().map(|result| any || result.is_ok())
-    }
-
-    /// Whether an operation can be submitted now; `None` if never.
-    fn may_submit(&self, program: &Program, op: usize) -> Option<bool> {
-        let planned = &program.ops[op];
-        let mut ready = true;
-        for &need in &planned.needs {
-            match self.has(program, need, planned) {
-                Some(true) => {}
-                Some(false) => return None,
-                None => ready = false,
-            }
-        }
-        if planned.kind == Kind::Join {
-            // Whatever this rank has for the set comes before.
-            ready &= self.plan.iter().all(|&(_, other)| {
-                let o = &program.ops[other];
-                other == op
-                    || o.set != planned.set
-                    || o.needs.contains(&op)
-                    || matches!(o.kind, Kind::RemoveSet(_))
-            });
-        }
-        Some(ready)
-    }
-}
-
 impl Cluster {
     fn new(
         mut random: Random,
@@ -258,7 +192,7 @@ impl Cluster {
                     Some(bug) => Engine::new(setup, Box::new(Sabotaged { fabric, bug })),
                     None => Engine::new(setup, Box::new(fabric)),
                 };
-                node(Rank(r), engine, &program, start)
+                Node::new(Rank(r), engine, &program, start)
             })
             .collect();
         if order.verbose {
@@ -315,6 +249,7 @@ impl Cluster {
             (node.left, node.gone_at) = (true, (!waits).then_some(limit));
             if !waits {
                 engine.leave();
+                node.awake = true;
             }
         }
         let end = self.run(now)?;
@@ -387,31 +322,57 @@ impl Cluster {
                 node.gone_at = Some(now.after_ns(SHUTDOWN_MS * 1_000_000));
                 if let Some(engine) = &mut node.engine {
                     engine.leave();
+                    node.awake = true;
                 }
             }
         }
     }
 
-    /// Gives every engine a turn, in random order; whether anything moved.
+    /// Gives every engine a turn that may find something to do, and now and then one that will not, in random order;
+    /// whether there may be more to do.
     fn turn_all(&mut self, now: Time) -> Result<bool, String> {
         let mut order: Vec<usize> = (0..self.nodes.len()).collect();
         self.random.shuffle(&mut order);
+        self.rouse();
         let mut moved = false;
         for i in order {
             if self.nodes[i].stopped_until.is_some() || self.nodes[i].engine.is_none() {
                 continue;
             }
-            moved |= self.submit_due(i, now)?;
+            let submitted = self.submit_due(i, now)?;
             let node = &mut self.nodes[i];
+            let is_due = submitted || node.awake || node.timer.is_some_and(|at| at <= now);
+            if !is_due && !self.random.once_in(16) {
+                continue;
+            }
             let engine = node.engine.as_mut().expect("just seen");
-            moved |= engine.turn(now);
+            let turned = engine.turn(now);
             let ended: Vec<Ended> = engine.ended().chain(node.done.drain(..)).collect();
+            node.timer = engine.poll_timeout();
+            node.awake = turned || !ended.is_empty();
+            moved |= submitted || node.awake;
             for ended in ended {
                 self.note(i, ended, now)?;
-                moved = true;
             }
         }
-        Ok(moved)
+        // What is written on a board, the others of the host see without being told.
+        if moved && self.network.has_boards() {
+            self.nodes.iter_mut().for_each(|node| node.awake = true);
+        }
+        Ok(self.rouse() || moved)
+    }
+
+    /// Wakes the ranks for which the network has something; whether there are any.
+    fn rouse(&mut self) -> bool {
+        let mut roused = Vec::new();
+        self.network.take_roused(&mut roused);
+        for rank in &roused {
+            // The pipes of an epoch that is over may be those of a rank that has no place any more.
+            if let Some(node) = self.nodes.get_mut(rank.0 as usize) {
+                node.awake = true;
+            }
+        }
+        !roused.is_empty()
     }
 
     /// The planted bug of a rank that does without what the others begin an epoch with.
@@ -502,10 +463,10 @@ impl Cluster {
         let nodes = self.nodes.iter().filter(|n| n.engine.is_some());
         let own = nodes.flat_map(|n| {
             let resume = n.stopped_until.filter(|t| t.0 != u64::MAX);
-            let engine = n.engine.as_ref().filter(|_| n.stopped_until.is_none());
+            let timer = n.timer.filter(|_| n.stopped_until.is_none());
             let due = n.plan.iter().rev().map(|&(at, _)| at).find(|at| *at > now);
             let submit = due.filter(|_| n.stopped_until.is_none() && !n.left);
-            [resume, engine.and_then(Engine::poll_timeout), submit, n.gone_at]
+            [resume, timer, submit, n.gone_at]
         });
         let links = self.nodes.iter().filter_map(|n| {
             n.engine
@@ -545,34 +506,6 @@ fn carried_by(rank: u32, carried: &Sets, sabotage: Option<Sabotage>) -> Vec<(Set
         });
     }
     list
-}
-
-fn node(rank: Rank, engine: Engine, program: &Program, start: Time) -> Node {
-    let n = program.ops.len();
-    let mine = |i: &usize| program.ops[*i].present[rank.0 as usize];
-    let due = |i: usize| (start.after_ns(program.ops[i].at[rank.0 as usize]), i);
-    let mut plan: Vec<(Time, usize)> = (0..n).filter(mine).map(due).collect();
-    plan.sort_by_key(|&due| std::cmp::Reverse(due));
-    let mut sets = vec![None; program.sets.len()];
-    sets[0] = Some(GLOBAL_SET);
-    for (place, id) in program.carried.iter().enumerate() {
-        sets[place + 1] = Some(*id);
-    }
-    Node {
-        rank,
-        engine: Some(engine),
-        stopped_until: None,
-        plan,
-        buffers: (0..n).map(|_| Vec::new()).collect(),
-        submitted: vec![false; n],
-        done: Vec::new(),
-        skipped: vec![false; n],
-        results: (0..n).map(|_| None).collect(),
-        sets,
-        left: false,
-        left_idle: false,
-        gone_at: None,
-    }
 }
 
 /// Numbers of hosts in order of first appearance.

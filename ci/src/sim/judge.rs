@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use super::check;
-use super::cluster::{Cluster, END_NS, Node, Report};
+use super::cluster::{Cluster, END_NS, Report};
+use super::node::Node;
 use super::program::{Fault, Kind, Planned};
 use super::submit::message_bytes;
 use carole::coordinator::OpId;
@@ -22,6 +23,7 @@ impl Cluster {
         };
         for (i, planned) in self.program.ops.iter().enumerate() {
             let mut verdicts: Vec<String> = Vec::new();
+            let mut reference = check::Reference::new(planned, &self.program.sets[planned.set]);
             for node in self.nodes.iter().filter(|n| self.is_live(n) && n.takes(planned)) {
                 if node.skipped[i] {
                     continue;
@@ -33,7 +35,7 @@ impl Cluster {
                 report.operations += 1;
                 match result {
                     Ok(outcome) => {
-                        self.check_outcome(planned, node, i, outcome)?;
+                        self.check_outcome((planned, &mut reference), node, i, outcome)?;
                         verdicts.push("ok".into());
                     }
                     Err(error) => {
@@ -136,7 +138,7 @@ impl Cluster {
 
     fn check_outcome(
         &self,
-        planned: &Planned,
+        (planned, reference): (&Planned, &mut check::Reference<'_>),
         node: &Node,
         i: usize,
         outcome: &Outcome,
@@ -159,7 +161,7 @@ impl Cluster {
         }
         let members = &self.program.sets[planned.set];
         for t in 0..planned.tensors.len() {
-            let Some(expected) = check::expected(planned, members, node.rank.0, t) else { continue };
+            let Some(expected) = reference.of(node.rank.0, t) else { continue };
             let got = match outcome.tensors.get(t).map(|o| &o.memory) {
                 Some(Some(owned)) => owned.as_slice(),
                 Some(None) => node.buffers[i][t].bytes(),

@@ -5,6 +5,7 @@ mod buffer;
 mod check;
 mod cluster;
 mod judge;
+mod node;
 mod program;
 mod reform;
 mod sabotage;

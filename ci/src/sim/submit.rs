@@ -3,7 +3,7 @@
 
 use super::buffer::Buffer;
 use super::check;
-use super::cluster::Node;
+use super::node::Node;
 use super::program::{Kind, Planned, Program, Wrong};
 use carole::coordinator::OpId;
 use carole::engine::standing::{Posted, Repeat};

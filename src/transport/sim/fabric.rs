@@ -20,6 +20,13 @@ pub(super) struct Requests {
     linked: Vec<(Rank, Rank)>,
 }
 
+impl Requests {
+    /// Ranks with an end that gets ready at a time of this kind.
+    pub(super) fn ready(&self, is_meant: impl Fn(&Time) -> bool) -> impl Iterator<Item = Rank> {
+        self.ends.iter().filter(move |end| is_meant(&end.ready)).map(|end| end.at)
+    }
+}
+
 struct Waiting {
     at: Rank,
     peer: Rank,

@@ -75,6 +75,8 @@ struct State {
     paused: Vec<Rank>,
     /// Ranks that are gone.
     gone: Vec<Rank>,
+    /// Ranks that have something to find which was not there when they were last asked for.
+    roused: Vec<Rank>,
     /// Links that were asked for: (from, to), and what becomes of it.
     requests: fabric::Requests,
     /// The board of each rank that has one, from the time that its fabric was made.
@@ -108,6 +110,7 @@ impl Network {
             flips: Vec::new(),
             paused: Vec::new(),
             gone: Vec::new(),
+            roused: Vec::new(),
             requests: fabric::Requests::default(),
             boards: BTreeMap::new(),
         })))
@@ -127,7 +130,25 @@ impl Network {
     /// Lets time pass. It never goes back.
     pub fn advance(&self, to: Time) {
         let mut state = self.lock();
+        let State { now, channels, requests, roused, .. } = &mut *state;
+        let passed = |time: &Time| *time > *now && *time <= to;
+        for channel in channels.iter() {
+            if channel.cut_at.is_some_and(|time| passed(&time))
+                || channel.arrivals.iter().any(|(at, _)| passed(at))
+            {
+                rouse(roused, channel.to);
+            }
+        }
+        for rank in requests.ready(passed) {
+            rouse(roused, rank);
+        }
         state.now = state.now.max(to);
+    }
+
+    /// Ranks for which something has arrived, or room has been made, since this was last asked. (What they see on a
+    /// board, or by their clocks, nobody tells.)
+    pub fn take_roused(&self, into: &mut Vec<Rank>) {
+        into.append(&mut self.lock().roused);
     }
 
     /// When the next bytes (or the news of a cut) arrive; none when nothing is under way.
@@ -198,7 +219,17 @@ impl Network {
 
     /// Ends a pause.
     pub fn resume(&self, rank: Rank) {
-        self.lock().paused.retain(|r| *r != rank);
+        let mut state = self.lock();
+        state.paused.retain(|r| *r != rank);
+        let State { channels, roused, .. } = &mut *state;
+        let peers = channels.iter().filter(|c| c.from == rank || c.to == rank).map(|c| c.to);
+        peers.for_each(|peer| rouse(roused, peer));
+    }
+}
+
+fn rouse(roused: &mut Vec<Rank>, rank: Rank) {
+    if !roused.contains(&rank) {
+        roused.push(rank);
     }
 }
 
@@ -284,6 +315,9 @@ impl State {
 
     fn consume(&mut self, at: usize, n: usize) {
         let channel = &mut self.channels[at];
+        if n > 0 {
+            rouse(&mut self.roused, channel.from);
+        }
         channel.bytes.drain(..n);
         let mut left = n;
         while left > 0 {
@@ -325,8 +359,11 @@ impl Pipe for SimPipe {
         if n == 0 && ended {
             return Err(Cause::Exited);
         }
-        let from = self.shown.len();
-        self.shown.extend(state.channels[self.rx].bytes.range(from.min(n)..n));
+        let from = self.shown.len().min(n);
+        let (front, back) = state.channels[self.rx].bytes.as_slices();
+        let split = front.len();
+        self.shown.extend_from_slice(&front[from.min(split)..n.min(split)]);
+        self.shown.extend_from_slice(&back[from.saturating_sub(split)..n.saturating_sub(split)]);
         drop(state);
         self.seen = self.shown.len();
         Ok(&self.shown)
@@ -373,5 +410,7 @@ impl Drop for SimPipe {
         channel.cut_at.get_or_insert(time);
         channel.bytes = VecDeque::new();
         channel.arrivals = VecDeque::new();
+        let writer = channel.from;
+        rouse(&mut state.roused, writer);
     }
 }
