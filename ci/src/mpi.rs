@@ -7,6 +7,7 @@ use crate::{Count, Verdict};
 use carole::runtime::{self, Options, typed};
 use carole::types::ReduceOp;
 use clap::Args;
+use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -44,6 +45,8 @@ pub struct RankSettings {
 
 /// Where a rank of such a job prints: launchers mix the ranks' outputs.
 const FOLDER: &str = "CI_MPI_OUTPUT";
+/// How much of what a launcher says is shown.
+const SAID_BYTES: usize = 4000;
 /// Longer than this, and it hangs.
 const LIMIT: Duration = Duration::from_secs(300);
 /// A job with a dead rank is over before this.
@@ -69,14 +72,12 @@ pub fn run(settings: &Settings) -> Verdict {
                     settings.launcher
                 )
             };
-            let (ended, lines) = job(settings, ranks, algorithm, &args).map_err(told)?;
-            if !ended {
-                let last =
-                    lines.iter().filter_map(|lines| lines.last()).find(|line| line.starts_with("error"));
-                return Err(told(last.map_or("it failed without a word", String::as_str).to_owned()));
+            let job = job(settings, ranks, algorithm, &args).map_err(told)?;
+            if !job.succeeded {
+                return Err(told(job.why()));
             }
             let cases = matrix::cases(ranks, settings.seed, jobs, false);
-            count.passed += matrix::judge(&cases, &lines).map_err(told)?;
+            count.passed += matrix::judge(&cases, &job.lines).map_err(told)?;
         }
     }
     println!("{}: {jobs} jobs, {} results on all ranks, none wrong", settings.launcher, count.passed);
@@ -84,10 +85,14 @@ pub fn run(settings: &Settings) -> Verdict {
     for turn in 0..settings.kills {
         let (victim, step) = ((turn % 3).to_string(), (20 + 7 * turn).to_string());
         let began = Instant::now();
-        let (ended, _) = job(settings, 3, "auto", &["mpi", "--victim", &victim, "--step", &step])?;
+        let job = job(settings, 3, "auto", &["mpi", "--victim", &victim, "--step", &step])?;
         let took = began.elapsed();
-        if ended || took > DEATH {
-            return Err(format!("rank {victim} was killed, and the job ended {ended} after {took:?}"));
+        if job.succeeded || took > DEATH {
+            let how = if job.succeeded { "well" } else { "badly" };
+            return Err(format!(
+                "rank {victim} was killed, and the job ended {how} after {took:?}: {}",
+                job.why()
+            ));
         }
         slowest = slowest.max(took);
         count.passed += 1;
@@ -98,19 +103,40 @@ pub fn run(settings: &Settings) -> Verdict {
     Ok(count)
 }
 
-/// Runs a job to its end: whether all ranks succeeded, and what each printed.
-fn job(
-    settings: &Settings,
-    ranks: u32,
-    algorithm: &str,
-    args: &[&str],
-) -> Result<(bool, Vec<Vec<String>>), String> {
+/// A job that has ended.
+struct Ended {
+    /// On all ranks.
+    succeeded: bool,
+    /// What each rank printed.
+    lines: Vec<Vec<String>>,
+    /// The end of what the launcher said, and of what the ranks said beside their results.
+    said: String,
+}
+
+impl Ended {
+    fn why(&self) -> String {
+        let last = self.lines.iter().filter_map(|lines| lines.last()).find(|line| line.starts_with("error"));
+        let word = last.map_or("no rank says why", String::as_str);
+        if self.said.is_empty() {
+            word.to_owned()
+        } else {
+            format!("{word}; the launcher's last words:\n{}", self.said)
+        }
+    }
+}
+
+/// Runs a job to its end.
+fn job(settings: &Settings, ranks: u32, algorithm: &str, args: &[&str]) -> Result<Ended, String> {
     let folder = tempfile::tempdir().map_err(|e| format!("no temporary directory: {e}"))?;
     let program = std::env::current_exe().map_err(|e| format!("this program cannot find itself: {e}"))?;
     let launcher = &settings.launcher;
     let mut command = Command::new(launcher);
     command.args(["-np", &ranks.to_string()]).arg(program).arg("rank").args(args);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let log = folder.path().join("launcher");
+    let file = || {
+        File::options().append(true).create(true).open(&log).map_err(|e| format!("{}: {e}", log.display()))
+    };
+    command.stdin(Stdio::null()).stdout(file()?).stderr(file()?);
     command.env(FOLDER, folder.path()).env("CAROLE_TRANSPORT", "mpi").env("CAROLE_ALGORITHM", algorithm);
     command.env("CAROLE_TIMEOUT_MS", "20000").env("CAROLE_START_TIMEOUT_S", "120");
     // UCX warns on standard output, among the results, where a last word of a peer is not read before the end.
@@ -135,7 +161,13 @@ fn job(
         let text = std::fs::read_to_string(folder.path().join(rank.to_string())).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     };
-    Ok((status.success(), (0..ranks).map(read).collect()))
+    let said = std::fs::read(&log).unwrap_or_default();
+    let tail = said.len().saturating_sub(SAID_BYTES);
+    Ok(Ended {
+        succeeded: status.success(),
+        lines: (0..ranks).map(read).collect(),
+        said: String::from_utf8_lossy(&said[tail..]).trim().to_owned(),
+    })
 }
 
 /// Lets a rank of such a job print to a file of its own.
