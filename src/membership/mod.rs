@@ -331,13 +331,17 @@ impl Membership {
         if self.neighbours.remove(&rank).is_none() || self.departed.contains_key(&rank) {
             return;
         }
-        self.vote_without(rank);
         let cause = match cause {
             // A reset, a broken pipe and an end of file are one death, seen at different moments.
             Cause::Exited | Cause::System(_) => Cause::Exited,
             other => other,
         };
+        // Of several deaths the first ends the epoch, another may be the gravest, and none takes part in the verdict.
+        let is_out = self.is_over() || cause == Cause::Exited;
         self.end(Some(rank), cause, None);
+        if is_out {
+            self.vote_without(rank);
+        }
     }
 
     /// A link to `peer` that is needed could not be made, which is the fault of `culprit`: one of its two ends.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::types::SetId;
 
 fn machine(me: u32, neighbours: &[u32]) -> Membership {
     let mut machine =
@@ -282,4 +283,35 @@ fn two_deaths_at_once_have_one_verdict_on_all_survivors() {
         second += 1;
     }
     assert!(second > 1500, "the deaths are noticed");
+}
+
+#[test]
+fn of_several_deaths_none_is_asked_for_a_verdict() {
+    // A host with ranks 0 to 2 is lost; of the other host's, rank 3 has lost its link to rank 1, and hears that rank 4 has
+    // lost that to rank 0, which is graver.
+    let parents: Arc<[Option<Rank>]> =
+        [None, Some(0), Some(0), Some(0), Some(3), Some(3)].map(|parent| parent.map(Rank)).into();
+    let mut m = Membership::new(Epoch(1), Rank(3), 6, Rules::default()).with_votes(parents);
+    [1, 4, 5].into_iter().for_each(|rank| m.link_up(Rank(rank), Time(0)));
+    let broken = Broken { epoch: Epoch(1), culprit: Some(Rank(0)), cause: Cause::Exited };
+    m.link_down(Rank(1), Cause::Exited);
+    m.abort(Rank(4), broken.clone());
+    m.seal(vec![(SetId(3), 2)]);
+    settle(&mut m);
+    m.ballot(Rank(4), false, broken.clone(), vec![(SetId(3), 1)]);
+    m.ballot(Rank(5), false, broken, vec![]);
+    let asked: Vec<Rank> = drain(&mut m)
+        .iter()
+        .filter_map(|i| if let Intent::Ballot { to, .. } = i { Some(*to) } else { None })
+        .collect();
+    assert_eq!(asked, [Rank(2)], "nothing is known of rank 2; the others have died");
+    m.unreachable(Rank(2), Rank(2), Cause::Exited, Time(0));
+    let intents = drain(&mut m);
+    assert_eq!(verdict(&intents).len(), 1);
+    let told = |rank| {
+        let is_told = |i: &Intent| matches!(i, Intent::Ballot { to, verdict: true, .. } if *to == Rank(rank));
+        intents.iter().any(is_told)
+    };
+    assert!(told(4) && told(5));
+    assert_eq!(m.verdict(), [(SetId(3), 2)]);
 }

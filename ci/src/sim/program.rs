@@ -430,6 +430,13 @@ fn join(random: &mut Random, size: u32, strict: bool, set: usize, program: &mut 
     join.kind = Kind::Join;
     let early = |_| random.below(HORIZON_NS * 2).max(HORIZON_NS / 8);
     join.at = (0..size).map(early).collect();
+    // A join comes after what waits for the former of its name, which may wait for another rank's join: that rank must
+    // not wait, before it joins, for an operation that needs this one's.
+    let waits =
+        program.ops.iter().any(|op| op.set == set && op.kind == Kind::Collective && !op.needs.is_empty());
+    for (i, op) in program.ops.iter_mut().enumerate().filter(|(_, op)| waits && op.set == set && op.hold) {
+        (op.hold, op.name) = (false, format!("{}/{i}/named", op.collective));
+    }
     // Names of a ring are in order.
     keep_order(&mut program.ops, size);
     for op in program.ops.iter_mut().filter(|op| op.set == set && op.kind == Kind::Collective) {
