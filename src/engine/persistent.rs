@@ -41,7 +41,7 @@ struct Planning {
 }
 
 impl Engine {
-    /// Takes a plan: an operation whose name begins with [`PLAN_NAMES`].
+    /// Takes a plan: an operation whose name begins with [`PLAN_NAMES`](crate::coordinator::PLAN_NAMES).
     pub(super) fn submit_plan(&mut self, submission: &Submission<'_>, now: Time) {
         let planning = Planning {
             op: submission.op,

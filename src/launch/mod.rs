@@ -1,10 +1,10 @@
 //! `carolerun`: starts the ranks of a job, on this host and on others, gives them their places, a rendezvous and a
 //! secret, passes on what they write, forwards signals, and ends the job as a whole.
 //!
-//! Two processes look after the ranks of a host. The *launcher* (this module and [`supervise`]) talks to the user and
+//! Two processes look after the ranks of a host. The *launcher* (this module and `supervise`) talks to the user and
 //! serves the rendezvous. Its child, the *guard*, is the parent of all ranks. Whichever of the two is killed,
-//! the other one ends the job, so nothing is left behind. On another host an *agent* ([`remote`]) stands for the
-//! launcher: it passes orders on to a guard there, and reports and output back. In an elastic job ([`elastic`]) agents
+//! the other one ends the job, so nothing is left behind. On another host an *agent* (`remote`) stands for the
+//! launcher: it passes orders on to a guard there, and reports and output back. In an elastic job (`elastic`) agents
 //! and ranks come and go while it runs.
 #![deny(unsafe_code)]
 

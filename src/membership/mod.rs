@@ -3,10 +3,10 @@
 //!
 //! The first cause is flooded to all neighbours, who do the same, and told a moment later, once
 //! ([`Intent::Broke`]). In that moment a rank notices nothing more by itself, but a *graver* cause that others
-//! had noticed at the same time takes the place of its own and is passed on ([`gravity`]). So where two ranks
+//! had noticed at the same time takes the place of its own and is passed on (`gravity`). So where two ranks
 //! die at once (a host is lost, say), their survivors still end with one error: each rank brings at most one
 //! cause, the one that it had when it learned that the epoch is over, and the gravest of these reaches all,
-//! provided that a message reaches all within half of [`SETTLE_NS`] and the survivors' links hang together.
+//! provided that a message reaches all within half of `SETTLE_NS` and the survivors' links hang together.
 //! Where they do not, only a round of votes over new links could settle it.
 //! Causes are normalised, so that several ranks that notice one death say the same words: whatever error a
 //! transport reports for a link that ends, the peer *has ended*; a silence is as long as the limit, however

@@ -239,7 +239,7 @@ pub fn reform() -> Result<World> {
     }
 }
 
-/// What has changed about the workers of an elastic job since this epoch began: [`reform`] on all ranks takes account
+/// What has changed about the workers of an elastic job since this epoch began: [`reform()`] on all ranks takes account
 /// of it. Costs one read of a socket.
 pub fn news() -> Result<News> {
     Ok(reform::news(&*live()?))
@@ -367,7 +367,7 @@ pub unsafe fn plan_while(
 /// against `CAROLE_MEMORY`.
 ///
 /// When an epoch breaks while such an allreduce is under way, this memory becomes private, at the same address: a rank
-/// that was only silent may still write what it believes to be shared. After [`reform`] or another [`init`] the job has
+/// that was only silent may still write what it believes to be shared. After [`reform()`] or another [`init`] the job has
 /// other memory; what was allocated before remains usable as any other.
 ///
 /// # Errors

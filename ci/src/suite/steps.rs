@@ -119,6 +119,11 @@ pub fn all(scale: Scale) -> Vec<Step> {
     let mut steps = vec![
         Step::new("rustfmt", "cargo fmt --all -- --check"),
         Step::new("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
+        Step::new(
+            "documentation",
+            "cargo doc --quiet --no-deps -p carole --features cuda --document-private-items",
+        )
+        .with("RUSTDOCFLAGS", "-D warnings"),
         Step::new("tidy", &format!("cargo test --quiet {PACKAGES} --test tidy")),
     ];
     steps.extend(rust_tests());

@@ -3,9 +3,9 @@
 //!
 //! *Matching.* The k-th send on a stream meets the k-th receive on it. Ordinals travel in every frame, so the
 //! order in which pipes deliver does not matter. Ordinals of idle streams are forgotten by agreement
-//! ([`streams`]).
+//! (`streams`).
 //!
-//! *Small messages* (at most [`EAGER_BYTES_MAX`](crate::limits::EAGER_BYTES_MAX)) go at once while credit for
+//! *Small messages* (at most [`EAGER_BYTES_MAX`]) go at once while credit for
 //! landing space lasts. Without credit the sender says Want, and the receiver grants when the receive is posted.
 //!
 //! *Large messages* travel only against the Grant that the receiver sends when it posts. So payload in a lane

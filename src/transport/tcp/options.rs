@@ -13,7 +13,7 @@ const LOOPBACK_BUFFER_BYTES: usize = 4 << 20;
 /// What may be set about a TCP pipe.
 #[derive(Clone, Debug)]
 pub struct TcpOptions {
-    /// Bytes that the kernel buffers in each direction. None: [`LOOPBACK_BUFFER_BYTES`] on loopback; elsewhere the
+    /// Bytes that the kernel buffers in each direction. None: `LOOPBACK_BUFFER_BYTES` on loopback; elsewhere the
     /// kernel's own tuning, which follows the bandwidth and delay of the path and goes far beyond what may be set
     /// by hand.
     pub buffer_bytes: Option<usize>,
