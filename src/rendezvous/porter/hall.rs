@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+mod flood;
 mod knocks;
 mod outgoing;
 mod stages;
@@ -64,7 +65,9 @@ pub struct Hall {
     options: PorterOptions,
     ends: Ends,
     reactor: Reactor,
+    /// The doors are left alone until then.
     relief: Option<Instant>,
+    refusals: flood::Refusals,
     connections: HashMap<Number, Connection>,
     next_number: Number,
     /// The number of the last attempt, over all peers.
@@ -145,6 +148,7 @@ impl Hall {
             ends,
             reactor,
             relief: None,
+            refusals: flood::Refusals::default(),
             connections: HashMap::new(),
             next_number: FIRST_CONNECTION,
             last_attempt: 0,
@@ -223,14 +227,19 @@ impl Hall {
                     (self.joined.warn)(&format!(
                         "connections cannot be accepted: {e}; raise the limit (ulimit -n)"
                     ));
-                    if self.watch_doors(false).is_ok() {
-                        self.relief = Some(Instant::now() + Duration::from_millis(RELIEF_MS));
-                    }
+                    self.rest(Duration::from_millis(RELIEF_MS));
                     return;
                 }
                 // The connection was gone before it was accepted.
                 Err(_) => {}
             }
+        }
+    }
+
+    /// Leaves the doors alone for a while.
+    fn rest(&mut self, time: Duration) {
+        if self.relief.is_none() && self.watch_doors(false).is_ok() {
+            self.relief = Some(Instant::now() + time);
         }
     }
 
@@ -320,6 +329,7 @@ impl Hall {
             {
                 self.assemblies.remove(&peer);
             }
+            Stage::Accepting(_) if self.refusals.note(Instant::now()) => self.rest(flood::REST),
             _ => {}
         }
     }
