@@ -356,7 +356,7 @@ fn fork_guard(
 /// Starts the rendezvous server, which lives as long as the job.
 fn serve(config: &Config, secret: &Secret, size: u32, for_others: bool) -> Result<Server> {
     Server::start(ServerOptions {
-        bind: if for_others { Bind::Everywhere(0) } else { Bind::Loopback(0) },
+        bind: if for_others { Bind::on(interfaces(config), 0) } else { Bind::Loopback(0) },
         secret: secret.clone().encrypting(config.encrypt),
         size,
         epoch: Epoch(0),
@@ -365,6 +365,11 @@ fn serve(config: &Config, secret: &Secret, size: u32, for_others: bool) -> Resul
         publish: None,
         warn: Arc::new(|words: &str| log::warn(format_args!("{words}"))),
     })
+}
+
+/// The interfaces that the job may use; empty for all.
+fn interfaces(config: &Config) -> Vec<String> {
+    config.interfaces.iter().map(ToString::to_string).collect()
 }
 
 fn address(server: &Server) -> String {

@@ -226,7 +226,8 @@ pub fn join_elastic(config: &Join, worker: u32, veteran: Option<Veteran>) -> Res
     Ok(Seeker { config, who, secret, goal, registration, patience_ms }.seek()?.joined(config, doors))
 }
 
-fn interfaces(config: &Join) -> Vec<String> {
+/// The interfaces that the job may use; empty for all.
+pub(super) fn interfaces(config: &Join) -> Vec<String> {
     let list = config.environment.get("CAROLE_INTERFACES").map(String::as_str).unwrap_or_default();
     list.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
 }

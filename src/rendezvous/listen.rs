@@ -40,7 +40,7 @@ impl Doors {
         let tcp = match loopback {
             true => listen_loopback(0).map_err(|e| system("a loopback port", e))?,
             false if interfaces.is_empty() => listen_everywhere(0).map_err(|e| system("a port", e))?,
-            false => listen_on(interfaces).map_err(|e| system("ports on the interfaces named", e))?,
+            false => listen_on(interfaces, 0).map_err(|e| system("ports on the interfaces named", e))?,
         };
         let mut addresses = Vec::new();
         for listener in &tcp {
@@ -109,10 +109,21 @@ pub fn listen_everywhere(port: u16) -> io::Result<Vec<TcpListener>> {
     }
 }
 
+/// Listeners on loopback and on the addresses of these interfaces; on all, where this host has none of these.
+pub fn listen_on_or_everywhere(interfaces: &[String], port: u16) -> io::Result<Vec<TcpListener>> {
+    let named = listen_on(interfaces, port)?;
+    if named.is_empty() {
+        return listen_everywhere(port);
+    }
+    let has_loopback = |listener: &TcpListener| listener.local_addr().is_ok_and(|at| at.ip().is_loopback());
+    let loopback = if named.iter().any(has_loopback) { Vec::new() } else { listen_loopback(port)? };
+    Ok(named.into_iter().chain(loopback).collect())
+}
+
 /// Listeners on the addresses of these interfaces alone, none where they have none. An address that cannot be listened on
 /// (yet) is left out beside others.
-fn listen_on(interfaces: &[String]) -> io::Result<Vec<TcpListener>> {
-    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
+fn listen_on(interfaces: &[String], port: u16) -> io::Result<Vec<TcpListener>> {
+    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
     let (mut listeners, mut failure) = (Vec::new(), None);
     for address in reachable(any, interfaces)? {
         match listen(address) {
@@ -233,6 +244,25 @@ mod tests {
         }
         for address in &doors.addresses {
             std::net::TcpStream::connect(address).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_service_on_named_interfaces_can_be_reached_there_and_on_loopback() {
+        let of = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            listen_on_or_everywhere(&names, 0).unwrap()
+        };
+        let local = |listener: &TcpListener| listener.local_addr().unwrap().ip();
+        assert!(of(&["lo"]).iter().all(|listener| local(listener).is_loopback()));
+        assert!(of(&["nosuch7"]).iter().any(|listener| local(listener).is_unspecified()));
+        let other =
+            if_addrs::get_if_addrs().unwrap().into_iter().find(|i| !i.is_loopback() && i.ip().is_ipv4());
+        if let Some(other) = other {
+            let listeners = of(&[&other.name]);
+            assert!(listeners.iter().any(|listener| local(listener) == other.ip()));
+            assert!(listeners.iter().any(|listener| local(listener).is_loopback()));
+            assert!(listeners.iter().all(|listener| !local(listener).is_unspecified()));
         }
     }
 

@@ -1,7 +1,7 @@
 //! Where the ranks meet: what rank 0 sets up for the others, and where each of them goes.
 #![forbid(unsafe_code)]
 
-use super::client::Join;
+use super::client::{Join, interfaces};
 use super::place::{Environment, Meeting, Place};
 use super::secret::{SECRET_BYTES, Secret};
 use super::server::{self, Bind, Publish, Server, ServerOptions};
@@ -36,14 +36,14 @@ pub fn prepare(
         Meeting::Alone => unreachable!("a job of one meets nobody"),
         Meeting::Service(addresses) => return Ok((None, secret, Goal::Names(addresses))),
         Meeting::RankZero(address) => (bind_for(&address)?, Goal::Names(vec![address]), None),
-        Meeting::File(path) => (Bind::Everywhere(0), Goal::File(path.clone()), Some(path)),
+        Meeting::File(path) => (Bind::on(interfaces(config), 0), Goal::File(path.clone()), Some(path)),
         Meeting::Private(key) => {
             let directory = private_directory(&config.environment, &key);
             (Bind::Private(directory.clone()), Goal::Socket(directory), None)
         }
         Meeting::Shared(directory) => {
             let addresses = shared_files(&directory).addresses;
-            (Bind::Everywhere(0), Goal::Shared(directory), Some(addresses))
+            (Bind::on(interfaces(config), 0), Goal::Shared(directory), Some(addresses))
         }
         Meeting::Announced => return announced(config, place, secret),
     };
@@ -101,7 +101,7 @@ fn announced(
         return Ok((None, Some(secret.unwrap_or(told)), Goal::Addresses(addresses)));
     }
     let one_host = place.hints.local_size == Some(place.size);
-    let bind = if one_host { Bind::Loopback(0) } else { Bind::Everywhere(0) };
+    let bind = if one_host { Bind::Loopback(0) } else { Bind::on(interfaces(config), 0) };
     let started = secret.map_or_else(Secret::mint, Ok).and_then(|secret| {
         let server = Server::start(serve(config, place, bind, &secret))?;
         Ok((server, secret))
@@ -182,6 +182,7 @@ fn bind_for(address: &str) -> Result<Bind> {
     Ok(if addresses.iter().all(|a| a.ip().is_loopback()) {
         Bind::Address(addresses[0])
     } else {
+        // The others go where the name leads them, which need not be an interface that the job uses for more.
         Bind::Everywhere(port)
     })
 }

@@ -34,6 +34,9 @@ mod service;
 pub enum Bind {
     /// All interfaces, this port (0: the kernel picks one).
     Everywhere(u16),
+    /// Loopback and these interfaces (names or addresses), this port (0: the kernel picks one for each); all interfaces
+    /// where this host has none of them.
+    Interfaces(Vec<String>, u16),
     /// The loopback interface, this port (0: the kernel picks one).
     Loopback(u16),
     /// This address.
@@ -41,6 +44,14 @@ pub enum Bind {
     /// A unix socket in this directory, which is made private to the user. Whoever connects is the same user
     /// and is handed the secret.
     Private(PathBuf),
+}
+
+impl Bind {
+    /// The interfaces that a job may use, all where none are named.
+    #[must_use]
+    pub fn on(interfaces: Vec<String>, port: u16) -> Bind {
+        if interfaces.is_empty() { Bind::Everywhere(port) } else { Bind::Interfaces(interfaces, port) }
+    }
 }
 
 /// How to serve.
@@ -337,6 +348,7 @@ fn open(bind: &Bind, litter: &mut Litter) -> Result<(Vec<Door>, Vec<SocketAddr>)
     let (listeners, port) = match bind {
         Bind::Private(directory) => return Ok((vec![open_private(directory, litter)?], Vec::new())),
         Bind::Everywhere(port) => (listen::listen_everywhere(*port), *port),
+        Bind::Interfaces(names, port) => (listen::listen_on_or_everywhere(names, *port), *port),
         Bind::Loopback(port) => (listen::listen_loopback(*port), *port),
         Bind::Address(address) => (listen::listen(*address).map(|l| vec![l]), address.port()),
     };

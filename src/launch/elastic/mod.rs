@@ -231,7 +231,7 @@ fn serve(
     events: (crossbeam::channel::Sender<crate::rendezvous::server::assembly::Event>, Waker),
 ) -> Result<Server> {
     let options = ServerOptions {
-        bind: if for_others { Bind::Everywhere(0) } else { Bind::Loopback(0) },
+        bind: if for_others { Bind::on(super::interfaces(config), 0) } else { Bind::Loopback(0) },
         secret: secret.clone().encrypting(config.encrypt),
         size: terms.max,
         epoch: Epoch(0),
