@@ -395,6 +395,10 @@ impl Membership {
                 Phase::Verdict => self.conclude(),
             }
         }
+        // Where that has begun another wait, it is as long from now on.
+        if let Some(settling) = &mut self.settling {
+            settling.until.get_or_insert(now.after_ns(settling.phase.patience_ns()));
+        }
         if self.is_over() {
             return;
         }
