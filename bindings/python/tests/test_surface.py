@@ -3,7 +3,11 @@
 The signatures are Horovod 0.28.1's. A parameter more at the end is allowed, if it has a default.
 """
 
+import importlib
 import inspect
+import operator
+import re
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +102,32 @@ PRESENT = [
     "elastic.ElasticSampler.state_dict", "elastic.ElasticSampler.reset",
 ]  # fmt: skip
 
+HOROVOD = str(Path(__file__).parent.parent / "horovod" / "src")
+BASICS = (
+    "init shutdown is_initialized start_timeline stop_timeline size local_size cross_size rank local_rank cross_rank "
+    "is_homogeneous mpi_threads_supported mpi_enabled mpi_built gloo_enabled gloo_built nccl_built ddl_built "
+    "ccl_built cuda_built rocm_built Average Sum Adasum Min Max Product"
+).split()
+PROCESS_SETS = ["ProcessSet.mpi_comm", "global_process_set.mpi_comm", "add_process_set", "remove_process_set"]
+NOT_OPERATIONS = "broadcast_parameters broadcast_optimizer_state broadcast_object allgather_object".split()
+OPERATIONS = [name for name in SIGNATURES if re.match("(sparse_|grouped_)?(all|broadcast|reducescatter)", name)]
+SUBMODULES = {
+    "torch.mpi_ops": BASICS + PROCESS_SETS + [name for name in OPERATIONS if name not in NOT_OPERATIONS]
+    + ["barrier", "join", "poll", "synchronize", "handle_average_backwards_compatibility", "HorovodInternalError"]
+    + [name for name in PRESENT if re.match("Horovod(All|Grouped|Broadcast|Reduce)", name)],
+    "common.basics": [f"HorovodBasics.{name}" for name in BASICS],
+    "common.process_sets": PROCESS_SETS,
+    "common.exceptions": (
+        "HorovodInternalError HostsUpdatedInterrupt HorovodVersionMismatchError get_version_mismatch_message"
+    ).split(),
+    "common.util": (
+        "extension_available gpu_available mpi_built gloo_built nccl_built ddl_built ccl_built check_extension "
+        "check_installed_version num_rank_is_power_2 split_list env is_iterable is_version_greater_equal_than _cache "
+        "EXTENSIONS"
+    ).split(),
+    "common.elastic": "State ObjectState run_fn notification_manager".split(),
+}  # fmt: skip
+
 
 def found(name):
     value = hvd
@@ -129,6 +159,30 @@ def test_signature(name):
 @pytest.mark.parametrize("name", PRESENT)
 def test_present(name):
     assert found(name) is not None
+
+
+@pytest.mark.parametrize("module", SUBMODULES)
+def test_submodules_of_the_name_horovod(module, monkeypatch):
+    monkeypatch.syspath_prepend(HOROVOD)
+    root = importlib.import_module(f"horovod.{module}")
+    missing = []
+    for name in SUBMODULES[module]:
+        try:
+            operator.attrgetter(name)(root)
+        except AttributeError:
+            missing.append(name)
+    assert not missing
+
+
+def test_mpi_ops_agrees_with_the_package(monkeypatch):
+    monkeypatch.syspath_prepend(HOROVOD)
+    import horovod.torch.mpi_ops as mpi_ops
+    from horovod.common.basics import HorovodBasics
+
+    assert hvd.mpi_ops is mpi_ops and mpi_ops.rank is hvd.rank and mpi_ops.allreduce is hvd.allreduce
+    for name in BASICS:
+        if name.endswith(("_built", "_enabled")):
+            assert getattr(HorovodBasics(), name)() == getattr(hvd, name)()
 
 
 def test_values():

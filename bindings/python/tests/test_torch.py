@@ -365,8 +365,12 @@ def test_arguments():
         bad("twice", groups=[[model[0].weight], [model[0].weight]])
         bad("at least 1", backward_passes_per_step=0)
         bad("Average", gradient_predivide_factor=2.0, op=hvd.Sum)
-        assert "LBFGS" in catch(
-            ValueError, lambda: hvd.broadcast_optimizer_state(torch.optim.LBFGS(model.parameters()), 0)
+        bad("reduces steps", compression=hvd.Compression.onebit, op=hvd.Adasum)
+        assert "at least 1" in catch(
+            ValueError,
+            lambda: hvd.DistributedOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.1)
+            ).set_backward_passes_per_step(0),
         )
         assert "process_sets" in catch(carole.UsageError, lambda: hvd.init(comm=[0]))
     finally:

@@ -34,6 +34,9 @@ class ProcessSet:
     In every set, `root` and `dest` are ranks of the whole job.
     """
 
+    # Horovod's programs read it; it holds None wherever a set is made of ranks, as all sets are here.
+    mpi_comm: None = None
+
     def __init__(self, ranks: Sequence[int]) -> None:
         self._ranks: Optional[List[int]] = _checked(ranks)
         self.process_set_id: Optional[int] = None

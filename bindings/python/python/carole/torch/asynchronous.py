@@ -213,6 +213,7 @@ def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1
     """Starts an allreduce of `tensor` in place."""
     if op is None or average is not None:
         op = handle_average_backwards_compatibility(op, average)
+    note_write(tensor)
     # The same again as start_allreduce, without a call more: training submits hundreds of tensors a step.
     handle = _start(
         ALLREDUCE, tensor, True, "allreduce", name, process_set, op, prescale_factor, postscale_factor, 0, False
@@ -220,6 +221,16 @@ def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1
     if handle is not None:
         return handle
     return start_allreduce(tensor, True, name, op, prescale_factor, postscale_factor, process_set)
+
+
+_increment_version = getattr(torch.autograd.graph, "increment_version", None)
+
+
+def note_write(tensor: Any) -> None:
+    """Tells autograd that a tensor which it may have saved is written, so that a backward pass that needs the former
+    values fails instead of being wrong."""
+    if getattr(tensor, "requires_grad", False) and not tensor.is_leaf and _increment_version is not None:
+        _increment_version(tensor)
 
 
 def _detached(tensor: Any) -> Any:
@@ -230,7 +241,10 @@ def _detached(tensor: Any) -> Any:
 def start_grouped_allreduce(tensors: Any, in_place: bool, name: Optional[str], op: int, pre: float, post: float,
                        process_set: ProcessSet) -> Handle:  # fmt: skip
     tensors, refused = _as_list(tensors)
-    if not in_place:
+    if in_place:
+        for tensor in tensors:
+            note_write(tensor)
+    else:
         tensors = [_detached(tensor) for tensor in tensors]
     if refused is None:
         handle = _start(ALLREDUCE, tensors, in_place, "grouped_allreduce", name, process_set, op, pre, post, 0, False)
@@ -334,6 +348,7 @@ def broadcast_async(tensor, root_rank, name=None, process_set=global_process_set
 
 def broadcast_async_(tensor, root_rank, name=None, process_set=global_process_set) -> Handle:
     """Starts a broadcast in place."""
+    note_write(tensor)
     return start_broadcast(tensor, True, root_rank, name, process_set)
 
 

@@ -33,6 +33,14 @@ class ExchangingCompressor(Compressor):
     the names of tensors, which are those of the optimizer's parameters.
     """
 
+    @staticmethod
+    def compress(tensor: torch.Tensor) -> Tuple[torch.Tensor, Any]:
+        """An error: it goes with `DistributedOptimizer`, which calls `exchange`."""
+        raise ValueError(
+            "this compressor has an exchange of its own and goes with DistributedOptimizer (of gradients, not with "
+            "op=Adasum); for other calls take Compression.fp16 or Compression.bf16"
+        )
+
     def exchange(
         self, tensor: torch.Tensor, name: str, op: int, prescale: float, postscale: float, process_set: ProcessSet
     ) -> Callable[[], torch.Tensor]:
@@ -119,7 +127,9 @@ class OneBitCompressor(ExchangingCompressor):
         wanted = wanted.clone() if left_out is None else wanted + left_out
         scale = wanted.abs().mean() if wanted.numel() else wanted.new_zeros(())
         bits = self._pack(wanted >= 0)
-        self._left_out[name] = wanted - torch.where(wanted >= 0, scale, -scale)
+        # What has overflowed (GradScaler then skips the step) must not be left in the feedback for ever.
+        if torch.isfinite(scale):
+            self._left_out[name] = wanted - torch.where(wanted >= 0, scale, -scale)
         # One row per rank: the scale's four bytes and the bits.
         row = torch.cat([scale.reshape(1).view(torch.uint8), bits]).reshape(1, -1)
         handle = allgather_async(row, f"1bit.{name}", process_set)

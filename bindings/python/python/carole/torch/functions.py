@@ -139,8 +139,6 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     from .. import rank
 
     del model
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("the state of torch.optim.LBFGS cannot be broadcast: it holds functions of the loss")
     tensors: List[torch.Tensor] = []
     if rank() == root_rank:
         state: Dict[str, Any] = _take_tensors(optimizer.state_dict(), tensors)

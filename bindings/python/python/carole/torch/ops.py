@@ -43,6 +43,7 @@ from .asynchronous import (
     grouped_allreduce_async_,
     grouped_reducescatter_async,
     handle_average_backwards_compatibility,
+    note_write,
     poll,
     reducescatter_async,
     sparse_allreduce_async,
@@ -109,6 +110,7 @@ def allreduce_(tensor, average=None, name=None, op=None, prescale_factor=1.0, po
     """The reduction of all ranks' tensors, in place."""
     if op is None or average is not None:
         op = handle_average_backwards_compatibility(op, average)
+    note_write(tensor)
     result = _run(
         ALLREDUCE, tensor, True, "allreduce", name, process_set, op, prescale_factor, postscale_factor, 0, True
     )
@@ -164,6 +166,7 @@ def broadcast(tensor, root_rank, name=None, process_set=global_process_set) -> t
 
 def broadcast_(tensor, root_rank, name=None, process_set=global_process_set) -> torch.Tensor:
     """The root's tensor, in place."""
+    note_write(tensor)
     result = _run(BROADCAST, tensor, True, "broadcast", name, process_set, Sum, 1.0, 1.0, root_rank, True)
     if result is not None:
         return result

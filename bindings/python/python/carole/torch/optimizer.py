@@ -12,8 +12,8 @@ import torch
 from .. import _elastic, _native
 from .._sets import ProcessSet, global_process_set
 from . import ops
-from .compression import Compression
-from .ops import Adasum, Average
+from .compression import Compression, exchanging
+from .ops import Adasum, Average, Max
 from .reducer import Reducer
 
 # What the methods below keep on the optimizer; one object, so that nothing of the wrapped class is shadowed.
@@ -28,14 +28,16 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Sets how many backward passes are accumulated before gradients are sent."""
+        if passes <= 0:
+            raise ValueError("backward_passes_per_step is at least 1")
         reducer = getattr(self, _STATE)
         reducer.backward_passes_per_step = passes
         for parameter in reducer.passes_left:
             reducer.passes_left[parameter] = passes
 
     def load_state_dict(self, *args, **kwargs):
-        """Loads a state, and forgets gradients that are on their way."""
-        getattr(self, _STATE).reset()
+        """Loads a state, and forgets gradients that are on their way, once they have come."""
+        getattr(self, _STATE).forget()
         return getattr(self, _STATE).base.load_state_dict(self, *args, **kwargs)
 
     def synchronize(self) -> None:
@@ -101,11 +103,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         All ranks must do so at the same place. The parameters are named by their position.
         """
         reducer = getattr(self, _STATE)
-        reducer.base.add_param_group(self, param_group)
-        number = len(self.param_groups) - 1
-        added = self.param_groups[-1]["params"]
-        for j, parameter in enumerate(added):
-            reducer.names.setdefault(parameter, f"allreduce.noname.{number}.{j}")
+        added = _add_named(self, reducer, param_group)
         if reducer.active:
             reducer.hook(added)
 
@@ -125,6 +123,16 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         return reducer.base.zero_grad(self, *args, **kwargs)
 
 
+def _add_named(optimizer: Any, reducer: Reducer, param_group: Any) -> List[torch.Tensor]:
+    """Adds a group to the wrapped optimizer, and names its parameters."""
+    reducer.base.add_param_group(optimizer, param_group)
+    number = len(optimizer.param_groups) - 1
+    added = optimizer.param_groups[-1]["params"]
+    for j, parameter in enumerate(added):
+        reducer.names.setdefault(parameter, f"allreduce.noname.{number}.{j}")
+    return added
+
+
 class _DistributedAdasumOptimizer(torch.optim.Optimizer):
     """Adasum combines what the optimizer would change, and not gradients: each rank takes its own step, and the
     differences are reduced."""
@@ -142,9 +150,30 @@ class _DistributedAdasumOptimizer(torch.optim.Optimizer):
         raise AssertionError("skip_synchronize() cannot be used with op=Adasum")
         yield
 
-    def step(self, closure=None):
-        """Takes a step of the wrapped optimizer and reduces what it changed."""
+    def add_param_group(self, param_group):
+        """Adds a group of parameters, which take part from the next step on. All ranks must do so at the same place."""
+        _add_named(self, getattr(self, _STATE), param_group)
+
+    # GradScaler then leaves it to `step` to divide the gradients by the scale, and to skip a step.
+    _step_supports_amp_scaling = True
+
+    def _overflowed(self, grad_scaler):
+        """Divides the gradients by the scale, unless that was done, and says whether those of any rank are not finite;
+        the scaler learns that too, so that all ranks keep one scale."""
+        state = grad_scaler._per_optimizer_states[id(self)]
+        if state["stage"].name == "READY":
+            grad_scaler.unscale_(self)
+        found = list(state["found_inf_per_device"].values())
+        for number, one in enumerate(found):
+            ops.allreduce_(one, op=Max, name=f"overflow.{number}", process_set=getattr(self, _STATE).process_set)
+        return sum(float(one) for one in found) > 0
+
+    def step(self, closure=None, *, grad_scaler=None):
+        """Takes a step of the wrapped optimizer and reduces what it changed. `grad_scaler` is what
+        `torch.amp.GradScaler.step` passes."""
         reducer = getattr(self, _STATE)
+        if grad_scaler is not None and self._overflowed(grad_scaler):
+            return None
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         before = [parameter.detach().clone() for parameter in parameters]
         loss = reducer.base.step(self, closure)
@@ -262,6 +291,8 @@ def DistributedOptimizer(
         raise ValueError("gradient_predivide_factor goes with op=Average only")
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step is at least 1")
+    if op == Adasum and exchanging(compression) is not None:
+        raise ValueError("compression that exchanges by itself (onebit) reduces gradients; op=Adasum reduces steps")
     if num_groups != 0:
         warnings.warn("num_groups is deprecated; use groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups

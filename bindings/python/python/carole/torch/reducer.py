@@ -54,6 +54,8 @@ class Reducer:
         self.as_views = as_views
         self.buckets: List[Bucket] = []
         self.active = False
+        # The optimizer's parameters, and those of them whose gradients are reduced.
+        self.all: List[torch.Tensor] = []
         self.trained: List[torch.Tensor] = []
         self.passes_left: Dict[torch.Tensor, int] = {}
         # For each parameter submitted: a function that waits and puts the result into its gradient.
@@ -70,22 +72,26 @@ class Reducer:
         self.layouts = None
         # The parameter holds its hook, and must not hold the optimizer with it.
         me = weakref.ref(self)
+        known = set(self.all)
+        self.all += [one for one in parameters if one not in known]
         new = [one for one in parameters if one.requires_grad and one not in self.passes_left]
         if self.as_views:
             self.make_buckets(new)
         for parameter in new:
             self.trained.append(parameter)
             self.passes_left[parameter] = self.backward_passes_per_step
-            # This one runs before the gradient changes, which may be on its way to the other ranks.
-            parameter.register_hook(lambda _, parameter=weakref.ref(parameter): _expected(me, parameter()))
+            # The node that accumulates the gradient, found through a view, and kept, since only the graph would.
+            with torch.enable_grad():
+                node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+            self.keep.append(node)
+            # The first hook runs before the gradient changes, which may be on its way to the other ranks.
             if hasattr(parameter, "register_post_accumulate_grad_hook"):
+                node.register_prehook(lambda _, parameter=weakref.ref(parameter): _expected(me, parameter()))
                 parameter.register_post_accumulate_grad_hook(lambda arrived: _arrived(me, arrived))
             else:
-                # Before torch 2.1: the node that accumulates the gradient, found through a view, and kept, since
-                # only the graph would.
-                node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+                # Before torch 2.1. This one runs for `torch.autograd.grad`, too, which accumulates nothing.
+                parameter.register_hook(lambda _, parameter=weakref.ref(parameter): _expected(me, parameter()))
                 node.register_hook(lambda *_, parameter=parameter: _arrived(me, parameter))
-                self.keep.append(node)
 
     def make_buckets(self, parameters: Sequence[torch.Tensor]) -> None:
         """One flat region for each group and type; parameters without a group get regions by size."""
@@ -123,6 +129,12 @@ class Reducer:
         group.ready += 1
         if group.ready == len(group.parameters):
             self.submit_group(group)
+
+    def is_idle(self, parameter: torch.Tensor) -> bool:
+        """Whether there is no gradient to reduce: it was frozen, or no rank has ever computed one. Left at None, the
+        optimizer does not touch the parameter. The same on all ranks, where they freeze the same parameters."""
+        never = self.layouts is not None and self.layouts.get(parameter) == 0
+        return parameter.grad is None and (never or not parameter.requires_grad)
 
     def gradient(self, parameter: torch.Tensor) -> torch.Tensor:
         """The gradient to send. A rank that did not compute one sends zeros, since others may have one."""
@@ -171,6 +183,8 @@ class Reducer:
             return
         dense: List[torch.Tensor] = []
         for parameter in group.parameters:
+            if self.is_idle(parameter):
+                continue
             if self.gradient(parameter).is_sparse or self.exchanging is not None:
                 self.submit(parameter)
             else:
@@ -235,32 +249,47 @@ class Reducer:
             self.synchronized = True
             return
         try:
+            # Parameters that were frozen when the optimizer was wrapped, and are not any more.
+            late = [one for one in self.all if one.requires_grad and one not in self.passes_left]
+            if late:
+                self.hook(late)
             self.agree_on_layouts()
             # In the order of the parameters, which all ranks share. A group is submitted as a whole, or not at all.
             for parameter in self.trained:
-                if parameter in self.waiting:
-                    continue
                 group = self.groups.get(parameter)
+                if parameter in self.waiting or (self.is_idle(parameter) and not isinstance(group, Bucket)):
+                    continue
                 if group is None:
                     self.submit(parameter)
                 else:
                     self.submit_group(group)
             for parameter in self.trained:
-                self.waiting[parameter]()
+                if parameter in self.waiting:
+                    self.waiting[parameter]()
         finally:
             # After a failure the rest is dropped: the operations end by themselves.
             self.reset()
         self.synchronized = True
 
     def agree_on_layouts(self) -> None:
-        """Once: whether a parameter's gradients are sparse, for the ranks that have not computed one."""
-        if self.layouts is not None:
+        """Whether a parameter's gradients are sparse, for the ranks that have not computed one. Again and again, until
+        each has been computed by some rank."""
+        known = self.layouts or {}
+        if self.layouts is not None and all(known.values()):
             return
-        mine = [0 if p.grad is None else _SPARSE if p.grad.is_sparse else _DENSE for p in self.trained]
+        mine = [
+            known.get(p) or (0 if p.grad is None else _SPARSE if p.grad.is_sparse else _DENSE) for p in self.trained
+        ]
         name = f"layouts.{self.names[self.trained[0]]}.{len(mine)}" if self.trained else "layouts"
         agreed = torch.tensor(mine, dtype=torch.int32)
         ops.allreduce_(agreed, name=name, op=Max, process_set=self.process_set)
         self.layouts = dict(zip(self.trained, agreed.tolist()))
+
+    def forget(self) -> None:
+        """Waits for gradients that are on their way, and forgets them."""
+        for wait in self.waiting.values():
+            wait()
+        self.reset()
 
     def reset(self) -> None:
         """Forgets gradients that are on their way."""

@@ -1,10 +1,14 @@
 """Small helpers that programs import."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 
 EXTENSIONS = ["tensorflow", "torch", "mxnet"]
+
+# Programs decorate functions of their own with it.
+_cache = functools.lru_cache(maxsize=None)
 
 
 def extension_available(ext_base_name, verbose=False):

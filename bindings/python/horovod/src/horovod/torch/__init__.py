@@ -1,13 +1,12 @@
 """`horovod.torch` is `carole.torch`."""
 
-import sys
-
 from .. import _alias
+from . import mpi_ops as _mpi_ops
 
-for _theirs, _ours in (
-    ("mpi_ops", "ops"), ("compression", "compression"), ("functions", "functions"), ("optimizer", "optimizer"),
-    ("sync_batch_norm", "sync_batch_norm"), ("elastic", "elastic"), ("elastic.state", "elastic.state"),
-    ("elastic.sampler", "elastic.sampler"),
+for _same in (
+    "compression", "functions", "optimizer", "sync_batch_norm", "elastic", "elastic.state", "elastic.sampler"
 ):  # fmt: skip
-    _alias(f"{__name__}.{_theirs}", f"carole.torch.{_ours}")
-sys.modules[__name__] = _alias(__name__, "carole.torch")
+    _alias(f"{__name__}.{_same}", f"carole.torch.{_same}")
+_torch = _alias(__name__, "carole.torch")
+# Carole has no module of this name, and `import horovod.torch.mpi_ops as ops` looks for the attribute.
+_torch.mpi_ops = _mpi_ops
