@@ -195,6 +195,89 @@ def test_groups():
     run_c10d(3, body_groups)
 
 
+def body_uneven_future():
+    rank, size = begin()
+    whole = torch.cat([torch.full((i + 1,), i + 1.0) for i in range(size)])
+    for inside in (False, True):
+        parts = list(whole.clone().split([i + 1 for i in range(size)]))
+        # The output may be a part of the input.
+        out = parts[0][:1] if inside and rank == 0 else torch.zeros(rank + 1)
+        dist.reduce_scatter(out, parts, async_op=True).get_future().wait()
+        assert (out == (rank + 1) * size).all(), out
+    dist.destroy_process_group()
+
+
+def test_an_uneven_reduce_scatter_has_its_result_when_its_future_is_complete():
+    run_c10d(3, body_uneven_future)
+
+
+def body_nothing_to_send():
+    rank, _ = begin()
+    # Rank 0 has no rows, and gets one of rank 1's three.
+    sent, received = ([0, 0], [0, 1]) if rank == 0 else ([1, 2], [0, 2])
+    out = torch.zeros(sum(received), 4)
+    dist.all_to_all_single(out, torch.ones(sum(sent), 4), received, sent)
+    assert (out == 1).all()
+    dist.destroy_process_group()
+
+
+@new_only
+def test_a_rank_may_have_no_rows_for_an_alltoall():
+    run_c10d(2, body_nothing_to_send)
+
+
+def check_xor(rank, size, dtype, group=None):
+    xor = dist.ReduceOp.BXOR
+    ranks = [torch.tensor([[r + 5, r * 3], [r, 0], [r + 1, 7]]).to(dtype)[:size] for r in range(size)]
+    expected = ranks[0]
+    for other in ranks[1:]:
+        expected = (expected.to(torch.int64) ^ other.to(torch.int64)).to(dtype)
+    x = ranks[rank].t().contiguous().t()
+    dist.all_reduce(x, op=xor, group=group)
+    assert torch.equal(x, expected), (dtype, x)
+    out = torch.empty(2, dtype=dtype)
+    place = dist.get_rank(group)
+    dist.reduce_scatter(out, list(ranks[rank]), op=xor, group=group, async_op=True).get_future().wait()
+    assert torch.equal(out, expected[place])
+    parts = [ranks[rank][0], *(row[:1] for row in ranks[rank][1:])]
+    out = torch.empty(1 if place else 2, dtype=dtype)
+    dist.reduce_scatter(out, parts, op=xor, group=group)
+    assert torch.equal(out, expected[place][: len(out)])
+    if not OLD:
+        x = ranks[rank].clone()
+        dist.reduce(x, size - 1, op=xor, group=group)
+        assert torch.equal(x, expected if rank == size - 1 else ranks[rank])
+
+
+def body_xor():
+    rank, size = begin()
+    backwards = dist.new_group(list(range(size))[::-1])
+    for name in ("uint8", "int32", "int64", "bool", "uint16", "uint64"):
+        if hasattr(torch, name):
+            check_xor(rank, size, getattr(torch, name))
+            check_xor(rank, size, getattr(torch, name), backwards)
+    text = catch(RuntimeError, lambda: dist.all_reduce(torch.ones(2), op=dist.ReduceOp.BXOR))
+    assert "BXOR" in text and "float32" in text, text
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_xor(size):
+    run_c10d(size, body_xor)
+
+
+def body_any_source():
+    begin()
+    text = catch(NotImplementedError, lambda: dist.recv(torch.ones(1)))
+    dist.destroy_process_group()
+    return text
+
+
+def test_a_receive_from_any_rank_says_what_to_do():
+    text = run_c10d(1, body_any_source)[0]
+    assert "src=" in text and 'new_group(backend="gloo")' in text, text
+
+
 def body_torchrun():
     import carole.torch_backend  # noqa: F401
 
@@ -248,6 +331,34 @@ def body_late():
 def test_a_timeout_names_the_culprit():
     text = run_c10d(2, body_late)[0]
     assert "1" in text and "rank" in text, text
+
+
+def body_silent():
+    rank, _ = begin()
+    group = dist.new_group([1, 2], timeout=datetime.timedelta(seconds=3))
+    dist.barrier()
+    texts = []
+    if rank == 1:
+        started = time.monotonic()
+        work = dist.irecv(torch.ones(2), 2, group=group)
+        texts.append(catch(carole_timeout(), lambda: work.wait(datetime.timedelta(seconds=1))))
+        texts.append(catch(RuntimeError, work.wait))
+        # Without the time that a collective gets to find who is missing.
+        assert time.monotonic() - started < 9
+    dist.barrier()
+    return texts
+
+
+def carole_timeout():
+    import carole
+
+    return carole.TimeoutError
+
+
+def test_the_timeout_of_a_message_names_the_peer():
+    one, whole = run_c10d(3, body_silent)[1]
+    assert "receive from rank 2 was not finished after 1.0 s" in one, one
+    assert "receive from rank 2 was not finished after 3.0 s" in whole, whole
 
 
 def body_monitored():

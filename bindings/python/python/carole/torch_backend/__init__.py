@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .. import _arrays
-from . import desync, group, rings, start, work
+from . import desync, group, operations, rings, start, work
 from .group import CaroleProcessGroup
 from .start import ensure_set, join
 
@@ -79,7 +79,7 @@ def _keep_from_compiler() -> None:
             if isinstance(constant, types.CodeType):
                 skip(constant)
 
-    for module in (desync, group, rings, start, work, _arrays):
+    for module in (desync, group, operations, rings, start, work, _arrays):
         for value in vars(module).values():
             members = vars(value).values() if isinstance(value, type) else [value]
             for member in members:

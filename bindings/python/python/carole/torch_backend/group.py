@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -11,10 +12,10 @@ import torch.distributed as dist
 from .. import _arrays, _life, _native
 from .._errors import BrokenError, TimeoutError, UsageError
 from .._submit import (
-    ALLGATHER, ALLREDUCE, ALLTOALL, BARRIER, BROADCAST, GATHER, REDUCE, REDUCESCATTER, SCATTER, Average, BitAnd, BitOr,
-    Max, Min, Product, Sum,
+    ALLGATHER, ALLREDUCE, ALLTOALL, BARRIER, BROADCAST, GATHER, REDUCE, REDUCESCATTER, SCATTER, Sum,
 )  # fmt: skip
 from ..torch.asynchronous import _CODES
+from .operations import BIT_XOR, bit_xor, check_bits, operation
 from .rings import Ring, Rings
 from .work import CaroleWork, CoalescedWork, DoneWork
 
@@ -22,30 +23,6 @@ from .work import CaroleWork, CoalescedWork, DoneWork
 _TAG_BITS = 20
 
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
-
-_OPERATIONS = [
-    (getattr(dist.ReduceOp, name), op)
-    for name, op in (
-        ("SUM", Sum), ("AVG", Average), ("MAX", Max), ("MIN", Min), ("PRODUCT", Product), ("BAND", BitAnd),
-        ("BOR", BitOr),
-    )
-    if hasattr(dist.ReduceOp, name)
-]  # fmt: skip
-
-
-def _operation(options: Any) -> Tuple[int, float]:
-    """The operation of the engine, and the factor before it."""
-    wanted = Sum if options is None else options.reduceOp
-    for theirs, ours in _OPERATIONS:
-        if wanted == theirs:
-            return ours, 1.0
-    if options is None:
-        return Sum, 1.0
-    if hasattr(dist.ReduceOp, "PREMUL_SUM") and wanted == dist.ReduceOp.PREMUL_SUM:
-        _, factor = wanted.__getstate__()
-        return Sum, float(factor)
-    raise UsageError(f"{wanted} is none of SUM, AVG, MIN, MAX, PRODUCT, BAND, BOR, PREMUL_SUM")
-
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it, whose bytes are its values one behind the other."""
@@ -202,7 +179,9 @@ class CaroleProcessGroup(dist.ProcessGroup):
         return code
 
     def _reduced(self, collective: int, tensors: List[torch.Tensor], options: Any, root: int = 0) -> Any:
-        op, pre = _operation(options)
+        op, pre = operation(options)
+        if op == BIT_XOR:
+            return self._xored(tensors, collective == ALLREDUCE or self._rank == root, options)
         if self._size == 1:
             for tensor in tensors if pre != 1.0 else ():
                 tensor.mul_(pre)
@@ -230,6 +209,25 @@ class CaroleProcessGroup(dist.ProcessGroup):
         return self._start(
             collective, arguments, copies, tensors, finish, op, pre, root, None, options, size, place
         )  # fmt: skip
+
+    def _xored(self, tensors: List[torch.Tensor], takes: bool, options: Any) -> Any:
+        """The reduction BXOR, on every rank that takes it."""
+        check_bits(tensors)
+
+        def place(number: int, rows: torch.Tensor) -> None:
+            if takes:
+                tensors[number].copy_(bit_xor(rows).reshape(tensors[number].shape))
+
+        return self._gathered(tensors, place, tensors, options)
+
+    def _xor_scattered(self, output: torch.Tensor, tensor: torch.Tensor, options: Any) -> Any:
+        check_bits([tensor])
+
+        def place(received: torch.Tensor) -> None:
+            output.copy_(bit_xor(received.reshape(self._size, -1)).reshape(output.shape))
+
+        parts = _plain(tensor.detach()).reshape(self._size, -1).unbind()
+        return self._exchange(list(parts), place, [output], options)
 
     # The collectives.
 
@@ -326,21 +324,12 @@ class CaroleProcessGroup(dist.ProcessGroup):
         return works[0] if len(works) == 1 else CoalescedWork(works, outputs)
 
     def _uneven_reduce_scatter(self, output: torch.Tensor, parts: List[torch.Tensor], options: Any) -> Any:
-        works = []
-        for root, part in enumerate(parts):
-            mine = part.detach().clone()
-            work = self._reduced(REDUCE, [mine], options, root)
-            if root == self._rank:
-                work = CoalescedWork([work], [mine])
-                inner = work.wait
-
-                def wait(timeout: Any = None, inner=inner, mine=mine) -> bool:
-                    inner(timeout)
-                    output.copy_(mine.reshape(output.shape))
-                    return True
-
-                work.wait = wait
-            works.append(work)
+        # All are copied before the output is written, which may be a part of the input.
+        copies = [part.detach().clone() for part in parts]
+        mine = output.detach()
+        mine.copy_(copies[self._rank].reshape(output.shape))
+        copies[self._rank] = mine
+        works = [self._reduced(REDUCE, [copy], options, root) for root, copy in enumerate(copies)]
         return CoalescedWork(works, [output])
 
     def reduce_scatter_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
@@ -348,7 +337,10 @@ class CaroleProcessGroup(dist.ProcessGroup):
 
     def reduce_scatter_single_coalesced(self, outputs: List[torch.Tensor], inputs: List[torch.Tensor],
                                         opts: Any = None) -> Any:  # fmt: skip
-        op, pre = _operation(opts)
+        op, pre = operation(opts)
+        if op == BIT_XOR:
+            works = [self._xor_scattered(output, tensor, opts) for output, tensor in zip(outputs, inputs)]
+            return works[0] if len(works) == 1 else CoalescedWork(works, outputs)
         if self._size == 1:
             with torch.no_grad():
                 for output, tensor in zip(outputs, inputs):
@@ -359,9 +351,10 @@ class CaroleProcessGroup(dist.ProcessGroup):
         rows = [self._by_rank(_plain(tensor.detach()).reshape(self._size, -1)) for tensor in inputs]
         # DeepSpeed's ZeRO 3 reduces into a part of the input.
         made = [
-            one if _is_plain(one) and not _overlap(one, row) else torch.empty_like(one, memory_format=torch.contiguous_format)
+            one if _is_plain(one) and not _overlap(one, row)
+            else torch.empty_like(one, memory_format=torch.contiguous_format)
             for one, row in zip(outputs, rows)
-        ]
+        ]  # fmt: skip
         arguments = [
             (row.data_ptr(), one.data_ptr() or 64, self._code(row), tuple(row.shape)) for row, one in zip(rows, made)
         ]
@@ -425,7 +418,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
                           input_splits: Sequence[int], opts: Any = None) -> Any:  # fmt: skip
         del output_splits
         rows = _plain(tensor.detach())
-        rows = rows.reshape(rows.shape[0] if rows.dim() else 1, -1)
+        rows = rows.reshape(rows.shape[0] if rows.dim() else 1, math.prod(rows.shape[1:]))
         splits = list(input_splits) or [rows.shape[0] // self._size] * self._size
         parts = list(rows.split(splits))
         return self._exchange(parts, lambda received: output.copy_(received.reshape(output.shape)), [output], opts)
@@ -484,7 +477,9 @@ class CaroleProcessGroup(dist.ProcessGroup):
             handle = _native.transfer(sending, memory, *where)
         else:
             handle = _native.transfer_raw(sending, memory.data_ptr(), memory.numel(), memory, *where, streams)
-        return CaroleWork(handle, tensors, finish, self._timeout_s, (memory, copy), -1 if sending else peer)
+        words = f"the {'send to' if sending else 'receive from'} rank {self._ranks[peer]}"
+        source = -1 if sending else peer
+        return CaroleWork(handle, tensors, finish, self._timeout_s, (memory, copy), source, message=words)
 
     def _channel(self) -> int:
         """Keeps the messages of groups of the same ranks apart."""
@@ -497,7 +492,10 @@ class CaroleProcessGroup(dist.ProcessGroup):
         return self._message(False, tensors, peer, tag)
 
     def recv_anysource(self, tensors: List[torch.Tensor], tag: int = 0) -> Any:
-        raise NotImplementedError("recv() from any rank is not supported by the backend carole: name the source")
+        raise NotImplementedError(
+            "the backend carole cannot receive from any rank: name the source, as in recv(tensor, src=1), or send "
+            'these messages through a group of their own, dist.new_group(backend="gloo")'
+        )
 
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
         """A barrier that says which ranks did not come: an error on rank 0 first, and on the others after it."""

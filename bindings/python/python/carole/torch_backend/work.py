@@ -69,6 +69,7 @@ class CaroleWork(c10d.Work):
         keep: Any = None,
         source: int = -1,
         stuck: Optional[Callable[[], Optional[str]]] = None,
+        message: Optional[str] = None,
     ) -> None:
         super().__init__()
         self._handle = handle
@@ -79,6 +80,8 @@ class CaroleWork(c10d.Work):
         self._source = source
         # Says why the operation will never end, where that can be found out.
         self._stuck = stuck
+        # A message in words that name its peer, the only rank that the wait can be for.
+        self._message = message
         self._lock = threading.Lock()
         self._done = False
         self._error: Optional[BaseException] = None
@@ -87,7 +90,7 @@ class CaroleWork(c10d.Work):
     def _complete(self, timeout_s: float) -> None:
         """Waits, and puts results where they belong. Raises what the operation ended with."""
         if not self._lock.acquire(timeout=timeout_s):
-            raise TimeoutError(f"the operation was not finished after {timeout_s} s")
+            raise TimeoutError(f"{self._message or 'the operation'} was not finished after {timeout_s} s")
         try:
             if not self._done:
                 try:
@@ -106,6 +109,12 @@ class CaroleWork(c10d.Work):
             self._lock.release()
 
     def _wait(self, timeout_s: float) -> Any:
+        if self._message is not None:
+            try:
+                return self._handle.wait(timeout_s)
+            except TimeoutError:
+                words = f"{self._message} was not finished after {timeout_s} s; it goes on and can be waited for again"
+                raise TimeoutError(words) from None
         if self._stuck is None or timeout_s <= FIRST_LOOK_S:
             return self._handle.wait(timeout_s)
         left, turn = timeout_s, FIRST_LOOK_S
@@ -131,8 +140,10 @@ class CaroleWork(c10d.Work):
         if seconds > 0:
             self._complete(seconds)
             return True
+        # The engine has no more to say about a message, whose peer is known.
+        grace_s = _GRACE_S if self._message is None else 0.0
         try:
-            self._complete(self._timeout_s + _GRACE_S)
+            self._complete(self._timeout_s + grace_s)
         except TimeoutError as error:
             raise BrokenError(f"{error}; the group's timeout is {self._timeout_s} s") from None
         return True
