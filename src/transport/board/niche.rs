@@ -19,7 +19,8 @@ use crate::device::{Finish, Reduction, host};
 use crate::limits::BOARD_MEMBERS_MAX;
 use crate::memory::Region;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::time::Instant;
 
 /// In front of the bytes of a slot: the number of its start, and that of the start which its owner withdraws from.
 const HEAD_BYTES: usize = 16;
@@ -37,6 +38,7 @@ pub struct Niche {
     room: Room,
     /// Where this member's bytes lie aside.
     block: Option<Block>,
+    copies: Copies,
     /// Nobody reads the block any more.
     is_free: AtomicBool,
 }
@@ -108,7 +110,8 @@ impl Niche {
             true => Block::take(&places[me].0, room.aside()).ok(),
             false => None,
         };
-        let niche = Niche { me, places, room, block, is_free: AtomicBool::new(false) };
+        let niche =
+            Niche { me, places, room, block, copies: Copies::default(), is_free: AtomicBool::new(false) };
         if let Some(block) = &niche.block {
             // Published with the number of the first start.
             niche.place(me).store(block.at() as u64, Ordering::Relaxed);
@@ -173,7 +176,7 @@ impl Niche {
         let shown = self.payload(self.me, start).expect("a member's own bytes lie on its board");
         // SAFETY: the submitter keeps the input alive and unwritten until the operation has ended; nobody reads the slot,
         // since all others have read the start before the last, or they would not have started the last.
-        unsafe { host::copy_streaming(shown, input.as_ptr(), len) };
+        unsafe { self.copies.copy(shown, input.as_ptr(), len) };
         self.number(self.me, start).store(start, Ordering::Release);
     }
 
@@ -266,10 +269,100 @@ impl Niche {
     }
 }
 
+/// How a member copies its bytes into its slots, which the others have read before. Where an ordinary store to such a
+/// line is cheap, the others find the bytes in a cache; where it waits for them (2 GB/s were seen), streaming stores go
+/// past the caches. Neither kind of machine tells beforehand, so a few copies are timed.
+#[derive(Debug, Default)]
+struct Copies {
+    /// Copies that were looked at.
+    count: AtomicU32,
+    /// The shortest time that one took.
+    shortest_ns: AtomicU64,
+}
+
+/// The first copies find slots that nobody has read yet.
+const COPIES_FRESH: u32 = 2;
+/// So many copies decide.
+const COPIES_TIMED: u32 = COPIES_FRESH + 6;
+/// What takes longer waits for other processors: streaming stores do 28 GB/s, ordinary ones to lines at hand 50.
+const CHEAP_BYTES_PER_NS: u64 = 12;
+
+impl Copies {
+    /// # Safety
+    /// As for [`host::copy_streaming`].
+    unsafe fn copy(&self, dst: *mut u8, src: *const u8, len: usize) {
+        let count = self.count.load(Ordering::Relaxed);
+        if count >= COPIES_TIMED && self.is_slow(len) {
+            // SAFETY: the caller's promise.
+            unsafe { host::copy_streaming(dst, src, len) };
+            return;
+        }
+        let begin = (count < COPIES_TIMED).then(Instant::now);
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(src, dst, len) };
+        if let Some(begin) = begin {
+            // The time of the stores themselves: a few thousand bytes are on their way when the copy returns.
+            fence(Ordering::SeqCst);
+            self.note(count, begin.elapsed().as_nanos() as u64);
+        }
+    }
+
+    /// One member copies at a time.
+    fn note(&self, count: u32, ns: u64) {
+        if count == COPIES_FRESH || (count > COPIES_FRESH && ns < self.shortest_ns.load(Ordering::Relaxed)) {
+            self.shortest_ns.store(ns, Ordering::Relaxed);
+        }
+        self.count.store(count + 1, Ordering::Relaxed);
+    }
+
+    /// Whether copies of so many bytes, once enough were timed, have taken longer than they should.
+    fn is_slow(&self, len: usize) -> bool {
+        self.shortest_ns.load(Ordering::Relaxed) * CHEAP_BYTES_PER_NS > len as u64
+    }
+}
+
 impl Drop for Niche {
     fn drop(&mut self) {
         if let Some(block) = self.block.take().filter(|_| !self.is_free.load(Ordering::Acquire)) {
             block.leave();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shortest_of_some_copies_decides() {
+        let after = |times: [u64; COPIES_TIMED as usize]| {
+            let copies = Copies::default();
+            (0..).zip(times).for_each(|(count, ns)| copies.note(count, ns));
+            assert_eq!(copies.count.load(Ordering::Relaxed), COPIES_TIMED);
+            copies.is_slow(64 << 10)
+        };
+        assert!(
+            !after([900, 900, 40_000, 1200, 1100, 90_000, 1300, 1200]),
+            "50 GB/s, where nothing comes between"
+        );
+        assert!(
+            after([1200, 1200, 33_000, 34_000, 33_000, 32_000, 33_000, 33_000]),
+            "2 GB/s once the slots are shared"
+        );
+    }
+
+    #[test]
+    fn every_copy_is_whole_whatever_is_decided() {
+        let src: Vec<u8> = (0..20_000u32).map(|i| (i % 251) as u8).collect();
+        let copies = Copies::default();
+        for turn in 0..2 * COPIES_TIMED {
+            if turn == COPIES_TIMED {
+                copies.shortest_ns.store(u64::MAX / CHEAP_BYTES_PER_NS, Ordering::Relaxed);
+            }
+            let mut dst = vec![0; src.len()];
+            // SAFETY: two vectors of the same length.
+            unsafe { copies.copy(dst.as_mut_ptr(), src.as_ptr(), src.len()) };
+            assert_eq!(dst, src);
         }
     }
 }

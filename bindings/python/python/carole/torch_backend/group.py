@@ -24,6 +24,7 @@ _TAG_BITS = 20
 
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it, whose bytes are its values one behind the other."""
     return tensor if _is_plain(tensor) else tensor.contiguous().resolve_conj().resolve_neg()
