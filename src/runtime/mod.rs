@@ -409,10 +409,15 @@ pub fn wait(handle: Handle, timeout: Option<Duration>) -> Completion {
     }
 }
 
+/// What an operation that is under way waits for, if that is known: "waiting for rank 2 on gradient.7 since 3 s".
+#[must_use]
+pub fn explain(handle: Handle) -> Option<String> {
+    live().ok().and_then(|live| live.driver.explain(handle.0))
+}
+
 fn timed_out(handle: Handle, timeout: Option<Duration>) -> Error {
-    let explained = live().ok().and_then(|live| live.driver.explain(handle.0));
     let seconds = timeout.unwrap_or_default().as_secs_f64();
-    let reason = explained.map_or(String::new(), |e| format!(": {e}"));
+    let reason = explain(handle).map_or(String::new(), |e| format!(": {e}"));
     Error::Timeout(format!(
         "the operation has no outcome after {seconds} s{reason}; it stays in flight and can be waited for again"
     ))

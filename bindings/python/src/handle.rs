@@ -192,8 +192,9 @@ impl Handle {
             py.check_signals()?;
             if limit.is_some_and(|limit| started.elapsed() >= limit) {
                 let limit = limit.unwrap_or_default().as_secs_f64();
+                let reason = runtime::explain(handle).map_or(String::new(), |reason| format!(": {reason}"));
                 let message = format!(
-                    "{} was not finished after {limit} s; it goes on and can be waited for again",
+                    "{} was not finished after {limit} s{reason}; it goes on and can be waited for again",
                     self.describe()
                 );
                 return Err(errors::to_python(py, &Error::Timeout(message)));

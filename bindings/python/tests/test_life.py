@@ -119,10 +119,12 @@ def body_timeouts():
         carole.recv(np.zeros(1), 0, tag=1)
         return carole.allreduce(np.full(2, 5.0), carole.Sum, name="late").tolist()
     handle = carole.allreduce_async(np.full(2, 2.0), carole.Sum, name="late")
+    texts = []
     for timeout in (0, 0.05, 0.15, 0.0):
-        text = catch(carole.TimeoutError, lambda: carole.wait(handle, timeout))
-        assert "'late'" in text and "again" in text, text
+        texts.append(catch(carole.TimeoutError, lambda: carole.wait(handle, timeout)))
+        assert "'late'" in texts[-1] and "again" in texts[-1], texts
         assert not carole.poll(handle)
+    assert any("waiting for rank 1" in text for text in texts), texts
     carole.send(np.zeros(1), 1, tag=1)
     result = carole.synchronize(handle, timeout=30).tolist()
     assert "once" in catch(carole.UsageError, handle.wait)
