@@ -22,13 +22,15 @@ from .asynchronous import (
 
 
 class HorovodAllreduce(torch.autograd.Function):
-    """`allreduce` with a gradient: the allreduce of the gradients, with the same operation and factors."""
+    """`allreduce` with a gradient: the allreduce of the gradients, with the same operation and factors, as in Horovod.
+    (For Sum that is the derivative of the sum of all ranks' losses; for Min, Max and Product it is none.)"""
 
     @staticmethod
     def forward(ctx, tensor, average, name, op, prescale_factor, postscale_factor, process_set):
         op = handle_average_backwards_compatibility(op, average)
         ctx.arguments = (op, prescale_factor, postscale_factor, process_set)
-        return synchronize(start_allreduce(tensor, False, name, op, prescale_factor, postscale_factor, process_set, True))
+        handle = start_allreduce(tensor, False, name, op, prescale_factor, postscale_factor, process_set, True)
+        return synchronize(handle)
 
     @staticmethod
     def backward(ctx, grad_output):

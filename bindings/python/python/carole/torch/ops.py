@@ -89,7 +89,7 @@ def _is_recorded(tensor: Any) -> bool:
 
 def allreduce(tensor, average=None, name=None, compression=Compression.none, op=None, prescale_factor=1.0,
               postscale_factor=1.0, process_set=global_process_set) -> torch.Tensor:  # fmt: skip
-    """The reduction of all ranks' tensors, on every rank. Differentiable."""
+    """The reduction of all ranks' tensors, on every rank. Differentiable: gradients are reduced alike."""
     if op is None or average is not None:
         op = handle_average_backwards_compatibility(op, average)
     if compression is Compression.none and not _is_recorded(tensor):
