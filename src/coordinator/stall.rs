@@ -273,7 +273,8 @@ impl Coordinator {
             .flat_map(|source| self.tree.subtree[source].iter().copied())
             .collect();
         let ranks = mismatch::rank_list(&self.ranks_of(&silent));
-        format!("waiting for some of {ranks} on {name} since {seconds} s")
+        let some = if silent.len() > 1 { "some of " } else { "" };
+        format!("waiting for {some}{ranks} on {name} since {seconds} s")
     }
 
     fn ranks_of(&self, members: &[Member]) -> Vec<Rank> {
