@@ -114,6 +114,13 @@ struct Settling {
     phase: Phase,
 }
 
+impl Settling {
+    /// When what is waited for is given up; as late as it may be where that is not known yet.
+    fn limit(&mut self, now: Time) -> Time {
+        *self.until.get_or_insert(now.after_ns(self.phase.patience_ns()))
+    }
+}
+
 /// What a rank waits for when the epoch is over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
@@ -387,7 +394,7 @@ impl Membership {
     /// Lets time pass.
     pub fn handle_timeout(&mut self, now: Time) {
         if let Some(settling) = &mut self.settling {
-            let until = *settling.until.get_or_insert(now.after_ns(settling.phase.patience_ns()));
+            let until = settling.limit(now);
             match settling.phase {
                 _ if now < until => {}
                 Phase::Cause => self.begin_vote(),
@@ -397,7 +404,7 @@ impl Membership {
         }
         // Where that has begun another wait, it is as long from now on.
         if let Some(settling) = &mut self.settling {
-            settling.until.get_or_insert(now.after_ns(settling.phase.patience_ns()));
+            settling.limit(now);
         }
         if self.is_over() {
             return;

@@ -80,6 +80,19 @@ def body_autograd_grad():
     optimizer.step()
 
 
+def body_failed_on_the_way():
+    """A checkpoint is loaded when gradients have failed on their way (ranks with different models, say)."""
+    model = torch.nn.Linear(4, 2 + hvd.rank())
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.load_state_dict(optimizer.state_dict())
+    model = linear()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert is_same_everywhere(model.weight)
+
+
 def body_onebit_overflow():
     compressor = hvd.Compression.onebit()
     model = linear()
@@ -162,8 +175,8 @@ def body_written_in_place():
     return "done"
 
 
-BODIES = [body_late_sparse, body_unused, body_autograd_grad, body_onebit_overflow, body_adasum, body_lbfgs_state,
-          body_written_in_place]  # fmt: skip
+BODIES = [body_late_sparse, body_unused, body_autograd_grad, body_failed_on_the_way, body_onebit_overflow,
+          body_adasum, body_lbfgs_state, body_written_in_place]  # fmt: skip
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__[5:])

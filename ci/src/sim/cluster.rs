@@ -376,8 +376,7 @@ impl Cluster {
 
     /// Wakes the ranks for which the network has something; whether there are any.
     fn rouse(&mut self) -> bool {
-        let mut roused = Vec::new();
-        self.network.take_roused(&mut roused);
+        let roused = self.network.take_roused();
         for rank in &roused {
             // The pipes of an epoch that is over may be those of a rank that has no place any more.
             if let Some(node) = self.nodes.get_mut(rank.0 as usize) {

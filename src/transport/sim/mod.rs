@@ -147,8 +147,9 @@ impl Network {
 
     /// Ranks for which something has arrived, or room has been made, since this was last asked. (What they see on a
     /// board, or by their clocks, nobody tells.)
-    pub fn take_roused(&self, into: &mut Vec<Rank>) {
-        into.append(&mut self.lock().roused);
+    #[must_use]
+    pub fn take_roused(&self) -> Vec<Rank> {
+        std::mem::take(&mut self.lock().roused)
     }
 
     /// When the next bytes (or the news of a cut) arrive; none when nothing is under way.

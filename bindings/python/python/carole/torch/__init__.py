@@ -2,19 +2,7 @@
 
 from .. import cross_rank, cross_size, is_homogeneous, is_initialized, local_rank, local_size, rank, shutdown
 from .. import size
-from .._errors import HorovodInternalError, HostsUpdatedInterrupt
-from .._persistent import (
-    allgather_init,
-    allreduce_init,
-    alltoall_init,
-    broadcast_init,
-    grouped_allreduce_init,
-    reduce_init,
-    reducescatter_init,
-)
-from .._sets import ProcessSet, add_process_set, global_process_set, remove_process_set
-from . import elastic
-from .basics import (
+from .._basics import (
     ccl_built,
     cuda_built,
     ddl_built,
@@ -28,6 +16,18 @@ from .basics import (
     start_timeline,
     stop_timeline,
 )
+from .._errors import HorovodInternalError, HostsUpdatedInterrupt
+from .._persistent import (
+    allgather_init,
+    allreduce_init,
+    alltoall_init,
+    broadcast_init,
+    grouped_allreduce_init,
+    reduce_init,
+    reducescatter_init,
+)
+from .._sets import ProcessSet, add_process_set, global_process_set, remove_process_set
+from . import elastic
 from .compression import Compression
 from .functions import (
     allgather_object,

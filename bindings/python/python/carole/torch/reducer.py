@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 
 from .. import _life
+from .._errors import Error
 from .._sets import ProcessSet
 from . import buckets, ops
 from .buckets import Bucket
@@ -133,6 +135,9 @@ class Reducer:
     def is_idle(self, parameter: torch.Tensor) -> bool:
         """Whether there is no gradient to reduce: it was frozen, or no rank has ever computed one. Left at None, the
         optimizer does not touch the parameter. The same on all ranks, where they freeze the same parameters."""
+        if isinstance(self.groups.get(parameter), Bucket):
+            # It is a part of a region that is reduced as a whole.
+            return False
         never = self.layouts is not None and self.layouts.get(parameter) == 0
         return parameter.grad is None and (never or not parameter.requires_grad)
 
@@ -257,7 +262,7 @@ class Reducer:
             # In the order of the parameters, which all ranks share. A group is submitted as a whole, or not at all.
             for parameter in self.trained:
                 group = self.groups.get(parameter)
-                if parameter in self.waiting or (self.is_idle(parameter) and not isinstance(group, Bucket)):
+                if parameter in self.waiting or self.is_idle(parameter):
                     continue
                 if group is None:
                     self.submit(parameter)
@@ -286,9 +291,11 @@ class Reducer:
         self.layouts = dict(zip(self.trained, agreed.tolist()))
 
     def forget(self) -> None:
-        """Waits for gradients that are on their way, and forgets them."""
+        """Waits for gradients that are on their way, since their names are taken until then, and forgets them."""
         for wait in self.waiting.values():
-            wait()
+            # What has failed is over, too; an elastic job comes here to begin anew.
+            with contextlib.suppress(Error):
+                wait()
         self.reset()
 
     def reset(self) -> None:

@@ -1,15 +1,7 @@
 """`HorovodBasics`: the job, as methods of an object."""
 
 import carole
-from carole import _timeline
-
-
-def _no():
-    return False
-
-
-def _yes():
-    return True
+from carole import _basics
 
 
 class HorovodBasics:
@@ -36,26 +28,15 @@ class HorovodBasics:
     cross_rank = staticmethod(carole.cross_rank)
     cross_size = staticmethod(carole.cross_size)
     is_homogeneous = staticmethod(carole.is_homogeneous)
-
-    # What follows is repeated from carole.torch, which cannot be imported where torch is missing.
-    def mpi_threads_supported(self):
-        """Whether MPI may be called from several threads: no, since there is none."""
-        carole.rank()
-        return False
-
-    mpi_enabled = mpi_built = ddl_built = ccl_built = rocm_built = staticmethod(_no)
-    gloo_enabled = gloo_built = cuda_built = staticmethod(_yes)
-
-    def nccl_built(self):
-        """NCCL's version, or 0 where it is not used."""
-        return 0
-
-    def start_timeline(self, file_path, mark_cycles=False):
-        """Writes a Chrome trace of this rank's operations from now on. There are no cycles to mark."""
-        del mark_cycles
-        _timeline.start(file_path, carole.rank())
-
-    def stop_timeline(self):
-        """Ends the timeline that `start_timeline` began."""
-        carole.rank()
-        _timeline.stop()
+    mpi_threads_supported = staticmethod(_basics.mpi_threads_supported)
+    mpi_enabled = staticmethod(_basics.mpi_enabled)
+    mpi_built = staticmethod(_basics.mpi_built)
+    gloo_enabled = staticmethod(_basics.gloo_enabled)
+    gloo_built = staticmethod(_basics.gloo_built)
+    nccl_built = staticmethod(_basics.nccl_built)
+    ddl_built = staticmethod(_basics.ddl_built)
+    ccl_built = staticmethod(_basics.ccl_built)
+    cuda_built = staticmethod(_basics.cuda_built)
+    rocm_built = staticmethod(_basics.rocm_built)
+    start_timeline = staticmethod(_basics.start_timeline)
+    stop_timeline = staticmethod(_basics.stop_timeline)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import _life, _timeline
+from . import _life, _timeline
 
 
 def mpi_threads_supported() -> bool:
