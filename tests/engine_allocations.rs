@@ -5,6 +5,8 @@ use carole::coordinator::{self, OpId};
 use carole::cost::Prices;
 use carole::engine::plan::PlanRules;
 use carole::engine::{Engine, EngineSetup, Submission, TensorMemory};
+use carole::fusion;
+use carole::membership::{self, ledger::Uniform};
 use carole::memory::Region;
 use carole::transport::flow::FlowOptions;
 use carole::transport::sim::{Fabric, Network, SimOptions};
@@ -12,7 +14,6 @@ use carole::types::{
     Collective, DType, Epoch, GLOBAL_SET, JoinAverage, Place, Rank, ReduceOp, Scale, Signature,
     TensorSignature, Time,
 };
-use carole::{fusion, membership};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -70,7 +71,7 @@ fn engine(network: &Network, me: u32) -> Engine {
         lent_bytes: carole::limits::LENT_BYTES_MIN,
         stands_after: carole::limits::STANDS_AFTER,
         niche_bytes_within: 4 << 10,
-        uniform: false,
+        uniform: Uniform::WithinHosts,
         sets: Vec::new(),
         next_set: 1,
     };

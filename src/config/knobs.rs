@@ -140,9 +140,10 @@ knobs! {
     /// job for so many that there are enough. One that is silent is waited for CAROLE_TIMEOUT_MS only.
     elastic_timeout_s: Count<1, SECONDS_MAX> = "600", "CAROLE_ELASTIC_TIMEOUT_S", Local,
         "HOROVOD_ELASTIC_TIMEOUT" => as_is;
-    /// Uniform completion: an operation ends on a rank when it is complete on all, so that whoever is left when the
-    /// epoch breaks has the same outcome for it. Costs a message up and one down the tree for each operation that is
-    /// waited for alone. `auto`: in elastic jobs.
+    /// Uniform completion: an operation ends on a rank when it is complete on all, or all can complete it, so that
+    /// whoever is left when the epoch breaks has the same outcome for it. Costs a message up and one down the tree for
+    /// each operation that is waited for alone and does not go through shared memory. `auto`: in process sets within
+    /// one host, and in all of elastic jobs.
     uniform: Maybe<Switch> = "auto", "CAROLE_UNIFORM", Agreed;
     /// TCP connections that carry payload between two ranks.
     tcp_lanes: Small<1, { limits::TCP_LANES_MAX as u32 }> = "2", "CAROLE_TCP_LANES", Agreed;

@@ -245,6 +245,20 @@ impl Engine {
         moved
     }
 
+    /// Completes the batches that all members have done their part of.
+    pub(super) fn finish_seats(&mut self) {
+        let mut complete = std::mem::take(&mut self.boards.complete);
+        for id in &self.boards.seated {
+            if let Some(Seating::Taken(seat)) = self.sets.get_mut(id).map(|set| &mut set.seating) {
+                seat.finish(&self.memory, &mut complete);
+            }
+        }
+        for run in complete.drain(..) {
+            self.finish_batch(run);
+        }
+        self.boards.complete = complete;
+    }
+
     /// Whether a batch is under way over boards that all members have entered.
     pub(super) fn is_exchanging(&self) -> bool {
         self.boards.seated.iter().any(|id| match self.sets.get(id).map(|set| &set.seating) {
@@ -278,6 +292,7 @@ pub(super) fn exchange(shape: &BatchShape<'_>, slot_bytes: usize, lends: bool) -
         part: None,
         takes: Vec::new(),
         results: Vec::new(),
+        returns: false,
         keep: None,
         area_bytes: 0,
         ticks: 0,
@@ -322,6 +337,7 @@ pub(super) fn exchange(shape: &BatchShape<'_>, slot_bytes: usize, lends: bool) -
             };
             plan.share = Share::Each(lists.but(me, |to| lists.input(to)));
             plan.part = Some(part(me, back));
+            plan.returns = back != Back::Nowhere;
             if reduces && (back == Back::All || me == root) {
                 plan.results = lists.but(me, |by| lists.output(by));
             }

@@ -66,6 +66,8 @@ pub(super) struct Inner {
     block: Option<Block>,
     /// All members have given the channel up.
     is_free: bool,
+    /// The epoch is over: this member does no more for the others.
+    is_closed: bool,
     /// What is over has failed.
     is_lost: bool,
     complete: Vec<RunId>,
@@ -91,6 +93,7 @@ impl Inner {
             _stand_ins: stand_ins,
             block: Some(block),
             is_free: false,
+            is_closed: false,
             is_lost: false,
             complete: Vec::new(),
             left: 0,
@@ -163,7 +166,7 @@ impl Channel {
             return Turn { moved: false, over: true, calls: false };
         }
         let mut moved = false;
-        if inner.left > 0 && inner.fault.is_none() {
+        if inner.left > 0 && inner.fault.is_none() && !inner.is_closed {
             match inner.seat.progress(&inner.memory, &mut inner.complete) {
                 Ok(any) => moved = any,
                 Err(fault) => inner.fault = Some(fault),
@@ -212,12 +215,23 @@ impl Channel {
         if self.lock().is_lost { self.check() } else { Ok(()) }
     }
 
-    /// The epoch is over: so is what is under way, and every later start.
+    /// The epoch is over, and what is under way is settled later.
+    pub(super) fn close(&self) {
+        self.lock().is_closed = true;
+    }
+
+    /// The epoch is over: so is what is under way, and every later start. What all members have done their part for is
+    /// completed.
     pub(super) fn fail(&self, error: &Error) {
-        let mut inner = self.lock();
+        let inner = &mut *self.lock();
         let _ = self.failed.set(error.clone());
-        inner.is_lost |= self.is_under_way();
-        self.end(&mut inner);
+        if self.is_under_way() {
+            inner.seat.finish(&inner.memory, &mut inner.complete);
+            inner.left -= inner.complete.len();
+            inner.complete.clear();
+            inner.is_lost |= inner.left > 0;
+        }
+        self.end(inner);
     }
 
     /// A member has left in good order. What it has done its part for goes on; nothing can be started any more.

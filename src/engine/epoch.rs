@@ -18,7 +18,7 @@ impl Engine {
             }
         }
         if self.membership.is_to_seal() {
-            self.membership.seal(self.marks());
+            self.seal();
         }
         if self.membership.poll_timeout().is_some_and(|at| at <= now) {
             self.membership.handle_timeout(now);

@@ -44,7 +44,7 @@ use crate::error::{Cause, Error, Result};
 use crate::fusion::{self, Fusion};
 use crate::hash::Map;
 use crate::limits;
-use crate::membership::ledger::Ledger;
+use crate::membership::ledger::{Ledger, Uniform};
 use crate::membership::{self, Membership};
 use crate::memory::{Memory, OwnedBytes, Region};
 use crate::run::Order;
@@ -89,8 +89,8 @@ pub struct EngineSetup {
     pub stands_after: u32,
     /// How much a member shows in a niche itself; more lies aside.
     pub niche_bytes_within: u64,
-    /// Whether an operation that is complete on one rank is so on all, though the epoch breaks (uniform completion).
-    pub uniform: bool,
+    /// In which sets an operation that is complete on one rank is so on all, though the epoch breaks (uniform completion).
+    pub uniform: Uniform,
     /// Process sets of the epoch before, by their numbers, besides the global one.
     pub sets: Vec<(SetId, Vec<Rank>)>,
     /// The number of the next process set; all lower ones were given.
@@ -184,8 +184,10 @@ impl Engine {
             sets: BTreeMap::new(),
             next_set: 0,
             membership: match setup.uniform {
-                true => membership.with_votes(uniform::parents(&setup.hosts)),
-                false => membership,
+                Uniform::Never => membership,
+                Uniform::WithinHosts | Uniform::Always => {
+                    membership.with_votes(uniform::parents(&setup.hosts))
+                }
             },
             ledgers: BTreeMap::new(),
             ops: Map::default(),

@@ -119,7 +119,7 @@ impl Engine {
         let Some(set) = self.sets.get(&set) else { return false };
         let fits = (2..=BOARD_MEMBERS_MAX).contains(&set.ranks.len())
             && set.hosts.iter().all(|host| *host == set.hosts[0]);
-        fits && !self.setup.uniform && self.boards_serve(signature)
+        fits && self.boards_serve(signature)
     }
 
     /// Memory for a plan on this rank's board: `Some(None)` if it gets no channel, `None` while that is not known.
@@ -297,6 +297,11 @@ impl Engine {
     pub(super) fn sets_that_lend_in_channels(&self) -> impl Iterator<Item = SetId> {
         let lends = |channel: &Channel| channel.lends && channel.is_under_way();
         self.plannings.channels.iter().filter(move |(_, _, channel)| lends(channel)).map(|(set, ..)| *set)
+    }
+
+    /// Nothing moves in channels any more until they fail.
+    pub(super) fn close_channels(&mut self) {
+        self.plannings.channels.iter().for_each(|(_, _, channel)| channel.close());
     }
 
     /// Channels of a set, or of all, end with an error.

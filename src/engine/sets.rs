@@ -165,7 +165,7 @@ impl Engine {
     fn joined(&mut self, id: SetId, op: OpId, last: Rank) {
         self.seek_seat_again(id);
         self.call_to_devices_again(id);
-        self.enter_ledger(id, Some(op));
+        self.enter_ledger(id, Some(op), None);
         let sets = if id == GLOBAL_SET {
             self.sets.iter().map(|(&id, s)| (id, Arc::clone(&s.ranks))).collect()
         } else {
@@ -211,7 +211,7 @@ impl Engine {
                     agreed,
                 );
             }
-            self.enter_ledger(id, agreed.op);
+            self.enter_ledger(id, agreed.op, Some(agreed));
             if agreed.is_plan() {
                 self.note_received_splits(id, agreed);
                 self.plan_agreed(id, agreed);

@@ -13,7 +13,8 @@
 //! Who waits at once looks for the end of a start before anything else hears of it; most small ones end so, and are no
 //! operation of the engine at all.
 //!
-//! Where completion is uniform nothing stands: such starts are in no ledger.
+//! Starts are in no ledger. When the epoch breaks one is complete if all members have started it, as it would have been
+//! before (`engine/uniform.rs`).
 #![forbid(unsafe_code)]
 
 mod repeats;
@@ -210,6 +211,13 @@ impl Standings {
     /// This rank withdraws from all that stands in a set.
     pub fn withdraw_all(&self, set: SetId) {
         for standing in self.of(Some(set)) {
+            self.withdraw(&standing, &mut lock(&standing.inner));
+        }
+    }
+
+    /// This rank starts nothing more.
+    pub fn close(&self) {
+        for standing in self.of(None) {
             self.withdraw(&standing, &mut lock(&standing.inner));
         }
     }

@@ -1,15 +1,21 @@
 //! Uniform completion: what is done here is told to its caller when it is done everywhere, and when the epoch breaks
 //! the verdict of those that are left says what is complete. The rules are in [`crate::membership::ledger`] and
 //! [`crate::membership::vote`]; here is what connects them with operations and links.
+//!
+//! What stands and what goes through channels is in no log. It is settled by what all members have put on their boards:
+//! when the epoch is over, a member does nothing more there, and only then votes; so at the verdict nothing moves there
+//! any more, and all that are left find the same. (Unless one that had been silent for so long that it was given up
+//! awakes in just that moment.)
 #![forbid(unsafe_code)]
 
-use super::Engine;
-use crate::coordinator::{self, OpId};
+use super::sets::ProcessSet;
+use super::{Engine, operation};
+use crate::coordinator::{self, Agreed, OpId};
 use crate::error::Cause;
 use crate::limits::BALLOT_SETS_MAX;
 use crate::membership::ledger::{Ledger, Step};
 use crate::membership::vote::Marks;
-use crate::types::{Rank, SetId};
+use crate::types::{Collective, Place, Rank, SetId};
 use crate::wire;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
@@ -21,13 +27,13 @@ pub(super) fn parents(hosts: &[u32]) -> Arc<[Option<Rank>]> {
 
 impl Engine {
     /// The next operation of a set's log, whether this rank takes part or not; the same place on every member.
-    pub(super) fn enter_ledger(&mut self, id: SetId, op: Option<OpId>) {
-        if !self.setup.uniform {
-            return;
-        }
-        let Some(set) = self.sets.get(&id).filter(|set| set.size() > 1 && set.departed.is_none()) else {
-            return;
+    /// `agreed` is what was agreed on; a join is not.
+    pub(super) fn enter_ledger(&mut self, id: SetId, op: Option<OpId>, agreed: Option<&Agreed>) {
+        let is_covered = |set: &&ProcessSet| {
+            set.size() > 1 && set.departed.is_none() && self.setup.uniform.covers(&set.hosts)
         };
+        let Some(set) = self.sets.get(&id).filter(is_covered) else { return };
+        let is_evident = agreed.is_some_and(|agreed| self.is_evident(id, agreed));
         let ledger = match self.ledgers.entry(id) {
             Entry::Occupied(there) => there.into_mut(),
             Entry::Vacant(place) => {
@@ -38,10 +44,20 @@ impl Engine {
                 place.insert(Ledger::new(parent.map(rank), children))
             }
         };
-        let place = ledger.enter(op);
+        let place = ledger.enter(op, is_evident);
         if let Some(operation) = op.and_then(|op| self.ops.get_mut(&op)) {
             operation.place = Some(place);
         }
+    }
+
+    /// Whether all members can complete an operation that one has completed: it goes over the boards, and some bytes do,
+    /// so that nobody is through before all have entered. A function of what is agreed.
+    fn is_evident(&self, id: SetId, agreed: &Agreed) -> bool {
+        agreed.signature.place == Place::Host
+            && !agreed.is_plan()
+            && !agreed.is_inline()
+            && self.goes_over_boards(id, &agreed.signature)
+            && has_bytes(agreed, self.sets[&id].size())
     }
 
     /// The operation is over here. Whether its caller is to be told later.
@@ -92,14 +108,19 @@ impl Engine {
         }
     }
 
-    /// Up to where this rank has released.
-    pub(super) fn marks(&self) -> Marks {
+    /// The epoch is over, and this rank is about to say what it has released: it releases nothing more, and does
+    /// nothing more that others could complete something by.
+    pub(super) fn seal(&mut self) {
+        self.close_channels();
+        self.standings.close();
         let marks = self.ledgers.iter().map(|(&set, ledger)| (set, ledger.limit()));
-        marks.filter(|&(_, mark)| mark > 0).take(BALLOT_SETS_MAX).collect()
+        let marks: Marks = marks.filter(|&(_, mark)| mark > 0).take(BALLOT_SETS_MAX).collect();
+        self.membership.seal(marks);
     }
 
     /// Completes what the verdict says is complete everywhere.
     pub(super) fn commit(&mut self) {
+        self.finish_seats();
         let verdict = self.membership.verdict();
         let ledgers = std::mem::take(&mut self.ledgers);
         for (set, ledger) in ledgers {
@@ -110,4 +131,21 @@ impl Engine {
             }
         }
     }
+}
+
+/// Whether any byte goes from one member to another, or would in a set of several.
+fn has_bytes(agreed: &Agreed, size: u32) -> bool {
+    let has = |(t, tensor): (usize, &crate::types::TensorSignature)| match agreed.signature.collective {
+        Collective::Allgather => {
+            tensor.row_elements() > 0
+                && (0..size).any(|from| operation::gathered_rows(&agreed.call, from, t) > 0)
+        }
+        Collective::Alltoall => {
+            let pairs = (0..size).flat_map(|from| (0..size).map(move |to| (from, to)));
+            let rows = |(from, to)| operation::split(&agreed.call, from, to, t, size);
+            tensor.row_elements() > 0 && pairs.map(rows).any(|rows| rows > 0)
+        }
+        _ => tensor.elements() > 0,
+    };
+    agreed.signature.tensors.iter().enumerate().any(has)
 }

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::fusion;
 use crate::limits;
 use crate::log;
-use crate::membership;
+use crate::membership::{self, ledger::Uniform};
 use crate::memory::Region;
 use crate::rendezvous::card::Table;
 use crate::rendezvous::client::{Join, Joined, join};
@@ -508,7 +508,12 @@ fn setup(config: &Config, joined: &Joined, epoch: Epoch) -> EngineSetup {
         lent_bytes: limits::LENT_BYTES_MIN,
         stands_after: limits::STANDS_AFTER,
         niche_bytes_within: limits::NICHE_BYTES_WITHIN as u64,
-        uniform: config.uniform.unwrap_or(config.worker.is_some()),
+        uniform: match config.uniform {
+            Some(true) => Uniform::Always,
+            Some(false) => Uniform::Never,
+            None if config.worker.is_some() => Uniform::Always,
+            None => Uniform::WithinHosts,
+        },
         sets: joined.table.sets.list.clone(),
         next_set: joined.table.sets.next,
     }

@@ -275,7 +275,7 @@ def body_does_not():
         ({}, True),
         ({"CAROLE_TRANSPORT": "tcp"}, False),
         ({"CAROLE_ALGORITHM": "ring"}, False),
-        ({"CAROLE_UNIFORM": "1"}, False),
+        ({"CAROLE_UNIFORM": "1"}, True),
         ({"CAROLE_CACHE_CAPACITY": "0"}, False),
     ],
 )

@@ -12,7 +12,7 @@ use carole::engine::plan::PlanRules;
 use carole::engine::{Ended, Engine, EngineSetup};
 use carole::fusion;
 use carole::limits::SHUTDOWN_MS;
-use carole::membership;
+use carole::membership::{self, ledger::Uniform};
 use carole::rendezvous::past::Sets;
 use carole::transport::flow::FlowOptions;
 use carole::transport::sim::{Fabric, Network, SimOptions};
@@ -51,11 +51,14 @@ pub struct Cluster {
     pub program: Program,
     pub nodes: Vec<Node>,
     pub fault: Option<(u64, Fault)>,
+    /// Turns of ranks that do something between the time of the fault and the fault: within one instant, in which ranks
+    /// of one host may exchange a whole batch, it strikes anywhere.
+    fuse: u64,
     pub eager_bytes_max: usize,
     pub trace: u64,
-    /// Whether completion is uniform.
-    pub uniform: bool,
-    hosts: Arc<[u32]>,
+    /// Where completion is uniform.
+    pub uniform: Uniform,
+    pub hosts: Arc<[u32]>,
     epoch: Epoch,
     order: Order,
 }
@@ -164,10 +167,11 @@ impl Cluster {
         let cache_keys = if within { 1024 } else { random.pick(&[0, 4, 1024]) };
         let eager_bytes_max = random.pick(&[0, 64, 8 << 10]);
         let window_bytes = random.pick(&[4096, 1 << 20]);
-        let uniform = !within && random.once_in(2);
+        let uniform =
+            random.pick(&[Uniform::Always, Uniform::WithinHosts, Uniform::WithinHosts, Uniform::Never]);
         let lent_bytes = random.pick(&[1, 1000, 16 << 10]);
         let stands_after = random.pick(&[1, 1, 2, 3]);
-        let fault = fault(&mut random, size);
+        let fault = fault(&mut random, size, within);
         // Every other cluster has links as between hosts; where bits are flipped, they must be such.
         let checksums = random.once_in(2) || matches!(fault, Some((_, Fault::Flip(..))));
         let nodes: Vec<Node> = (0..size)
@@ -209,17 +213,19 @@ impl Cluster {
             .collect();
         if order.verbose {
             println!(
-                "seed {}: {size} ranks, hosts {hosts:?}, sets {:?}, algorithm {forced:?}, strict {strict}, uniform {uniform}, fault {fault:?}",
+                "seed {}: {size} ranks, hosts {hosts:?}, sets {:?}, algorithm {forced:?}, strict {strict}, uniform {uniform:?}, fault {fault:?}",
                 order.seed, program.sets
             );
         }
         let fault = fault.map(|(at, fault)| (at + start.0, fault));
+        let fuse = if network.has_boards() { random.below(64) } else { 0 };
         Cluster {
             network,
             random,
             program,
             nodes,
             fault,
+            fuse,
             eager_bytes_max,
             trace: 0xCBF2_9CE4_8422_2325,
             uniform,
@@ -238,7 +244,12 @@ impl Cluster {
             if self.is_over() {
                 return Ok(now);
             }
-            let Some(next) = self.next_event(now) else { return Ok(now) };
+            let Some(next) = self.next_event(now) else {
+                if std::mem::take(&mut self.fuse) > 0 {
+                    continue;
+                }
+                return Ok(now);
+            };
             if next.0 > start.0 + END_NS {
                 return Ok(now);
             }
@@ -300,10 +311,14 @@ impl Cluster {
                 self.network.resume(node.rank);
             }
         }
-        let Some((at, fault)) = self.fault else { return };
-        if at > now.0 {
-            return;
+        if self.fuse == 0 {
+            self.strike(now);
         }
+    }
+
+    /// Injects the fault, if its time has come.
+    fn strike(&mut self, now: Time) {
+        let Some((_, fault)) = self.fault.filter(|(at, _)| *at <= now.0) else { return };
         // Faults that are over stay known to `judge`.
         self.fault = Some((u64::MAX, fault));
         if self.order.verbose {
@@ -348,6 +363,9 @@ impl Cluster {
         self.rouse();
         let mut moved = false;
         for i in order {
+            if self.fuse == 0 {
+                self.strike(now);
+            }
             if self.nodes[i].stopped_until.is_some() || self.nodes[i].engine.is_none() {
                 continue;
             }
@@ -363,6 +381,9 @@ impl Cluster {
             node.timer = engine.poll_timeout();
             node.awake = turned || !ended.is_empty();
             moved |= submitted || node.awake;
+            if (submitted || node.awake) && self.fault.is_some_and(|(at, _)| at <= now.0) {
+                self.fuse = self.fuse.saturating_sub(1);
+            }
             for ended in ended {
                 self.note(i, ended, now)?;
             }

@@ -9,6 +9,7 @@ use super::submit::message_bytes;
 use carole::coordinator::OpId;
 use carole::engine::Outcome;
 use carole::error::{Cause, Error};
+use carole::membership::ledger::Uniform;
 use carole::types::{Collective, Rank, Time};
 
 impl Cluster {
@@ -18,7 +19,7 @@ impl Cluster {
         let mut report = Report {
             faulty: injected.is_some(),
             trace: self.trace,
-            uniform: self.uniform,
+            uniform: self.uniform != Uniform::Never,
             ..Report::default()
         };
         for (i, planned) in self.program.ops.iter().enumerate() {
@@ -88,7 +89,9 @@ impl Cluster {
     fn is_promised(&self, planned: &Planned) -> bool {
         // Operations that need a rank that leaves end with `Shutdown`, and no epoch breaks.
         let breaks = !matches!(self.injected(), Some(Fault::Leave(_)));
-        self.uniform && breaks && !matches!(planned.kind, Kind::Message { .. })
+        let hosts: Vec<u32> =
+            self.program.sets[planned.set].iter().map(|&rank| self.hosts[rank as usize]).collect();
+        self.uniform.covers(&hosts) && breaks && !matches!(planned.kind, Kind::Message { .. })
     }
 
     /// Whether some live ranks may have finished an operation that others could not when the epoch broke.

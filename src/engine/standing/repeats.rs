@@ -153,7 +153,6 @@ impl Engine {
         signature.place == Place::Host
             && signature.tensors.len() == 1
             && is_named
-            && !self.setup.uniform
             && self.goes_over_boards(id, signature)
             && is_small()
     }

@@ -150,6 +150,8 @@ pub struct Exchange {
     pub takes: Vec<PieceRange>,
     /// What is copied out of the own slots when all have taken, by member: the results that each has reduced.
     pub results: Vec<PieceRange>,
+    /// Whether members reduce for others, so that it is complete for nobody before all have.
+    pub returns: bool,
     /// What is copied within this member: from, to.
     pub keep: Option<(PieceRange, PieceRange)>,
     /// Bytes of an area in a slot: what one member gets in one tick.
@@ -272,9 +274,9 @@ impl Job {
         self.exchange.lends && tick > self.first && taken <= self.first
     }
 
-    /// Whether anything is copied out of the own slots at the end.
-    pub fn has_results(&self) -> bool {
-        !self.exchange.results.is_empty()
+    /// Whether members reduce for others.
+    pub fn returns(&self) -> bool {
+        self.exchange.returns
     }
 
     /// Puts the window of a tick into the own slot.

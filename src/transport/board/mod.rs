@@ -157,6 +157,21 @@ impl Seat {
         Ok(moved)
     }
 
+    /// Nobody posts any more, and whoever may still live does nothing for others: completes the batches that all have
+    /// done their part of, and appends them. Does nothing for others either, so that all find the same.
+    pub fn finish(&mut self, memory: &Memory, complete: &mut Vec<RunId>) {
+        // Of one that does not keep to the rules nothing is taken.
+        while !self.jobs.is_empty() && self.look().is_ok() {
+            let mut any = self.settle(memory, complete);
+            if self.jobs.get(self.taking.job).is_some_and(|job| !job.returns()) {
+                any |= self.take(memory).is_ok_and(|any| any);
+            }
+            if !any {
+                break;
+            }
+        }
+    }
+
     /// Whether counters have moved since the last call; then sleeping peers must be woken.
     pub fn take_published(&mut self) -> bool {
         std::mem::take(&mut self.published)
@@ -253,8 +268,7 @@ impl Seat {
     fn settle(&mut self, memory: &Memory, complete: &mut Vec<RunId>) -> bool {
         let tick = self.settling.done;
         let Some(job) = self.jobs.front_mut() else { return false };
-        let awaited =
-            if job.has_results() { self.taken_seen.min(self.taking.done) } else { self.taking.done };
+        let awaited = if job.returns() { self.taken_seen.min(self.taking.done) } else { self.taking.done };
         if tick >= awaited {
             return false;
         }

@@ -40,6 +40,7 @@ fn allreduce(me: usize, members: usize, n: usize, lends: bool) -> Arc<Exchange> 
         }),
         takes: Vec::new(),
         results: (0..members).map(but).collect(),
+        returns: true,
         keep: None,
         area_bytes,
         ticks: longest.div_ceil(area_bytes) as u64 + u64::from(lends),

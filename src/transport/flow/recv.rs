@@ -48,6 +48,8 @@ enum Entry {
 struct Landed {
     key: Key,
     chain: Chain,
+    /// Whether it is all there, with the right checksum.
+    is_whole: bool,
     /// The receive that it has met.
     posted: Option<u32>,
 }
@@ -177,15 +179,15 @@ impl Recvs {
         let ours = self.messages.get(index).len;
         let message = self.landed.get(landed);
         message.posted = Some(index);
-        let chain = message.chain;
+        let (chain, is_whole) = (message.chain, message.is_whole);
         if chain.len as u64 != ours {
             // The bytes stay until they have all landed, then they are thrown away.
             message.posted = None;
             self.refuse(index, chain.len as u64, outbox);
-            if chain.landed == chain.len {
+            if is_whole {
                 self.release(landed);
             }
-        } else if chain.landed == chain.len {
+        } else if is_whole {
             self.ready.push(landed);
         }
     }
@@ -208,7 +210,7 @@ impl Recvs {
 
     /// The streams of messages that lie whole in landing space.
     pub fn landed(&self) -> impl Iterator<Item = Stream> {
-        let whole = self.landed.iter().filter(|(_, landed)| landed.chain.landed == landed.chain.len);
+        let whole = self.landed.iter().filter(|(_, landed)| landed.is_whole);
         whole.map(|(_, landed)| landed.key.stream)
     }
 
@@ -379,7 +381,7 @@ impl Recvs {
             }
             (_, None) => {
                 let chain = self.landing.claim(header.len as usize)?;
-                let landed = self.landed.insert(Landed { key, chain, posted: None });
+                let landed = self.landed.insert(Landed { key, chain, is_whole: false, posted: None });
                 self.table.insert(key, Entry::Landing(landed));
                 Sink::Landing(landed)
             }
@@ -431,16 +433,17 @@ impl Recvs {
                     self.complete(index, events);
                 }
             }
-            Sink::Landing(landed) => match self.landed.get(landed) {
-                Landed { posted: Some(_), .. } => self.ready.push(landed),
-                Landed { key, .. } => {
-                    // Refused or withdrawn while it landed, unless the table still holds it.
-                    let key = *key;
-                    if !matches!(self.table.get(&key), Some(Entry::Landing(l)) if *l == landed) {
-                        self.release(landed);
-                    }
+            Sink::Landing(landed) => {
+                let message = self.landed.get(landed);
+                message.is_whole = true;
+                let (key, is_met) = (message.key, message.posted.is_some());
+                if is_met {
+                    self.ready.push(landed);
+                } else if !matches!(self.table.get(&key), Some(Entry::Landing(l)) if *l == landed) {
+                    // Refused or withdrawn while it landed, or the table would still hold it.
+                    self.release(landed);
                 }
-            },
+            }
         }
         Ok(())
     }
@@ -493,9 +496,9 @@ impl Recvs {
             let message = self.messages.remove(index);
             if let Some(Entry::Landing(landed)) = self.table.remove(&message.key) {
                 self.ready.retain(|l| *l != landed);
-                let Landed { chain, posted, .. } = self.landed.get(landed);
-                *posted = None;
-                if chain.landed == chain.len {
+                let message = self.landed.get(landed);
+                message.posted = None;
+                if message.is_whole {
                     self.release(landed);
                 }
             }
