@@ -59,8 +59,9 @@
 //!   ([`transport::tls`]), with keys made of the same secret.
 //! * A failure ends the *epoch*: everybody gets the same [`error::Broken`], the gravest cause of those that were
 //!   noticed at once ([`membership`]), and those that are left form the next one ([`membership::regroup`]). Where
-//!   completion is uniform they have the same outcome for every collective ([`membership::ledger`]). Only a rank to which there is a link is missed, so the ranks hang together
-//!   from the first traffic on.
+//!   completion is uniform they have the same outcome for every collective ([`membership::ledger`]): what goes over boards
+//!   is complete for nobody before all can complete it, what goes by messages is told when all hold it. Only a rank to
+//!   which there is a link is missed, so the ranks hang together from the first traffic on.
 //! * After a shape is first seen nothing is allocated.
 //! * [`memory`] is the one place where a name of memory becomes an address.
 //!
@@ -92,15 +93,15 @@
 //! * *Doors instead of votes by message.* After an epoch the ranks come together at one place, whose machine
 //!   ([`membership::regroup`]) decides: the launcher's rendezvous in an elastic job, else the doors of the lowest rank
 //!   that lives ([`rendezvous::reform`]). Open doors tell that a rank lives, closed ones that it has ended.
-//! * *Uniform completion is a knob* (`CAROLE_UNIFORM`), on by itself in elastic jobs only: marks of what is held and
-//!   released travel as messages of the tree ([`membership::ledger`]), which a small operation that is waited for alone
-//!   feels. Marks on boards would make it cheap enough within a host to be always on; they are not there yet.
+//! * *Uniform completion without marks on boards.* There is no mark of what is held on a board: counters that are there
+//!   anyway tell the same ([`membership::ledger`], `engine/uniform.rs`). Only what goes by messages is marked by messages
+//!   of the tree, which a small operation that is waited for alone feels (2 us more for a barrier of two ranks).
 //! * *One death at a time is settled for certain.* In the verdict round ([`membership::vote`]) a rank that has heard nothing
 //!   for a second goes by what it knows. Nobody compares verdicts when the next epoch forms, so where several ranks die in
 //!   the same moment two survivors may differ about the last operations; the meeting should exclude the fewer.
 //! * *Persistent collectives beside the log.* A plan is agreed on (`engine/persistent.rs`), its starts are not: within a
-//!   host each has a [`engine::channel`] to itself, which waiters turn without the engine's baton. They are outside
-//!   uniform completion, so in elastic jobs, as between hosts, a start is an ordinary operation of the plan's name.
+//!   host each has a [`engine::channel`] to itself, which waiters turn without the engine's baton. Between hosts a start
+//!   is an ordinary operation of the plan's name.
 //! * *Standing operations instead of step plans.* A collective that repeats and stays in cache is done without the
 //!   coordinator and without the engine, each by itself, through niches on the members' boards ([`engine::standing`]);
 //!   whoever deviates withdraws, and the start becomes an ordinary operation on all members. Groups, larger tensors and
