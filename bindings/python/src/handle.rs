@@ -109,6 +109,12 @@ impl Handle {
         }
     }
 
+    /// Whether the result was returned already, which is done once.
+    #[getter]
+    fn taken(&self) -> bool {
+        self.finished()
+    }
+
     /// Waits for the operation (for at most `timeout` seconds) and returns its result, once.
     ///
     /// Raises TimeoutError when the time is over, and KeyboardInterrupt within 0.1 s of Ctrl-C; after both the

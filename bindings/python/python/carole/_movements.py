@@ -202,8 +202,8 @@ def recv_any(out: Any, tag: int = 0, *, process_set: Set = None) -> int:
     """Receives into `out` what any rank sends with this tag, and returns that rank.
 
     Receives of one tag, from any rank or from one, take messages in the order in which they were started. Of several
-    ranks that have sent, each has its turn. When all other ranks have left, and nothing that they had sent is left to be
-    received, it ends with `ShutdownError`.
+    ranks that have sent, each has its turn. When all other ranks have left, and nothing that they had sent is left to
+    be received, it ends with `ShutdownError`.
 
     Args:
         out: an array of the type and size of what is sent.
