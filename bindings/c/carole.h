@@ -784,6 +784,29 @@ int32_t carole_recv_async(uint32_t from,
                           uint64_t *handle);
 
 /*
+ As carole_recv, from whichever rank of the process set sends with this tag; `source` (may be NULL) gets the rank.
+
+ # Safety
+ `tensor` is valid; `source` is NULL or can be written.
+ */
+int32_t carole_recv_any(uint32_t tag,
+                        const carole_tensor *tensor,
+                        uint32_t process_set,
+                        int64_t *source);
+
+/*
+ As carole_recv_any, but returns at once with a handle; carole_output_source tells the rank. Receives of one tag, from
+ any rank or from one, take messages in the order in which they were started.
+
+ # Safety
+ `tensor` is valid until there is an outcome; `handle` can be written.
+ */
+int32_t carole_recv_any_async(uint32_t tag,
+                              const carole_tensor *tensor,
+                              uint32_t process_set,
+                              uint64_t *handle);
+
+/*
  How many tensors there are; 0 for barrier and join, on members that get no result, and for NULL.
 
  # Safety
@@ -842,6 +865,14 @@ uint64_t carole_output_bytes(const carole_output *output, size_t index);
  `output` is NULL or was given by Carole and not freed; `count` is NULL or can be written.
  */
 const uint64_t *carole_output_received_splits(const carole_output *output, size_t *count);
+
+/*
+ Receive: the rank that has sent the message; -1 where this was no receive.
+
+ # Safety
+ `output` is NULL or was given by Carole and not freed.
+ */
+int64_t carole_output_source(const carole_output *output);
 
 /*
  Join: the last rank to join; -1 where this was no join.

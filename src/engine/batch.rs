@@ -373,7 +373,7 @@ impl Engine {
         self.take_back_lent(Some(set));
         self.fail_channels(Some(set), error);
         self.fail_standings(Some(set), without, error);
-        let mut kept = Vec::new();
+        let mut kept: Vec<OpId> = without.iter().flat_map(|&who| self.unmatched.without(set, who)).collect();
         for slot in 0..self.flights.len() {
             let concerned = match &self.flights[slot] {
                 Some(Flight::Batch(flight)) => flight.set == set,

@@ -56,12 +56,20 @@ pub struct Submitted {
 /// A point-to-point message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// The other end.
-    pub peer: crate::types::Rank,
+    /// The other end; `None` to receive from any.
+    pub peer: Option<crate::types::Rank>,
     /// The tag.
     pub tag: u32,
     /// Whether this end sends.
     pub sends: bool,
+}
+
+impl Message {
+    /// Whether this one, if it is submitted first, is to be carried out before `later`: they may meet the same messages.
+    pub fn precedes(self, later: Message) -> bool {
+        let may_meet = self.peer == later.peer || self.peer.is_none() || later.peer.is_none();
+        self.sends == later.sends && self.tag == later.tag && may_meet
+    }
 }
 
 #[derive(Default)]

@@ -139,6 +139,17 @@ impl Links {
         }
     }
 
+    /// Whether a message of a stream, which was not asked for yet, is known to have been sent: it is here, on its way,
+    /// or announced.
+    #[must_use]
+    pub fn announces(&self, peer: Rank, stream: Stream) -> bool {
+        match &self.slots[peer.0 as usize] {
+            Slot::Up(link) => link.announces(stream),
+            Slot::Left(leftovers) => leftovers.holds(stream),
+            _ => false,
+        }
+    }
+
     /// Asks for a link without giving it anything to do.
     pub fn request(&mut self, peer: Rank) {
         let slot = &mut self.slots[peer.0 as usize];

@@ -1,4 +1,5 @@
-//! Tagged point-to-point messages: the n-th send with a tag meets the n-th receive with it.
+//! Tagged point-to-point messages: the n-th send with a tag meets the n-th receive with it. Receives from any rank are
+//! in [`super::any_source`].
 #![forbid(unsafe_code)]
 
 use super::Engine;
@@ -19,8 +20,8 @@ pub struct MessageSubmission {
     pub op: OpId,
     /// The process set that the tag belongs to.
     pub set: SetId,
-    /// The other end.
-    pub peer: Rank,
+    /// The other end; `None` to receive from any member of the set.
+    pub peer: Option<Rank>,
     /// The tag.
     pub tag: u32,
     /// Whether this end sends.
@@ -35,26 +36,46 @@ impl Engine {
     /// Takes a point-to-point message.
     pub fn submit_message(&mut self, m: &MessageSubmission, shape: &[u64]) -> Result<()> {
         self.quiet_until = None;
-        let next = self.messages.get(&(m.set, m.peer, m.tag, m.sends)).copied().unwrap_or_default();
-        let stream = message_stream(m.set, m.tag, next);
-        match self.admit(m.set, m.op) {
-            _ if self.broken.is_none() && self.has_departed(m.peer) && !self.may_still_receive(m, stream) => {
-                return Err(Error::Shutdown(Some(m.peer)));
+        // Messages of one tag meet receives in the order in which these were submitted.
+        let waits = !m.sends && (m.peer.is_none() || self.unmatched.has(m.set, m.tag));
+        match (self.admit(m.set, m.op), m.peer) {
+            (_, Some(peer)) if !waits && self.broken.is_none() && self.cannot_reach(m, peer) => {
+                return Err(Error::Shutdown(Some(peer)));
             }
             // A message needs its two ends and nobody else.
-            Err(Error::Shutdown(Some(_))) if self.broken.is_none() => {}
-            admitted => admitted?,
+            (Err(Error::Shutdown(Some(_))), _) if self.broken.is_none() => {}
+            (admitted, _) => admitted?,
         }
-        if m.peer == self.me || self.sets[&m.set].member_of(m.peer).is_none() {
-            let what = if m.sends { "send to" } else { "receive from" };
-            return Err(Error::usage(format!(
-                "cannot {what} {}: choose another member of process set {} ({})",
-                m.peer,
-                m.set.0,
-                super::sets::list(&self.sets[&m.set].ranks)
-            )));
-        }
+        self.check_peer(m)?;
         self.hang_together();
+        self.open_message(m, shape);
+        match m.peer {
+            Some(peer) if !waits => self.exchange(m, peer),
+            _ => self.wait_for_source(m),
+        }
+        Ok(())
+    }
+
+    /// Refuses what no member of the set can be the other end of.
+    fn check_peer(&self, m: &MessageSubmission) -> Result<()> {
+        let set = &self.sets[&m.set];
+        let fits = match m.peer {
+            Some(peer) => peer != self.me && set.member_of(peer).is_some(),
+            None => !m.sends && set.size() > 1,
+        };
+        if fits {
+            return Ok(());
+        }
+        let what = if m.sends { "send to" } else { "receive from" };
+        let whom = m.peer.map_or_else(|| "any rank".to_owned(), |peer| peer.to_string());
+        Err(Error::usage(format!(
+            "cannot {what} {whom}: there must be another member in process set {} ({})",
+            m.set.0,
+            super::sets::list(&set.ranks)
+        )))
+    }
+
+    fn open_message(&mut self, m: &MessageSubmission, shape: &[u64]) {
         let mut operation = self.spare_ops.pop().unwrap_or_default();
         operation.set = m.set;
         operation.remaining = 1;
@@ -72,16 +93,30 @@ impl Engine {
             });
         }
         self.ops.insert(m.op, operation);
-        self.messages.insert((m.set, m.peer, m.tag, m.sends), next + 1);
+    }
+
+    /// Gives a message to the link to its other end.
+    pub(super) fn exchange(&mut self, m: &MessageSubmission, peer: Rank) {
+        let next = self.messages.entry((m.set, peer, m.tag, m.sends)).or_default();
+        let stream = message_stream(m.set, m.tag, *next);
+        *next += 1;
+        if let Some(operation) = self.ops.get_mut(&m.op) {
+            operation.outcome.source = (!m.sends).then_some(peer);
+        }
         let run = self.memory.register([m.memory]);
         // An empty message has no piece; the ends still meet, so that one of another length is found out.
         let list: Arc<[Piece]> = Arc::new([Piece { region: 0, offset: 0, len: m.memory.len() }]);
         let bytes = PieceRange { list, start: 0, end: u32::from(!m.memory.is_empty()) };
         let kind = if m.sends { OrderKind::Send { src: bytes } } else { OrderKind::Recv { dst: bytes } };
-        let (op, peer, set, sends) = (m.op, m.peer, m.set, m.sends);
+        let (op, set, sends) = (m.op, m.set, m.sends);
         self.place_flight(run, Flight::Message { op, run, peer, set, stream, sends });
-        self.links.post(m.peer, LinkOrder { token: Token { run, window: 0, step: 0 }, stream, kind });
-        Ok(())
+        self.links.post(peer, LinkOrder { token: Token { run, window: 0, step: 0 }, stream, kind });
+    }
+
+    /// The name of the next message of a tag, to or from a rank.
+    pub(super) fn next_stream(&self, m: &MessageSubmission, peer: Rank) -> Stream {
+        let next = self.messages.get(&(m.set, peer, m.tag, m.sends)).copied().unwrap_or_default();
+        message_stream(m.set, m.tag, next)
     }
 
     /// A message has arrived or left, or cannot.
@@ -96,6 +131,21 @@ impl Engine {
         self.flying -= 1;
         self.memory.forget(run);
         self.end(op, error.map_or(Ok(()), Err));
+    }
+
+    /// What a message waits for, in words; `None` if the operation is none.
+    pub(super) fn explain_message(&self, op: OpId) -> Option<String> {
+        if let Some(m) = self.unmatched.find(op) {
+            let whom = m.peer.map_or_else(|| "any rank".to_owned(), |peer| peer.to_string());
+            return Some(format!("waiting for a message from {whom} with tag {}", m.tag));
+        }
+        self.flights.iter().flatten().find_map(|flight| match flight {
+            Flight::Message { op: of, peer, sends: true, .. } if *of == op => {
+                Some(format!("waiting for {peer} to receive"))
+            }
+            Flight::Message { op: of, peer, .. } if *of == op => Some(format!("waiting for {peer} to send")),
+            _ => None,
+        })
     }
 
     /// Messages that a rank was sent from here.
@@ -113,9 +163,10 @@ impl Engine {
         self.farewells.get(&who).is_some_and(|&sent| received + self.links.landed(who) >= sent)
     }
 
-    /// Whether a message can be received that a rank has sent before it left: it is here, or may be on its way.
-    fn may_still_receive(&self, m: &MessageSubmission, stream: Stream) -> bool {
-        !m.sends && (self.links.holds(m.peer, stream) || !self.has_all_of(m.peer))
+    /// Whether the other end has left. What it had sent before can be received if it is here, or may be on its way.
+    pub(super) fn cannot_reach(&self, m: &MessageSubmission, peer: Rank) -> bool {
+        let may_come = || self.links.holds(peer, self.next_stream(m, peer)) || !self.has_all_of(peer);
+        self.has_departed(peer) && (m.sends || !may_come())
     }
 
     /// All that a rank has sent is here, and it has left: ends the receives of what it has not sent.

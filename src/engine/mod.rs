@@ -6,6 +6,7 @@
 //! The way of a tensor: [`Engine::submit`] → coordinator (agreement) → `run_cut` (fusion) → `start_batch` (plan,
 //! memory) → `follow` (orders to links and device) → `step_done` → `end` (the outcome).
 
+mod any_source;
 mod batch;
 mod boards;
 mod calls;
@@ -51,6 +52,7 @@ use crate::run::Order;
 use crate::transport::{Events, Fabric, LinkEvent};
 use crate::types::{Epoch, GLOBAL_SET, Rank, SetId, Time};
 use crate::wire;
+use any_source::Unmatched;
 use batch::{BatchFlight, Flight};
 use boards::Boards;
 use direct::Devices;
@@ -129,6 +131,8 @@ pub struct Engine {
     scratch: Vec<OwnedBytes>,
     /// The number of the next message of a tag, to or from a rank.
     messages: HashMap<(SetId, Rank, u32, bool), u64>,
+    /// Receives that wait for a sender.
+    unmatched: Unmatched,
     /// Messages that were sent to a rank and received from it.
     exchanged: Map<Rank, (u64, u64)>,
     ended: Vec<Ended>,
@@ -199,6 +203,7 @@ impl Engine {
             spare_flights: Vec::new(),
             scratch: Vec::new(),
             messages: HashMap::new(),
+            unmatched: Unmatched::default(),
             exchanged: Map::default(),
             ended: Vec::new(),
             warnings: Vec::new(),
@@ -285,6 +290,7 @@ impl Engine {
         self.changes = changes;
         moved |= self.turn_membership(now);
         self.close_departed();
+        moved |= self.match_sources();
         if self.agrees() {
             self.take_seats(now);
             self.take_device_seats(now);
@@ -421,6 +427,9 @@ impl Engine {
         }
         operation.stand_ins.clear();
         operation.on_device = None;
+        if std::mem::take(&mut operation.unmatched) {
+            self.unmatched.forget(op);
+        }
         self.spare_ops.push(operation);
         self.ended.push(Ended { op, result: result.map(|()| outcome) });
     }
@@ -546,6 +555,9 @@ impl Engine {
     #[must_use]
     pub fn explain(&self, op: OpId, now: Time) -> Option<String> {
         let operation = self.ops.get(&op)?;
+        if let Some(words) = self.explain_message(op) {
+            return Some(words);
+        }
         let coordinator = self.sets.get(&operation.set)?.coordinator.as_ref()?;
         Some(coordinator.explain(op, now))
     }

@@ -34,6 +34,8 @@ pub struct Outcome {
     pub tensors: Vec<OutputTensor>,
     /// Alltoall: the rows received from each member, for each tensor one after another.
     pub received_splits: Vec<u64>,
+    /// A message that was received: the rank that has sent it.
+    pub source: Option<Rank>,
     /// Join: the last rank to join.
     pub last_joined: Option<Rank>,
     /// AddSet: the new set. RemoveSet: the set that is no more; none if there was none. Join: the set that was
@@ -81,6 +83,8 @@ pub struct Operation {
     pub remaining: usize,
     /// A plan: the memory that this member has taken for it.
     pub block: Option<Block>,
+    /// A receive: whether it has not met its sender yet, and waits among [`super::any_source::Unmatched`].
+    pub unmatched: bool,
     /// What to call it in messages.
     pub name: String,
 }
@@ -118,7 +122,7 @@ impl Outcome {
         self.arrives = None;
         (self.plan, self.channel) = (None, None);
         self.received_splits.clear();
-        (self.last_joined, self.set) = (None, None);
+        (self.source, self.last_joined, self.set) = (None, None, None);
         self.sets.clear();
         self.sets_made = 0;
     }

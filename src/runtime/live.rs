@@ -344,10 +344,13 @@ impl Live {
         keep: Option<Box<dyn Any + Send>>,
     ) -> Result<Handle> {
         let info = self.set(set)?;
-        if info.me.is_none() || !info.ranks.contains(&message.peer) {
+        if info.me.is_none() || message.peer.is_some_and(|peer| !info.ranks.contains(&peer)) {
+            let who = message.peer.map_or_else(String::new, |peer| format!(" and {peer}"));
             return Err(Error::usage(format!(
-                "send and recv are between members of a process set; rank {} and {} are not both in set {}",
-                self.world.rank, message.peer, set.0
+                "send and recv are between members of a process set; rank {}{who} would have to be in set {} ({})",
+                self.world.rank,
+                set.0,
+                coordinator::rank_list(&info.ranks)
             )));
         }
         let elements = tensor.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));

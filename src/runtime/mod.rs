@@ -453,7 +453,7 @@ pub unsafe fn send(
     stream: Option<u64>,
     keep: Option<Box<dyn Any + Send>>,
 ) -> Result<Handle> {
-    live()?.message(set, Message { peer: to, tag, sends: true }, tensor, stream, keep)
+    live()?.message(set, Message { peer: Some(to), tag, sends: true }, tensor, stream, keep)
 }
 
 /// Receives into `tensor.output` what `from` sends with this set and tag, in the order in which it was sent.
@@ -468,7 +468,23 @@ pub unsafe fn recv(
     stream: Option<u64>,
     keep: Option<Box<dyn Any + Send>>,
 ) -> Result<Handle> {
-    live()?.message(set, Message { peer: from, tag, sends: false }, tensor, stream, keep)
+    live()?.message(set, Message { peer: Some(from), tag, sends: false }, tensor, stream, keep)
+}
+
+/// As [`recv`], from whichever member of the set sends with this tag; [`Outcome::source`] tells which one. Receives of
+/// one tag, from any rank or from one, meet messages in the order in which they were submitted. Ends with
+/// [`Error::Shutdown`](crate::error::Error::Shutdown) when all other members have left and nothing of theirs is here.
+///
+/// # Safety
+/// As [`submit`].
+pub unsafe fn recv_any(
+    set: SetId,
+    tag: u32,
+    tensor: TensorArg<'_>,
+    stream: Option<u64>,
+    keep: Option<Box<dyn Any + Send>>,
+) -> Result<Handle> {
+    live()?.message(set, Message { peer: None, tag, sends: false }, tensor, stream, keep)
 }
 
 /// Makes a process set of these ranks, and waits until all ranks have agreed. Collective over the global set: every

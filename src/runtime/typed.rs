@@ -23,8 +23,8 @@
 //! ```
 
 use super::{
-    Completion, Handle, Outcome, OwnedBytes, Request, TensorArg, abandon, poll, recv as recv_raw, run,
-    send as send_raw, submit, wait,
+    Completion, Handle, Outcome, OwnedBytes, Request, TensorArg, abandon, poll, recv as recv_raw,
+    recv_any as recv_any_raw, run, send as send_raw, submit, wait,
 };
 use crate::error::{Error, Result};
 use crate::types::{Collective, DType, GLOBAL_SET, Rank, ReduceOp, SetId};
@@ -227,6 +227,16 @@ pub fn recv<T: Element>(values: &mut [T], from: Rank, tag: u32) -> Result<()> {
     // SAFETY: as in `call`.
     let handle = unsafe { recv_raw(EVERYBODY, from, tag, argument, None, None) }?;
     wait(handle, None).result.map(drop)
+}
+
+/// Receives what any rank sends with this tag, as many values as `values` has. Returns the rank.
+pub fn recv_any<T: Element>(values: &mut [T], tag: u32) -> Result<Rank> {
+    let shape = [values.len() as u64];
+    let argument = in_place(values, &shape);
+    // SAFETY: as in `call`.
+    let handle = unsafe { recv_any_raw(EVERYBODY, tag, argument, None, None) }?;
+    let outcome = wait(handle, None).result?;
+    Ok(outcome.source.expect("a receive ends with its source"))
 }
 
 /// An operation in flight that owns its buffer. Dropped, it finishes by itself.

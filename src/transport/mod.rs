@@ -199,6 +199,9 @@ pub trait Link: Send {
     fn landed(&self, of: fn(Stream) -> bool) -> u64;
     /// Whether such a message is there on a stream.
     fn holds(&self, stream: Stream) -> bool;
+    /// Whether the peer is known to have sent the first message of a stream, which was not asked for yet: it is here, on
+    /// its way, or announced.
+    fn announces(&self, stream: Stream) -> bool;
     /// Ends the connection. What is left are those messages, if there are any.
     fn leave(self: Box<Self>, of: fn(Stream) -> bool) -> Option<flow::Leftovers>;
 }

@@ -122,6 +122,16 @@ pub unsafe extern "C" fn carole_output_received_splits(
     if splits.is_empty() { std::ptr::null() } else { splits.as_ptr() }
 }
 
+/// Receive: the rank that has sent the message; -1 where this was no receive.
+///
+/// # Safety
+/// `output` is NULL or was given by Carole and not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn carole_output_source(output: *const carole_output) -> i64 {
+    // SAFETY: the caller's promise.
+    unsafe { view(output) }.and_then(|outcome| outcome.source).map_or(-1, |rank| i64::from(rank.0))
+}
+
 /// Join: the last rank to join; -1 where this was no join.
 ///
 /// # Safety

@@ -248,6 +248,42 @@ static void messages(void) {
     for (i = 0; i < 3; i++) EXPECT(out[i] == (uint8_t)(10 * previous + i));
 }
 
+/* Rank 0 hears all others, twice, in whatever order they come. */
+static void any_source(void) {
+    uint8_t in[3] = {0, 0, 0}, out[3] = {0, 0, 0};
+    uint64_t shape[1] = {3}, handle = 0;
+    int64_t source = -1;
+    carole_output *output = NULL;
+    carole_tensor from = vector(in, NULL, CAROLE_UINT8, shape), to = vector(NULL, out, CAROLE_UINT8, shape);
+    int i, sum = 0;
+
+    if (size == 1) {
+        EXPECT(carole_recv_any(8, &to, CAROLE_GLOBAL_SET, NULL) == CAROLE_ERROR_USAGE);
+        return;
+    }
+    if (me != 0) {
+        for (i = 0; i < 3; i++) in[i] = (uint8_t)(10 * me + i);
+        OK(carole_send(0, 8, &from, CAROLE_GLOBAL_SET));
+        OK(carole_send(0, 8, &from, CAROLE_GLOBAL_SET));
+        return;
+    }
+    for (i = 1; i < size; i++) {
+        OK(carole_recv_any(8, &to, CAROLE_GLOBAL_SET, i == 1 ? &source : NULL));
+        EXPECT(out[0] % 10 == 0 && out[2] == out[0] + 2);
+        EXPECT(i > 1 || out[0] == (uint8_t)(10 * source));
+        sum += out[0];
+    }
+    for (i = 1; i < size; i++) {
+        OK(carole_recv_any_async(8, &to, CAROLE_GLOBAL_SET, &handle));
+        OK(carole_wait(handle, CAROLE_FOREVER, &output));
+        EXPECT(out[0] == (uint8_t)(10 * carole_output_source(output)));
+        EXPECT(carole_output_last_joined(output) == -1);
+        carole_output_free(output);
+        sum += out[0];
+    }
+    EXPECT(sum == 10 * size * (size - 1));
+}
+
 static void process_sets(void) {
     uint32_t ranks[2] = {0, 0}, set = 0, listed[8];
     uint64_t shape[1] = {1};
@@ -450,6 +486,7 @@ int main(void) {
         persistent();
         shared();
         messages();
+        any_source();
         process_sets();
         mistakes();
         released();

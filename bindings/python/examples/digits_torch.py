@@ -2,6 +2,7 @@
 
     carolerun -np 4 python digits_torch.py
 
+Where scikit-learn is not installed, it learns generated digits instead.
 `DistributedOptimizer` averages the gradients while the backward pass goes on. At the end rank 0 trains once more,
 alone, on the whole batches, and compares the weights; and all ranks compare theirs with each other, bit by bit.
 Exits with 1 when either comparison fails.
@@ -13,7 +14,7 @@ import sys
 import time
 
 import torch
-from sklearn.datasets import load_digits
+from digits_data import load_digits
 
 import carole.torch as hvd
 
@@ -22,13 +23,13 @@ TEST_IMAGES = 360
 
 def load():
     """The 1797 images of 8 x 8 pixels, shuffled alike on all ranks and split into training and held-out parts."""
-    images, labels = load_digits(return_X_y=True)
-    # By lists, since some builds of torch and NumPy do not fit together.
-    images = torch.tensor((images / 16.0).tolist(), dtype=torch.float32)
-    labels = torch.tensor(labels.tolist())
+    # As lists, since some builds of torch and NumPy do not fit together.
+    images, labels, what = load_digits()
+    images = torch.tensor(images, dtype=torch.float32) / 16.0
+    labels = torch.tensor(labels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], labels[order]
-    return (images[TEST_IMAGES:], labels[TEST_IMAGES:]), (images[:TEST_IMAGES], labels[:TEST_IMAGES])
+    return (images[TEST_IMAGES:], labels[TEST_IMAGES:]), (images[:TEST_IMAGES], labels[:TEST_IMAGES]), what
 
 
 def network(seed):
@@ -57,7 +58,7 @@ def accuracy(model, images, labels):
         return float((model(images).argmax(dim=1) == labels).float().mean())
 
 
-def train(options, model, data, test):
+def train(options, model, data, test, what):
     rank, size = hvd.rank(), hvd.size()
     images, labels = data
     optimizer = hvd.DistributedOptimizer(optimizer_of(model, options), named_parameters=model.named_parameters())
@@ -66,7 +67,7 @@ def train(options, model, data, test):
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     if rank == 0:
         print(
-            f"{len(images)} handwritten digits ({len(test[0])} more are held out), {size} ranks, "
+            f"{len(images)} {what} ({len(test[0])} more are held out), {size} ranks, "
             f"{options.batch} images a step over all of them\n"
             f"{'epoch':>5} {'loss':>9} {'held-out accuracy':>18} {'samples/s':>11} {'in communication':>17}",
             flush=True,
@@ -150,9 +151,9 @@ def main():
     if options.batch % hvd.size():
         # The mean of the ranks' means is the mean of the batch only if all parts are equally large.
         parser.error(f"--batch {options.batch} does not divide by {hvd.size()} ranks")
-    data, test = load()
+    data, test, what = load()
     model = network(seed=hvd.rank())
-    train(options, model, data, test)
+    train(options, model, data, test, what)
     # All ranks end alike, and not before rank 0 has said what it found.
     agreed = all(hvd.allgather_object(compare(options, model, data), name="verdict"))
     hvd.shutdown()

@@ -31,6 +31,8 @@ pub enum Finish {
     },
     /// `(outputs, received_splits, last_joined)` as they are, for bindings written in Python.
     Raw,
+    /// The rank that has sent what was received.
+    Source,
     /// What a function of Python makes of the raw outcome.
     Made {
         /// The function.
@@ -107,6 +109,12 @@ impl Handle {
         }
     }
 
+    /// Whether the result was returned already, which is done once.
+    #[getter]
+    fn taken(&self) -> bool {
+        self.finished()
+    }
+
     /// Waits for the operation (for at most `timeout` seconds) and returns its result, once.
     ///
     /// Raises TimeoutError when the time is over, and KeyboardInterrupt within 0.1 s of Ctrl-C; after both the
@@ -164,6 +172,7 @@ impl Handle {
                 arrays(py, outcome, stream, outs, like.as_ref(), single, with_splits)
             }
             Some(Finish::Raw) => raw(py, outcome, stream),
+            Some(Finish::Source) => Ok(outcome.source.map(|rank| rank.0).into_pyobject(py)?.into_any()),
             Some(Finish::Made { finish, .. }) => finish.bind(py).call1((raw(py, outcome, stream)?,)),
             None => {
                 let message = format!("{} was waited for by two threads", self.describe());

@@ -133,7 +133,7 @@ fn told(py: Python<'_>, (stream, now, device): (u64, Py<PyAny>, i32)) -> OnDevic
     place
 }
 
-/// Sends to, or receives from, one rank.
+/// Sends to, or receives from, one rank; or receives from any, where `peer` is None: then the handle gives the rank.
 #[pyfunction]
 #[pyo3(signature = (sending, tensor, peer, tag, set))]
 pub fn transfer<'py>(
@@ -147,9 +147,14 @@ pub fn transfer<'py>(
     release_finished();
     let end = if sending { "dest" } else { "source" };
     let refusal = |message: String| errors::usage(py, &message);
-    let peer = peer
-        .extract::<u32>()
-        .map_err(|_| refusal(format!("{end}={} is not a rank; ranks count from 0", text(peer))))?;
+    let peer = match peer.is_none() && !sending {
+        true => None,
+        false => Some(
+            peer.extract::<u32>()
+                .map(Rank)
+                .map_err(|_| refusal(format!("{end}={} is not a rank; ranks count from 0", text(peer))))?,
+        ),
+    };
     let tag = tag
         .extract::<u32>()
         .map_err(|_| refusal(format!("tag={} is not a whole number from 0 to 2**32 - 1", text(tag))))?;
@@ -172,23 +177,41 @@ pub fn transfer<'py>(
         shape: &shape,
     };
     let keep: Option<Box<dyn Any + Send>> = Some(Box::new(keep));
-    let (set, peer) = (SetId(set), Rank(peer));
     // SAFETY: `keep` holds the memory where it is until the operation has an outcome (and the streams that may use it
     // next wait for the results); that Python code does not write it meanwhile is its documented duty.
-    let handle = unsafe {
-        if sending {
-            runtime::send(set, peer, tag, argument, stream, keep)
-        } else {
-            runtime::recv(set, peer, tag, argument, stream, keep)
-        }
-    };
+    let handle = unsafe { move_message(sending, peer, SetId(set), tag, argument, stream, keep) };
     let handle = handle.map_err(|error| errors::to_python(py, &error))?;
     let outs = if sending { Vec::new() } else { vec![Some(tensor.unbind())] };
-    let finish = Finish::Arrays { outs, like: None, single: true, with_splits: false };
+    let finish = match peer {
+        Some(_) => Finish::Arrays { outs, like: None, single: true, with_splits: false },
+        None => Finish::Source,
+    };
     Ok(Handle::new(Running::Started(handle), None, finish).on(device))
 }
 
-/// Sends or receives bytes that lie on a CUDA device and that the caller vouches for.
+/// # Safety
+/// As [`runtime::send`] and [`runtime::recv`].
+unsafe fn move_message(
+    sending: bool,
+    peer: Option<Rank>,
+    set: SetId,
+    tag: u32,
+    tensor: TensorArg<'_>,
+    stream: Option<u64>,
+    keep: Option<Box<dyn Any + Send>>,
+) -> carole::error::Result<runtime::Handle> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match peer {
+            Some(peer) if sending => runtime::send(set, peer, tag, tensor, stream, keep),
+            Some(peer) => runtime::recv(set, peer, tag, tensor, stream, keep),
+            None => runtime::recv_any(set, tag, tensor, stream, keep),
+        }
+    }
+}
+
+/// Sends or receives bytes that lie on a CUDA device and that the caller vouches for. The handle of a receive from any
+/// rank, where `peer` is None, gives the rank.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "a private call with one caller, cheaper than a dict")]
 pub fn transfer_raw(
@@ -197,7 +220,7 @@ pub fn transfer_raw(
     address: usize,
     nbytes: u64,
     keep: Py<PyAny>,
-    peer: u32,
+    peer: Option<u32>,
     tag: u32,
     set: u32,
     streams: (u64, Py<PyAny>, i32),
@@ -209,14 +232,11 @@ pub fn transfer_raw(
     let argument = TensorArg { input: memory, output: memory, dtype: DType::U8, shape: &shape };
     let keep: Option<Box<dyn Any + Send>> = Some(Box::new(keep));
     // SAFETY: as in `transfer`; the streams that may use the memory next wait for the results.
-    let handle = unsafe {
-        match sending {
-            true => runtime::send(SetId(set), Rank(peer), tag, argument, Some(stream), keep),
-            false => runtime::recv(SetId(set), Rank(peer), tag, argument, Some(stream), keep),
-        }
-    };
+    let handle =
+        unsafe { move_message(sending, peer.map(Rank), SetId(set), tag, argument, Some(stream), keep) };
     let handle = handle.map_err(|error| errors::to_python(py, &error))?;
-    Ok(Handle::new(Running::Started(handle), None, Finish::Raw).on(Some(told(py, streams))))
+    let finish = if peer.is_some() { Finish::Raw } else { Finish::Source };
+    Ok(Handle::new(Running::Started(handle), None, finish).on(Some(told(py, streams))))
 }
 
 impl<'a> Call<'a, '_> {

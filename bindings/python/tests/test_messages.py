@@ -115,3 +115,151 @@ def body_wrong():
 
 def test_messages_that_are_wrong():
     run(2, body_wrong)
+
+
+def body_any(count):
+    """Rank 0 hears everybody: empty, small and large messages, each length with a tag of its own; each sender's come in
+    their order."""
+    me, size = carole.rank(), carole.size()
+    lengths = [1, 0, 300_000, 1000]
+    if me != 0:
+        arrays = [(np.full(lengths[i % 4], 100 * me + i, np.int64), i % 4) for i in range(count)]
+        for handle in [carole.send_async(array, 0, tag) for array, tag in arrays]:
+            handle.wait(60)
+        return
+    for tag, length in reversed(list(enumerate(lengths))):
+        seen = {}
+        for _ in range((size - 1) * count // 4):
+            out = np.full(length, -1, np.int64)
+            source = carole.recv_any(out, tag)
+            turn = seen.setdefault(source, 0)
+            assert (out == 100 * source + tag + 4 * turn).all(), (source, tag, turn, out[:3])
+            seen[source] += 1
+        assert seen == {rank: count // 4 for rank in range(1, size)}, seen
+
+
+def test_from_any_rank():
+    for transport in ("shm", "tcp"):
+        run(4, body_any, 32, env={"CAROLE_TRANSPORT": transport})
+
+
+def body_any_turns():
+    me, size, out = carole.rank(), carole.size(), np.empty(1)
+    if me != 0:
+        for _ in range(10):
+            carole.send(out, 0, tag=1)
+        carole.send(out, 0, tag=2)
+        carole.barrier()
+        return
+    for source in range(1, size):
+        carole.recv(out, source, tag=2)
+    # What every rank had sent before is here: each has its turn.
+    assert [carole.recv_any(out, tag=1) for _ in range(10 * (size - 1))] == 10 * list(range(1, size))
+    carole.barrier()
+
+
+def test_ranks_have_their_turns():
+    run(4, body_any_turns)
+
+
+def body_any_order():
+    """Receives of one tag take messages in the order in which they were started, whether they name a rank or not."""
+    me = carole.rank()
+    if me == 1:
+        carole.barrier()
+        for i in range(4):
+            carole.send(np.array([i]), 0, tag=3)
+        return
+    if me == 2:
+        carole.barrier()
+        return
+    outs = [np.empty(1, np.int64) for _ in range(4)]
+    handles = [
+        carole.recv_any_async(outs[0], tag=3),
+        carole.recv_async(outs[1], 1, tag=3),
+        carole.recv_any_async(outs[2], tag=3),
+        carole.recv_any_async(outs[3], tag=3),
+    ]
+    assert not any(handle.poll() for handle in handles)
+    carole.barrier()
+    assert [handle.wait(60) for handle in reversed(handles)][::-1] == [1, outs[1], 1, 1]
+    assert [int(out[0]) for out in outs] == [0, 1, 2, 3]
+
+
+def test_order_of_receives_from_any_rank():
+    run(3, body_any_order)
+
+
+def body_any_timeout():
+    me, out = carole.rank(), np.empty(1 << 20)
+    if me != 0:
+        carole.barrier()
+        carole.barrier()
+        carole.send(np.full(1 << 20, float(me)), 0) if me == 2 else None
+        return
+    handle = carole.recv_any_async(out)
+    carole.barrier()
+    text = catch(carole.TimeoutError, lambda: handle.wait(0.3))
+    assert "from any rank with tag 0" in text and "can be waited for again" in text, text
+    carole.barrier()
+    catch(carole.UsageError, lambda: carole.recv_any([1.0]))
+    catch(carole.UsageError, lambda: carole.recv_any(out, tag=-1))
+    assert handle.wait(60) == 2 and (out == 2).all()
+
+
+def test_a_receive_from_any_rank_that_waits():
+    run(3, body_any_timeout)
+
+
+def body_any_leaves(meet):
+    """What was sent before everybody left is received; then nothing can come any more."""
+    me, size = carole.rank(), carole.size()
+    if me != 0:
+        if meet:
+            carole.barrier()
+        for i in range(3):
+            carole.send(np.full(10, 10 * me + i), 0, tag=1)
+        carole.shutdown()
+        return
+    never = carole.recv_any_async(np.empty(10), tag=9)
+    if meet:
+        carole.barrier()
+    assert "rank" in catch(carole.ShutdownError, lambda: never.wait(60))
+    seen = []
+    for _ in range(3 * (size - 1)):
+        out = np.empty(10, np.int64)
+        source = carole.recv_any(out, tag=1)
+        assert out[0] // 10 == source
+        seen.append(int(out[0]))
+    assert sorted(seen) == [10 * rank + i for rank in range(1, size) for i in range(3)], seen
+    text = catch(carole.ShutdownError, lambda: carole.recv_any(np.empty(10), tag=1))
+    assert "rank" in text, text
+
+
+def test_receives_from_any_rank_of_those_who_have_left():
+    for transport in ("shm", "tcp"):
+        for meet in (True, False):
+            run(3, body_any_leaves, meet, env={"CAROLE_TRANSPORT": transport})
+
+
+def body_any_dies():
+    me = carole.rank()
+    carole.barrier()
+    if me == 2:
+        os._exit(3)
+    text = catch(carole.BrokenError, lambda: carole.recv_any(np.empty(1)))
+    assert "rank 2" in text, text
+
+
+def test_a_death_ends_a_receive_from_any_rank():
+    run(3, body_any_dies, may_die=(2,))
+
+
+def body_any_alone():
+    assert "another member" in catch(carole.UsageError, lambda: carole.recv_any(np.empty(1)))
+    assert "recv_any" in catch(carole.UsageError, lambda: carole.recv(np.empty(1), None))
+    assert "dest=None" in catch(carole.UsageError, lambda: carole.send(np.empty(1), None))
+
+
+def test_nobody_to_receive_from():
+    run(1, body_any_alone)

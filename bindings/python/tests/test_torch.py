@@ -68,7 +68,10 @@ def body_tensors(watched):
     assert flags.dtype == torch.bool and flags.tolist() == [rank % 2 == 0 for rank in range(size)]
     handle = hvd.allreduce_async(torch.ones(2))
     hvd.synchronize(handle)
-    assert hvd.poll(handle) and hvd.synchronize(handle) is None
+    assert hvd.synchronize(handle) is None
+    assert "synchronized already" in catch(ValueError, lambda: hvd.poll(handle))
+    for call in (hvd.poll, hvd.synchronize, carole.poll, carole.wait):
+        assert "12345 is no handle" in catch(ValueError, lambda: call(12345))
     hvd.barrier()
     return hvd.join()
 
@@ -106,7 +109,8 @@ def body_views():
         hvd.barrier()
     handles = [hvd.allreduce_async_(torch.ones(4), name=f"many.{i}", op=hvd.Sum) for i in range(300)]
     assert all(hvd.synchronize(handle)[0] == size for handle in handles)
-    assert all(hvd.poll(handle) and hvd.synchronize(handle) is None for handle in handles)
+    assert all(hvd.synchronize(handle) is None for handle in handles)
+    assert all(handle.taken and handle.poll() for handle in handles)
     # Never waited for: it ends by itself, and its name is free again.
     hvd.allreduce_async_(torch.ones(4), name="dropped", op=hvd.Sum)
     hvd.barrier()

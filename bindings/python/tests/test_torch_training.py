@@ -4,8 +4,10 @@ SKIPPED AS A WHOLE where torch is not installed."""
 import copy
 import json
 import os
+import pickle
 import signal
 import tempfile
+import warnings
 
 import pytest
 
@@ -370,6 +372,96 @@ def body_mutation():
     hvd.synchronize(handle)
 
 
+def body_gradient_mutation():
+    """What is written to a gradient that is on its way would be lost, whatever is really on its way."""
+    me = hvd.rank()
+    cases = [
+        {}, {"compression": hvd.Compression.fp16}, {"compression": hvd.Compression.onebit}, {"groups": 1},
+        {"groups": 1, "compression": hvd.Compression.fp16}, {"gradient_as_bucket_view": True},
+        {"gradient_as_bucket_view": True, "compression": hvd.Compression.fp16},
+        {"gradient_as_bucket_view": True, "compression": hvd.Compression.onebit},
+    ]  # fmt: skip
+    hvd.detect_mutation()
+    for options in cases:
+        model = network()
+        optimizer = sgd(model, **options)
+
+        def backward():
+            optimizer.zero_grad()
+            model(batches()[0][me::2]).pow(2).mean().backward()
+
+        # Nothing is found where nothing is written.
+        for _ in range(2):
+            backward()
+            optimizer.step()
+        backward()
+        model[0].weight.grad.mul_(2)
+        text = catch(hvd.HorovodInternalError, optimizer.step)
+        # Of a group or a region the name is that of its operation, which names one parameter.
+        assert "was written 1 times" in text and any(name in text for name, _ in model.named_parameters()), text
+        if "gradient_as_bucket_view" not in options and "compression" in options:
+            backward()
+            model[0].weight.grad = torch.zeros_like(model[0].weight)
+            text = catch(hvd.HorovodInternalError, optimizer.step)
+            assert "'0.weight'" in text and "was replaced" in text, text
+    table = torch.nn.Embedding(6, 2, sparse=True)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(table.parameters(), lr=0.5), table.named_parameters())
+    for writes in (False, True):
+        optimizer.zero_grad()
+        table(torch.tensor([me, 3])).sum().backward()
+        if writes:
+            table.weight.grad.mul_(2)
+            assert "'weight'" in catch(hvd.HorovodInternalError, optimizer.step)
+        else:
+            optimizer.step()
+    hvd.detect_mutation(False)
+
+
+def body_copies():
+    """A pickled or copied optimizer is one like the first, with its state, and of the model that went with it."""
+    me, size = hvd.rank(), hvd.size()
+    own = [hvd.add_process_set([rank]) for rank in range(size)][me]
+    ways = [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))]
+    for way in ways:
+        for options in (
+            {}, {"compression": hvd.Compression.onebit, "groups": 2}, {"gradient_as_bucket_view": True},
+            {"op": hvd.Adasum}, {"gradient_predivide_factor": 2.0, "backward_passes_per_step": 2},
+        ):  # fmt: skip
+            model = network()
+            optimizer = sgd(model, **options)
+            torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+
+            def train(model, optimizer):
+                for batch in batches(3):
+                    optimizer.zero_grad()
+                    for piece in batch[me::size].chunk(options.get("backward_passes_per_step", 1)):
+                        model(piece).pow(2).mean().backward()
+                    optimizer.step()
+
+            train(model, optimizer)
+            twin, other = way((model, optimizer))
+            assert type(other).__name__ == "SGD" and isinstance(other, torch.optim.SGD)
+            mine = {id(parameter) for parameter in twin.parameters()}
+            assert all(id(parameter) in mine for group in other.param_groups for parameter in group["params"])
+            assert torch.equal(weights(model), weights(twin))
+            for one, its in ((model, optimizer), (twin, other)):
+                train(one, its)
+            assert torch.equal(weights(model), weights(twin)), options
+            assert same_everywhere(weights(twin)), options
+        assert way(hvd.global_process_set) is hvd.global_process_set and way(own) is own
+        assert getattr(way(sgd(network(), process_set=own)), "_carole").process_set is own
+    assert "deepcopy" in catch(TypeError, lambda: copy.copy(optimizer))
+    # Loaded where there is no job, it is what was wrapped.
+    saved = pickle.dumps((model, optimizer))
+    hvd.shutdown()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, alone = pickle.loads(saved)
+    assert type(alone) is torch.optim.SGD and len(alone.state) == 4
+    assert any("before init()" in str(warning.message) for warning in caught), caught
+    hvd.init()
+
+
 def body_timeline(folder):
     me = hvd.rank()
     path = os.path.join(folder, "trace.json")
@@ -399,7 +491,7 @@ def body_timeline(folder):
 
 @pytest.mark.parametrize(
     "body", [body_groups, body_optimizers, body_lbfgs, body_scaler, body_compression, body_elastic, body_mutation,
-     body_compiled, body_views],
+     body_gradient_mutation, body_copies, body_compiled, body_views],
     ids=lambda body: body.__name__[5:],
 )  # fmt: skip
 def test_two_ranks(body):

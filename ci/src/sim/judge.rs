@@ -29,7 +29,7 @@ impl Cluster {
                 if node.skipped[i] {
                     continue;
                 }
-                if node.results[i].is_none() && self.is_half_made(planned) {
+                if node.results[i].is_none() && (self.is_half_made(planned) || self.may_still_come(planned)) {
                     continue;
                 }
                 let Some(result) = &node.results[i] else { return Err(self.never_ended(planned, node, i)) };
@@ -83,6 +83,16 @@ impl Cluster {
         let Some(add) = self.program.ops.iter().position(made) else { return false };
         let told = |node: &Node| matches!(node.results[add], Some(Err(Error::Shutdown(Some(_)))));
         matches!(self.injected(), Some(Fault::Leave(_))) && self.nodes.iter().any(told)
+    }
+
+    /// Whether this is a receive from any rank whose sender has left: others that could send are still there.
+    fn may_still_come(&self, planned: &Planned) -> bool {
+        let (Kind::Message { from, any: true, .. }, Some(Fault::Leave(leaver))) =
+            (planned.kind, self.injected())
+        else {
+            return false;
+        };
+        leaver.0 == from && self.program.sets[planned.set].len() > 2 && !self.was_sent(planned, leaver)
     }
 
     /// Whether an operation that one live rank finishes is finished by all.

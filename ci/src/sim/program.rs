@@ -58,8 +58,9 @@ pub enum Wrong {
 pub enum Kind {
     /// A collective that moves data, or a barrier.
     Collective,
-    /// A point-to-point message: `bytes` are sent, room for `room` is given.
-    Message { from: u32, to: u32, tag: u32, bytes: u64, room: u64 },
+    /// A point-to-point message: `bytes` are sent, room for `room` is given; with `any` it is received from any rank, of
+    /// which no other sends with this tag.
+    Message { from: u32, to: u32, tag: u32, bytes: u64, room: u64, any: bool },
     /// Makes the set of this index.
     AddSet(usize),
     /// Removes it.
@@ -264,11 +265,13 @@ fn plain(random: &mut Random, size: u32, collective: Collective, set: usize, nam
 fn message(random: &mut Random, size: u32, set: usize, members: &[u32]) -> Planned {
     let mut pair = members.to_vec();
     random.shuffle(&mut pair);
-    let (from, to, tag) = (pair[0], pair[1], random.below(2) as u32);
+    let (from, to, own) = (pair[0], pair[1], random.once_in(3));
+    let tag = if own { 2 + from } else { random.below(2) as u32 };
+    let any = own && !random.once_in(4);
     let bytes = random.pick(&[0, 1, 63, 64, 3000, 9000, 30_000]);
     let room = if random.once_in(6) { random.pick(&[0, 1, 64, 9000, 20_000]) } else { bytes };
     let mut op = plain(random, size, Collective::Barrier, set, format!("message {from} -> {to} tag {tag}"));
-    op.kind = Kind::Message { from, to, tag, bytes, room };
+    op.kind = Kind::Message { from, to, tag, bytes, room, any };
     op.present = (0..size).map(|rank| rank == from || rank == to).collect();
     op
 }

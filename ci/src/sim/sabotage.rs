@@ -162,6 +162,9 @@ impl Link for BadLink {
     fn holds(&self, stream: Stream) -> bool {
         self.link.holds(stream)
     }
+    fn announces(&self, stream: Stream) -> bool {
+        self.link.announces(stream)
+    }
     fn leave(self: Box<Self>, of: fn(Stream) -> bool) -> Option<Leftovers> {
         self.link.leave(of)
     }

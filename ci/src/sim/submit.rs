@@ -134,7 +134,7 @@ pub fn joins_too_early(node: &mut Node, planned: &Planned, now: Time) -> bool {
 }
 
 fn submit_message(node: &mut Node, planned: &Planned, op: usize, set: SetId) {
-    let Kind::Message { from, to, tag, bytes, room } = planned.kind else {
+    let Kind::Message { from, to, tag, bytes, room, any } = planned.kind else {
         unreachable!("only messages come here")
     };
     let sends = node.rank.0 == from;
@@ -144,7 +144,7 @@ fn submit_message(node: &mut Node, planned: &Planned, op: usize, set: SetId) {
     let submission = MessageSubmission {
         op: OpId(op as u32),
         set,
-        peer: Rank(if sends { to } else { from }),
+        peer: (sends || !any).then_some(Rank(if sends { to } else { from })),
         tag,
         sends,
         memory,

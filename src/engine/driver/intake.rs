@@ -94,8 +94,9 @@ impl Shared {
             let (earlier, from_here) = arriving.split_at_mut(place);
             let one = &mut from_here[0];
             // Messages of one tag meet in the order in which they were submitted.
-            let follows =
-                one.submitted.message.is_some_and(|m| earlier.iter().any(|e| e.submitted.message == Some(m)));
+            let follows = one.submitted.message.is_some_and(|m| {
+                earlier.iter().any(|e| e.submitted.message.is_some_and(|earlier| earlier.precedes(m)))
+            });
             if ended.is_none() && (follows || !self.has_come(engine, &mut one.submitted)) {
                 place += 1;
                 continue;

@@ -254,6 +254,30 @@ pub fn random_traffic(make: Make) {
     }
 }
 
+/// What was sent and not asked for yet is known: small messages, which land, and large and empty ones, of which the
+/// sender says that it wants to send them.
+pub fn unasked_messages_are_known(make: Make) {
+    let mut rig = make().rig();
+    let messages = [pattern(1000, 1), pattern(3_000_000, 2), Vec::new()];
+    let streams = || (0..3).map(|stream| Stream(stream as u128));
+    assert!(!streams().any(|stream| rig.b.link.announces(stream)));
+    let sent: Vec<_> =
+        messages.iter().enumerate().map(|(stream, bytes)| rig.a.send(stream as u128, bytes, 0)).collect();
+    rig.until("all are known", |rig| streams().all(|stream| rig.b.link.announces(stream)));
+    let got: Vec<_> = messages
+        .iter()
+        .enumerate()
+        .map(|(stream, bytes)| rig.b.recv(stream as u128, bytes.len(), 0))
+        .collect();
+    rig.until("all are received", |r| {
+        sent.iter().all(|t| r.a.is_done(*t)) && got.iter().all(|t| r.b.is_done(*t))
+    });
+    assert!(!streams().any(|stream| rig.b.link.announces(stream)), "what was received is not there");
+    for (token, bytes) in got.iter().zip(&messages) {
+        assert!(rig.b.result(*token) == *bytes);
+    }
+}
+
 /// Messages that were sent before their sender left can be received when the connection is no more.
 pub fn what_has_landed_outlives_the_link(make: Make) {
     let mut rig = make().rig();

@@ -169,6 +169,7 @@ suite! {
     cases::large_control;
     cases::streams_are_retired;
     cases::random_traffic;
+    cases::unasked_messages_are_known;
     cases::what_has_landed_outlives_the_link;
     faults::lengths_differ;
     faults::peer_dies;

@@ -402,6 +402,10 @@ impl Link for FlowLink {
         self.recvs.landed().any(|landed| landed == stream)
     }
 
+    fn announces(&self, stream: Stream) -> bool {
+        self.recvs.announces(stream)
+    }
+
     fn leave(self: Box<Self>, of: fn(Stream) -> bool) -> Option<Leftovers> {
         Leftovers::new(self.recvs, of)
     }

@@ -214,6 +214,12 @@ impl Recvs {
         whole.map(|(_, landed)| landed.key.stream)
     }
 
+    /// Whether the first message of a stream is announced, or has begun to land, and was not asked for yet.
+    pub fn announces(&self, stream: Stream) -> bool {
+        let known = self.table.get(&Key { stream, ordinal: 0 });
+        matches!(known, Some(Entry::Wanted(_) | Entry::Landing(_)))
+    }
+
     /// A frame of the control pipe that concerns receives.
     pub fn hear(&mut self, header: &Header, outbox: &mut Outbox) -> Result<(), Cause> {
         let key = Key { stream: header.stream, ordinal: header.ordinal };

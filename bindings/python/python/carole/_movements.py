@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, List, Optional, Sequence
 
 from . import _native
+from ._errors import UsageError
 from ._native import Handle
 from ._sets import set_id
 from ._submit import ALLGATHER, ALLTOALL, BARRIER, BROADCAST, GATHER, JOIN, SCATTER, Set, submit
@@ -181,6 +182,8 @@ def send(tensor: Any, dest: int, tag: int = 0, *, process_set: Set = None) -> No
 
 def recv_async(out: Any, source: int, tag: int = 0, *, process_set: Set = None) -> Handle:
     """Starts a `recv`; `wait` gives the array."""
+    if source is None:
+        raise UsageError("source=None is not a rank; recv_any receives from any rank, and says which it was")
     return _native.transfer(False, out, source, tag, set_id(process_set))
 
 
@@ -188,3 +191,23 @@ def recv(out: Any, source: int, tag: int = 0, *, process_set: Set = None) -> Any
     """Receives into `out` what rank `source` sends with this tag, and returns `out`. What was sent can still be received
     when that rank has left."""
     return recv_async(out, source, tag, process_set=process_set).wait()
+
+
+def recv_any_async(out: Any, tag: int = 0, *, process_set: Set = None) -> Handle:
+    """Starts a `recv_any`; `wait` gives the rank that has sent what lies in `out` then."""
+    return _native.transfer(False, out, None, tag, set_id(process_set))
+
+
+def recv_any(out: Any, tag: int = 0, *, process_set: Set = None) -> int:
+    """Receives into `out` what any rank sends with this tag, and returns that rank.
+
+    Receives of one tag, from any rank or from one, take messages in the order in which they were started. Of several
+    ranks that have sent, each has its turn. When all other ranks have left, and nothing that they had sent is left to
+    be received, it ends with `ShutdownError`.
+
+    Args:
+        out: an array of the type and size of what is sent.
+        tag: the tag that the sender gives.
+        process_set: a set; its members are who may send.
+    """
+    return recv_any_async(out, tag, process_set=process_set).wait()

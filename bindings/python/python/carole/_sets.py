@@ -66,6 +66,10 @@ class ProcessSet:
             return None
         return len(self.ranks or [])
 
+    def __reduce__(self):
+        # A copy is as well known to the job as the set is.
+        return _of_ranks, (self.ranks,)
+
     def __str__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks})"
 
@@ -83,11 +87,20 @@ class _Global(ProcessSet):
         self._ranks = None
         self.process_set_id = 0
 
+    def __reduce__(self):
+        # There is one only.
+        return "global_process_set"
+
 
 global_process_set: ProcessSet = _Global()
 """All ranks."""
 
 _known: Dict[int, List[ProcessSet]] = {}
+
+
+def _of_ranks(ranks: Sequence[int]) -> ProcessSet:
+    known = (one for sets in _known.values() for one in sets if one.ranks == ranks)
+    return next(known, None) or ProcessSet(ranks)
 
 
 def set_id(process_set: Union[ProcessSet, int, None]) -> int:

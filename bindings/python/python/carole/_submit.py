@@ -6,6 +6,7 @@ import enum
 from typing import Any, Optional, Sequence, Tuple, Union
 
 from . import _native
+from ._errors import UsageError
 from ._native import Handle, Persistent
 from ._sets import ProcessSet, set_id
 
@@ -96,9 +97,16 @@ def lists(
     return tensors, outs, None if tensors else "a grouped operation takes at least one array"
 
 
+def checked(handle: Any, call: str) -> Handle:
+    """What a call that takes a handle was given, if it is one."""
+    if not isinstance(handle, Handle):
+        raise UsageError(f"{handle!r} is no handle: {call}() takes what an _async function returned")
+    return handle
+
+
 def poll(handle: Handle) -> bool:
     """Whether an operation is over (with or without success). Never blocks."""
-    return handle.poll()
+    return checked(handle, "poll").poll()
 
 
 def wait(handle: Handle, timeout: Optional[float] = None) -> Any:
@@ -112,7 +120,7 @@ def wait(handle: Handle, timeout: Optional[float] = None) -> Any:
         KeyboardInterrupt: within 0.1 s of Ctrl-C; the same holds.
         Error: what the operation ended with.
     """
-    return handle.wait(timeout)
+    return checked(handle, "wait").wait(timeout)
 
 
 synchronize = wait

@@ -8,10 +8,10 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import torch
 
 from .. import _arrays, _native, _timeline
-from .._errors import HorovodInternalError
+from .._errors import HorovodInternalError, UsageError
 from .._native import Handle
 from .._sets import ProcessSet, global_process_set, set_id
-from .._submit import ALLGATHER, ALLREDUCE, ALLTOALL, BROADCAST, REDUCESCATTER, Average, Sum
+from .._submit import ALLGATHER, ALLREDUCE, ALLTOALL, BROADCAST, REDUCESCATTER, Average, Sum, checked
 
 # torch's types by the codes that cross the binding; the unsigned ones are missing in older versions of torch.
 _CODES = {
@@ -46,13 +46,15 @@ def handle_average_backwards_compatibility(op: Optional[int], average: Optional[
 
 
 def poll(handle: Handle) -> bool:
-    """Whether `synchronize` would return at once."""
+    """Whether `synchronize` would return at once. As in Horovod, a handle that was synchronized is one no more."""
+    if checked(handle, "poll").taken:
+        raise UsageError(f"{handle} was synchronized already, and poll() takes a handle only as long as it was not")
     return handle.poll()
 
 
 def synchronize(handle: Handle) -> Any:
     """Waits for an operation and returns its result. A second call returns None."""
-    return handle.synchronize()
+    return checked(handle, "synchronize").synchronize()
 
 
 _watches = False
@@ -71,24 +73,46 @@ _timeline.listeners.append(_observe)
 
 def detect_mutation(enabled: bool = True) -> None:
     """Debugging: `synchronize` raises HorovodInternalError where a tensor was written by torch while it was on its way,
-    which
-    makes sums silently wrong. A write to another part of the same storage counts, too."""
+    which makes sums silently wrong. A write to another part of the same storage counts, too. `DistributedOptimizer`
+    watches the gradients themselves, whatever they are compressed to: what is written to one on its way would be
+    lost."""
     global _watches
     _watches = enabled
     _observe()
 
 
-def _check_unwritten(watched: Sequence[Tuple[torch.Tensor, int]]) -> None:
+def _check_unwritten(watched: Sequence[Tuple[torch.Tensor, int]], name: Optional[str]) -> None:
     for number, (tensor, version) in enumerate(watched):
         writes = tensor._version - version
         if writes:
+            of = "" if name is None else f" of '{name}'"
             raise HorovodInternalError(
-                f"tensor {number} (shape {tuple(tensor.shape)}, {tensor.dtype}) was written {writes} "
+                f"tensor {number}{of} (shape {tuple(tensor.shape)}, {tensor.dtype}) was written {writes} "
                 "times while it was being reduced or sent: its result is not to be trusted; call synchronize() before"
             )
 
 
-def _end_of(lane: Optional[int], watched: Sequence[Tuple[torch.Tensor, int]]) -> Callable[[bool], None]:
+def watch(tensor: torch.Tensor, name: str, now: Callable[[], Any]) -> Optional[Callable[[], None]]:
+    """Debugging: what checks, when the operation has ended, that a tensor was not written meanwhile which is on its way
+    as something else (compressed, say), and which the result is to replace. `now` gives what is in its place then."""
+    if not _watches:
+        return None
+    version = tensor._version
+
+    def check() -> None:
+        if now() is not tensor:
+            raise HorovodInternalError(
+                f"the tensor of '{name}' (shape {tuple(tensor.shape)}, {tensor.dtype}) was replaced by another while "
+                "it was being reduced; call synchronize() before"
+            )
+        _check_unwritten([(tensor, version)], name)
+
+    return check
+
+
+def _end_of(
+    lane: Optional[int], watched: Sequence[Tuple[torch.Tensor, int]], name: Optional[str]
+) -> Callable[[bool], None]:
     """What to do when an operation has ended, with whether it failed."""
 
     def ended(failed: bool) -> None:
@@ -96,7 +120,7 @@ def _end_of(lane: Optional[int], watched: Sequence[Tuple[torch.Tensor, int]]) ->
         if timeline is not None and lane is not None:
             timeline.end(lane, failed)
         if not failed:
-            _check_unwritten(watched)
+            _check_unwritten(watched, name)
 
     return ended
 
@@ -161,7 +185,7 @@ def submit(
     ended = None
     if _observed:
         watched = [(tensor, tensor._version) for tensor in inputs] if _watches else []
-        ended = _end_of(_note_begin(collective, name, inputs), watched)
+        ended = _end_of(_note_begin(collective, name, inputs), watched, name)
     return _native.submit_raw(
         collective, tensors, (inputs, outs), name, identifier, op, pre, post, root, splits, None, waits, finish, ended,
         _arrays.cuda_streams(inputs),

@@ -23,6 +23,35 @@ _STATE = "_carole"
 warnings.filterwarnings("ignore", message="GradScaler is going to stop passing itself", category=FutureWarning)
 
 
+class _Copied:
+    """How wrapped optimizers are pickled and copied: as what they wrap, with what they were wrapped with. The class of
+    a wrapper is made at run time, so pickle would not find it."""
+
+    def __reduce_ex__(self, protocol):
+        reducer = getattr(self, _STATE)
+        plain = reducer.base.__new__(reducer.base)
+        plain.__dict__.update({key: value for key, value in self.__dict__.items() if key not in (_STATE, "step")})
+        return _wrap_again, (plain, reducer.options())
+
+    def __copy__(self):
+        raise TypeError(
+            "a shallow copy of a distributed optimizer would have the same parameters, and both would reduce their "
+            "gradients; use copy.deepcopy, of the model and the optimizer together: copy.deepcopy((model, optimizer))"
+        )
+
+
+def _wrap_again(plain: torch.optim.Optimizer, options: Any) -> torch.optim.Optimizer:
+    """What a pickled or copied optimizer becomes."""
+    if not _native.is_initialized():
+        warnings.warn(
+            f"a distributed optimizer was loaded before init(), so it is a plain {type(plain).__name__} now; call "
+            "init() first, or wrap it in DistributedOptimizer, to average gradients",
+            stacklevel=3,
+        )
+        return plain
+    return DistributedOptimizer(plain, **options)
+
+
 class _DistributedOptimizer(torch.optim.Optimizer):
     """The methods that a distributed optimizer has beside those of the class it wraps."""
 
@@ -267,7 +296,8 @@ def DistributedOptimizer(
     """Wraps an optimizer so that gradients are averaged over the ranks before each step.
 
     The reduction of a gradient starts as soon as the backward pass has computed it. The result is an instance of
-    the optimizer's own class, and shares its parameters and state.
+    the optimizer's own class, and shares its parameters and state. It can be pickled and deep-copied as that can (copy
+    or pickle the model together with it, so that the parameters stay the model's), and is then wrapped anew.
 
     Args:
         optimizer: the optimizer to wrap; use only the result afterwards.
@@ -306,7 +336,8 @@ def DistributedOptimizer(
     # An elastic job may begin with one rank and grow.
     several = (_native.world()["size"] > 1 or _elastic.may_grow()) and process_set.included() is not False
     methods = _DistributedAdasumOptimizer if op == Adasum and several else _DistributedOptimizer
-    kept = {key: value for key, value in vars(methods).items() if key not in ("__dict__", "__weakref__")}
+    kept = {**vars(_Copied), **vars(methods)}
+    kept = {key: value for key, value in kept.items() if key not in ("__dict__", "__weakref__")}
     wrapped_class = type(type(optimizer).__name__, (type(optimizer),), kept)
     wrapped = wrapped_class.__new__(wrapped_class)
     wrapped.__dict__.update(optimizer.__dict__)

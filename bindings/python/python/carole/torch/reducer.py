@@ -12,6 +12,7 @@ from .. import _life
 from .._errors import Error
 from .._sets import ProcessSet
 from . import buckets, ops
+from .asynchronous import watch
 from .buckets import Bucket
 from .compression import exchanging
 from .ops import Average, Max
@@ -48,6 +49,7 @@ class Reducer:
             self.pre, self.post = 1.0 / gradient_predivide_factor, gradient_predivide_factor
         self.sparse_as_dense = sparse_as_dense
         self.process_set: ProcessSet = process_set
+        self.lists = groups
         self.groups: Dict[torch.Tensor, Union[Group, Bucket]] = {}
         for number, members in enumerate(groups or []):
             group = Group(number, members)
@@ -67,6 +69,20 @@ class Reducer:
         self.should_synchronize = True
         self.keep: List[Any] = []
         _all.add(self)
+
+    def options(self) -> Dict[str, Any]:
+        """What `DistributedOptimizer` makes another one like this from."""
+        return {
+            "named_parameters": [(name, parameter) for parameter, name in self.names.items()],
+            "compression": self.exchanging or self.compression,
+            "backward_passes_per_step": self.backward_passes_per_step,
+            "op": self.op,
+            "gradient_predivide_factor": self.post,
+            "groups": self.lists,
+            "sparse_as_dense": self.sparse_as_dense,
+            "process_set": self.process_set,
+            "gradient_as_bucket_view": self.as_views,
+        }
 
     def hook(self, parameters: Sequence[torch.Tensor]) -> None:
         """Begins to reduce the gradients of these parameters."""
@@ -162,21 +178,31 @@ class Reducer:
             return
         if self.exchanging is not None:
             finish = self.exchanging.exchange(parameter.grad, name, self.op, self.pre, self.post, self.process_set)
-            self.waiting[parameter] = lambda: parameter.grad.copy_(finish())
+            check = self.watch(parameter)
+            self.waiting[parameter] = lambda: _replace(parameter.grad, finish(), check)
             return
         sent, ctx = self.dense(parameter)
+        check = self.watch(parameter)
         handle = ops.allreduce_async_(
             sent, name=name, op=self.op, prescale_factor=self.pre, postscale_factor=self.post,
             process_set=self.process_set,
         )  # fmt: skip
-        self.waiting[parameter] = lambda: self.put(parameter, ops.synchronize(handle), ctx)
+        self.waiting[parameter] = lambda: self.put(parameter, ops.synchronize(handle), ctx, check)
+
+    def watch(self, parameter: torch.Tensor) -> Optional[Callable[[], None]]:
+        """While debugging: what checks that a gradient is as it was when it was submitted."""
+        return watch(parameter.grad, self.names[parameter], lambda: parameter.grad)
 
     def start_sparse(self, parameter: torch.Tensor, name: str) -> Callable[[], None]:
         finish = ops.sparse_allreduce_async(parameter.grad, name, self.op, self.process_set)
+        check, dtype = self.watch(parameter), parameter.grad.dtype
 
         def put() -> None:
+            reduced = finish()
+            if check is not None:
+                check()
             # The two factors of a predivided average cancel, and values are not summed in between.
-            parameter.grad = finish().to(parameter.grad.dtype)
+            parameter.grad = reduced.to(dtype)
 
         return put
 
@@ -204,10 +230,10 @@ class Reducer:
         reduced: List[torch.Tensor] = []
         for position, (parameter, (_, ctx)) in enumerate(zip(dense, pairs)):
 
-            def put(position=position, parameter=parameter, ctx=ctx) -> None:
+            def put(position=position, parameter=parameter, ctx=ctx, check=self.watch(parameter)) -> None:
                 if not reduced:
                     reduced.extend(ops.synchronize(handle))
-                self.put(parameter, reduced[position], ctx)
+                self.put(parameter, reduced[position], ctx, check)
 
             self.waiting[parameter] = put
 
@@ -233,16 +259,19 @@ class Reducer:
                 return self.compression.decompress(ops.synchronize(handle), ctx)
 
         left = [finish]
+        check = watch(bucket.flat, name, lambda: bucket.flat)
 
         def put() -> None:
             if left:
                 reduced = left.pop()()
                 if reduced.data_ptr() != bucket.flat.data_ptr():
-                    bucket.flat.copy_(reduced)
+                    _replace(bucket.flat, reduced, check)
 
         self.waiting.update((parameter, put) for parameter in bucket.parameters)
 
-    def put(self, parameter: torch.Tensor, reduced: torch.Tensor, ctx: Any) -> None:
+    def put(self, parameter: torch.Tensor, reduced: torch.Tensor, ctx: Any, check: Optional[Callable]) -> None:
+        if check is not None:
+            check()
         reduced = self.compression.decompress(reduced, ctx)
         # In place of the gradient itself, or of a copy that compression or contiguity had asked for.
         if reduced.data_ptr() != parameter.grad.data_ptr() or reduced.shape != parameter.grad.shape:
@@ -306,6 +335,12 @@ class Reducer:
             self.passes_left[parameter] = self.backward_passes_per_step
         for group in self.groups.values():
             group.ready = 0
+
+
+def _replace(tensor: torch.Tensor, reduced: torch.Tensor, check: Optional[Callable[[], None]]) -> None:
+    if check is not None:
+        check()
+    tensor.copy_(reduced)
 
 
 def _begin_epoch() -> None:

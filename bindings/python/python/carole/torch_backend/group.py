@@ -17,7 +17,7 @@ from .._submit import (
 from ..torch.asynchronous import _CODES
 from .operations import BIT_XOR, bit_xor, check_bits, operation
 from .rings import Ring, Rings
-from .work import CaroleWork, CoalescedWork, DoneWork
+from .work import AnySourceWork, CaroleWork, CoalescedWork, DoneWork
 
 # Messages of our own have tags above the users'.
 _TAG_BITS = 20
@@ -458,7 +458,8 @@ class CaroleProcessGroup(dist.ProcessGroup):
 
     # Messages between two ranks.
 
-    def _message(self, sending: bool, tensors: List[torch.Tensor], peer: int, tag: int) -> Any:
+    def _message(self, sending: bool, tensors: List[torch.Tensor], peer: Optional[int], tag: int) -> Any:
+        """`peer` is None to receive from any rank."""
         if not 0 <= tag < 1 << _TAG_BITS:
             raise UsageError(f"tag={tag} is not from 0 to {(1 << _TAG_BITS) - 1}")
         (tensor,) = tensors
@@ -472,13 +473,18 @@ class CaroleProcessGroup(dist.ProcessGroup):
         self._code(copy)
         # As bytes: the two sides need not agree on a shape, and every type travels so.
         memory = copy.reshape(-1).view(torch.uint8) if copy.numel() else torch.empty(0, dtype=torch.uint8)
-        where = (self._ranks[peer], self._channel() | tag, self._set)
+        whom = None if peer is None else self._ranks[peer]
+        where = (whom, self._channel() | tag, self._set)
         streams = _arrays.cuda_streams(memory)
         if streams is None:
             handle = _native.transfer(sending, memory, *where)
         else:
             handle = _native.transfer_raw(sending, memory.data_ptr(), memory.numel(), memory, *where, streams)
-        words = f"the {'send to' if sending else 'receive from'} rank {self._ranks[peer]}"
+        words = f"the {'send to' if sending else 'receive from'} {'any rank' if whom is None else f'rank {whom}'}"
+        if peer is None:
+            return AnySourceWork(
+                handle, tensors, finish, self._timeout_s, (memory, copy), message=words, group_rank=self._ranks.index
+            )
         source = -1 if sending else peer
         return CaroleWork(handle, tensors, finish, self._timeout_s, (memory, copy), source, message=words)
 
@@ -493,10 +499,7 @@ class CaroleProcessGroup(dist.ProcessGroup):
         return self._message(False, tensors, peer, tag)
 
     def recv_anysource(self, tensors: List[torch.Tensor], tag: int = 0) -> Any:
-        raise NotImplementedError(
-            "the backend carole cannot receive from any rank: name the source, as in recv(tensor, src=1), or send "
-            'these messages through a group of their own, dist.new_group(backend="gloo")'
-        )
+        return self._message(False, tensors, None, tag)
 
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
         """A barrier that says which ranks did not come: an error on rank 0 first, and on the others after it."""

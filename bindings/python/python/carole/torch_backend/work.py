@@ -198,6 +198,27 @@ class CaroleWork(c10d.Work):
         return True
 
 
+class AnySourceWork(CaroleWork):
+    """A receive from any rank: which one is known when it is complete."""
+
+    def __init__(self, *arguments: Any, group_rank: Callable[[int], int], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._group_rank = group_rank
+
+    def _wait(self, timeout_s: float) -> Any:
+        source = super()._wait(timeout_s)
+        self._source = self._group_rank(source)
+        return source
+
+    def source_rank(self) -> int:
+        """The sender's rank in the group; -1 as long as nothing has come."""
+        if self._source < 0 and self.is_completed():
+            self._complete(self._timeout_s)
+        return self._source
+
+    _source_rank = source_rank
+
+
 class CoalescedWork(DoneWork):
     """Several operations as one."""
 
