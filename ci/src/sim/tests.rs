@@ -51,10 +51,10 @@ planted_bugs_are_found! {
     an_end_that_is_not_passed_on_is_found: AbortNotFlooded from 50, 2 times;
     a_lost_departure_is_found: GoodbyeLost from 1, 3 times;
     a_skipped_sync_is_found: SyncSkipped from 10, 2 times;
-    a_stale_epoch_is_found: StaleEpoch from 260, 1 times;
+    a_stale_epoch_is_found: StaleEpoch from 330, 1 times;
     a_teardown_without_a_limit_is_found: UntimedTeardown from 1, 3 times;
     results_held_too_soon_are_found: HeldTooSoon from 1, 3 times;
-    a_lost_verdict_is_found: VerdictLost from 1965, 1 times;
+    a_lost_verdict_is_found: VerdictLost from 2300, 1 times;
     sets_that_are_not_carried_over_alike_are_found: SetsDiffer from 40, 2 times;
-    a_join_that_nobody_hears_of_is_found: JoinUntold from 130, 1 times;
+    a_join_that_nobody_hears_of_is_found: JoinUntold from 500, 1 times;
 }
