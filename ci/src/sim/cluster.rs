@@ -174,43 +174,35 @@ impl Cluster {
         let fault = fault(&mut random, size, within);
         // Every other cluster has links as between hosts; where bits are flipped, they must be such.
         let checksums = random.once_in(2) || matches!(fault, Some((_, Fault::Flip(..))));
-        let nodes: Vec<Node> = (0..size)
-            .map(|r| {
-                let setup = EngineSetup {
-                    me: Rank(r),
-                    epoch: match order.sabotage {
-                        Some(Sabotage::StaleEpoch) if r == 1 => Epoch(1),
-                        _ => epoch,
-                    },
-                    hosts: Arc::clone(&hosts),
-                    agreement: coordinator::Rules { fusion_bytes, cache_keys, ..Default::default() },
-                    fusion: fusion::Rules { fusion_bytes },
-                    direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
-                    lent_bytes,
-                    stands_after,
-                    niche_bytes_within: if lent_bytes == 1 { 16 } else { 4 << 10 },
-                    plans: PlanRules {
-                        prices: Prices::default(),
-                        forced: forced.map(str::to_string),
-                        strict,
-                        window_bytes,
-                        plans_max: 16,
-                    },
-                    membership: membership::Rules::default(),
-                    uniform,
-                    sets: carried_by(r, carried, order.sabotage),
-                    next_set: carried.next,
-                };
-                let options = FlowOptions { eager_bytes_max, checksums };
-                let fabric = Fabric::new(network.clone(), Rank(r), options);
-                let of_links = |bug: &Sabotage| bug.is_of_links() && (r == 1 || bug.is_everywhere());
-                let engine = match order.sabotage.filter(of_links) {
-                    Some(bug) => Engine::new(setup, Box::new(Sabotaged { fabric, bug })),
-                    None => Engine::new(setup, Box::new(fabric)),
-                };
-                Node::new(Rank(r), engine, &program, start)
-            })
-            .collect();
+        let like = EngineSetup {
+            me: Rank(0),
+            epoch,
+            hosts: Arc::clone(&hosts),
+            agreement: coordinator::Rules { fusion_bytes, cache_keys, ..Default::default() },
+            fusion: fusion::Rules { fusion_bytes },
+            direct: carole::engine::Direct { bytes: u64::MAX, slot_bytes: 0 },
+            lent_bytes,
+            stands_after,
+            niche_bytes_within: if lent_bytes == 1 { 16 } else { 4 << 10 },
+            plans: PlanRules {
+                prices: Prices::default(),
+                forced: forced.map(str::to_string),
+                strict,
+                window_bytes,
+                plans_max: 16,
+            },
+            membership: membership::Rules::default(),
+            uniform,
+            sets: Vec::new(),
+            next_set: carried.next,
+        };
+        let node = |me: u32| {
+            let sets = carried_by(me, carried, order.sabotage);
+            let setup = EngineSetup { me: Rank(me), sets, ..like.clone() };
+            let fabric = Fabric::new(network.clone(), Rank(me), FlowOptions { eager_bytes_max, checksums });
+            Node::new(Rank(me), engine(setup, fabric, order.sabotage), &program, start)
+        };
+        let nodes: Vec<Node> = (0..size).map(node).collect();
         if order.verbose {
             println!(
                 "seed {}: {size} ranks, hosts {hosts:?}, sets {:?}, algorithm {forced:?}, strict {strict}, uniform {uniform:?}, fault {fault:?}",
@@ -526,6 +518,18 @@ impl Cluster {
             && live.map(|n| (n, &self.program.ops)).all(|(n, ops)| {
                 (0..ops.len()).all(|i| n.results[i].is_some() || n.skipped[i] || !n.takes(&ops[i]))
             })
+    }
+}
+
+/// A rank's engine, with the planted bug, if it is one of this rank's.
+fn engine(mut setup: EngineSetup, fabric: Fabric, sabotage: Option<Sabotage>) -> Engine {
+    let me = setup.me.0;
+    if sabotage == Some(Sabotage::StaleEpoch) && me == 1 {
+        setup.epoch = Epoch(1);
+    }
+    match sabotage.filter(|bug| bug.is_of_links() && (me == 1 || bug.is_everywhere())) {
+        Some(bug) => Engine::new(setup, Box::new(Sabotaged { fabric, bug })),
+        None => Engine::new(setup, Box::new(fabric)),
     }
 }
 
