@@ -448,7 +448,8 @@ impl Shared {
                 continue;
             }
             // While all members are at a batch the next window is known to be on its way, and comes soon.
-            let exchanging = engine.is_exchanging();
+            // Nothing ends a nap over links that are polled: even the shortest takes longer than to look all the time.
+            let exchanging = engine.is_exchanging() || engine.is_polled();
             let (since, _) = *idle_since.get_or_insert((now, !exchanging));
             let limit = if exchanging { spin.whole_ns() } else { spin.limit_ns() };
             if now.since(since) < limit {
