@@ -106,7 +106,9 @@ impl Port {
             views_window: false,
             posted: VecDeque::new(),
             arrived: VecDeque::new(),
-            idle: vec![Slot::new(Place::BYTES)],
+            // As large as any message: a port that is closed before the peer's first word goes on receiving with it.
+            // With one that was too small for what came then the heap was found corrupted, under Open MPI 4.1.4.
+            idle: slots_of((1, messages.1)),
             returned: 0,
             told: 0,
             told_together: 1,
@@ -399,7 +401,7 @@ impl Port {
             self.flying.pop_front();
         }
         if self.posted.is_empty() && !self.ended {
-            let mut slot = Slot::new(0);
+            let mut slot = Slot::new(self.messages.1);
             slot.receive(self.world.comm(), self.route.peer, self.route.receives)?;
             self.posted.push_back(slot);
         }
