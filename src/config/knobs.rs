@@ -155,6 +155,9 @@ knobs! {
     /// MPI is called by one thread of Carole's own only, and asked for no more than `MPI_THREAD_FUNNELED`.
     mpi_threads_disable: Switch = "0", "CAROLE_MPI_THREADS_DISABLE", Local,
         "HOROVOD_MPI_THREADS_DISABLE" => as_is;
+    /// Over MPI within a host, payload lies in memory that MPI lets its ranks share (`MPI_Win_allocate_shared`), and
+    /// messages only tell of it. 0 lets messages carry all of it.
+    mpi_window: Switch = "1", "CAROLE_MPI_WINDOW", Local;
     /// What the network between two hosts can do, in Gbit/s in each direction. Algorithms are chosen by it.
     network_gbits: Count<1, 100_000> = "10", "CAROLE_NETWORK_GBITS", Agreed;
     /// How long a small message takes from one host to another, in microseconds, with the wake of the receiver.

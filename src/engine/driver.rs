@@ -448,9 +448,10 @@ impl Shared {
                 continue;
             }
             // While all members are at a batch the next window is known to be on its way, and comes soon.
-            let exchanging = engine.is_exchanging();
-            let (since, _) = *idle_since.get_or_insert((now, !exchanging));
+            let (exchanging, polled) = (engine.is_exchanging(), engine.is_polled());
+            let (since, _) = *idle_since.get_or_insert((now, !exchanging && !polled));
             let limit = if exchanging { spin.whole_ns() } else { spin.limit_ns() };
+            let limit = if polled { spin.polled_ns() } else { limit };
             if now.since(since) < limit {
                 if self.patience.yields {
                     std::thread::yield_now()
@@ -459,7 +460,7 @@ impl Shared {
                 }
                 continue;
             }
-            if !exchanging {
+            if !exchanging && !polled {
                 spin.failed();
             }
             self.sleep_as_caller(&mut engine, until, &mut naps);

@@ -9,10 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Fills in what MPI knows. `forced`: MPI is the transport, so that MPI's ranks are the ranks; otherwise it is only
-/// asked where ranks on several hosts would have no way to find each other.
-pub fn complete(join: &mut Join, forced: bool, threads: Threads) -> Result<()> {
+/// asked where ranks on several hosts would have no way to find each other. `window`: this rank's payload within its host
+/// goes through memory that MPI lets ranks share.
+pub fn complete(join: &mut Join, forced: bool, threads: Threads, window: bool) -> Result<()> {
     let told = Place::read(&join.environment)?;
-    if !forced && !(told.is_from_mpi() && told.spans_hosts() && join.announce.is_none()) {
+    let alone = told.is_from_mpi() && told.spans_hosts() && join.announce.is_none();
+    if !forced && !alone {
         return Ok(());
     }
     if join.environment.get("CAROLE_RENDEZVOUS").is_some_and(|text| !text.is_empty()) && !forced {
@@ -21,6 +23,9 @@ pub fn complete(join: &mut Join, forced: bool, threads: Threads) -> Result<()> {
     let limit = Duration::from_millis(join.start_timeout_ms);
     let world = mpi::join(threads, limit)?;
     let place = agree(&told, world.rank(), world.size())?;
+    if forced {
+        world.share(window, limit)?;
+    }
     if place.size > 1 {
         join.announce = Some(Arc::new(move |words| world.tell(words, limit)));
     }

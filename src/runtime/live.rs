@@ -449,7 +449,8 @@ pub(super) fn how_to_join(config: &Config, epoch: Epoch) -> Result<Join> {
                  CAROLE_TRANSPORT=tcp, or a network that is encrypted by itself",
             ));
         }
-        over_mpi::complete(&mut how, config.transport == TransportChoice::Mpi, threads)?;
+        let forced = config.transport == TransportChoice::Mpi;
+        over_mpi::complete(&mut how, forced, threads, config.mpi_window)?;
     }
     Ok(how)
 }

@@ -159,6 +159,7 @@ fn over_mpi((name, launcher, compiler): (&'static str, &'static str, &'static st
     // Both are built in one folder, since most is the same; the crate that binds to MPI does not see that another is meant.
     Step::new(name, &cargo("clean -p mpi-sys"))
         .then(&cargo("test -p carole --features mpi --lib mpi"))
+        .then(&format!("env CAROLE_TEST_MPI_MESSAGES=1 {}", cargo("test -p carole --features mpi --lib mpi")))
         .then(&format!("{} -p ci --features mpi -- mpi --launcher {launcher}", cargo("run")))
         .with("MPICC", compiler)
         .quickly()

@@ -114,7 +114,10 @@ fn mpi_ends() -> Ends {
     // A process has one MPI, so that another number of threads takes another run of the suite.
     let one = std::env::var_os("CAROLE_TEST_MPI_ONE_THREAD").is_some();
     let threads = if one { Threads::One } else { Threads::Many };
-    let world = mpi::join(threads, std::time::Duration::from_secs(30)).unwrap();
+    let limit = std::time::Duration::from_secs(30);
+    let world = mpi::join(threads, limit).unwrap();
+    let messages_only = std::env::var_os("CAROLE_TEST_MPI_MESSAGES").is_some();
+    world.share(!messages_only, limit).unwrap();
     let (there, back) = (TAGS.fetch_add(8, Ordering::SeqCst), 4);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let peer = Rank(world.rank());

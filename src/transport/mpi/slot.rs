@@ -4,11 +4,15 @@ use super::cause_of;
 use super::world::{Handle, is_over};
 use crate::error::Cause;
 use mpi::ffi;
+use std::alloc::Layout;
 use std::ffi::{c_char, c_int};
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+const PAGE_BYTES: usize = 4096;
+const LINE_BYTES: usize = 64;
 
 /// Requests that nobody waits for any more, with the memory that they use.
 static ABANDONED: Mutex<Vec<Slot>> = Mutex::new(Vec::new());
@@ -16,9 +20,11 @@ static ABANDONED_COUNT: AtomicUsize = AtomicUsize::new(0);
 
 /// A buffer, and perhaps a send or a receive of it.
 pub struct Slot {
-    /// The slot's own allocation of `size` bytes. Raw, because MPI holds the address while the slot moves.
+    /// `size` bytes. Raw, because MPI holds the address while the slot moves.
     buffer: NonNull<u8>,
     size: usize,
+    /// Whether they are the slot's own allocation (see [`layout`]).
+    owned: bool,
     request: Option<ffi::MPI_Request>,
     receives: bool,
 }
@@ -30,15 +36,25 @@ unsafe impl Send for Slot {}
 impl Slot {
     /// A buffer of so many bytes.
     pub fn new(size: usize) -> Slot {
-        let buffer = Box::into_raw(vec![0u8; size].into_boxed_slice());
-        let buffer = NonNull::new(buffer.cast()).expect("a box is somewhere");
-        Slot { buffer, size, request: None, receives: false }
+        let layout = layout(size);
+        // SAFETY: the layout is not of size 0.
+        let buffer = unsafe { std::alloc::alloc_zeroed(layout) };
+        let Some(buffer) = NonNull::new(buffer) else { std::alloc::handle_alloc_error(layout) };
+        Slot { buffer, size, owned: true, request: None, receives: false }
+    }
+
+    /// A part of a window, which is never sent itself.
+    ///
+    /// # Safety
+    /// So many bytes are there as long as the process, and nobody else writes them while they are this slot's turn.
+    pub unsafe fn within(buffer: NonNull<u8>, size: usize) -> Slot {
+        Slot { buffer, size, owned: false, request: None, receives: false }
     }
 
     /// The bytes, which are the owner's as long as no request uses them.
     pub fn bytes(&self) -> &[u8] {
         assert!(self.request.is_none(), "MPI uses these bytes");
-        // SAFETY: the allocation has `size` initialised bytes, and no request uses them.
+        // SAFETY: there are `size` initialised bytes, and no request uses them.
         unsafe { std::slice::from_raw_parts(self.buffer.as_ptr(), self.size) }
     }
 
@@ -51,7 +67,7 @@ impl Slot {
 
     /// Starts to send the first `n` bytes.
     pub fn send(&mut self, comm: &Handle, n: usize, to: i32, tag: i32) -> Result<(), Cause> {
-        assert!(self.request.is_none() && n <= self.size, "a slot is sent once at a time");
+        assert!(self.owned && self.request.is_none() && n <= self.size, "a slot is sent once at a time");
         let mut request = std::mem::MaybeUninit::<ffi::MPI_Request>::uninit();
         // SAFETY: the buffer outlives the request: it is freed only when there is none (see `drop`).
         let code = unsafe {
@@ -123,6 +139,7 @@ impl Drop for Slot {
             let slot = Slot {
                 buffer: self.buffer,
                 size: self.size,
+                owned: self.owned,
                 request: self.request.take(),
                 receives: self.receives,
             };
@@ -130,10 +147,17 @@ impl Drop for Slot {
             ABANDONED_COUNT.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let bytes = std::ptr::slice_from_raw_parts_mut(self.buffer.as_ptr(), self.size);
-        // SAFETY: it came from such a box, and neither MPI nor anybody else holds it.
-        drop(unsafe { Box::from_raw(bytes) });
+        if self.owned {
+            // SAFETY: it was allocated with this layout, and neither MPI nor anybody else holds it.
+            unsafe { std::alloc::dealloc(self.buffer.as_ptr(), layout(self.size)) };
+        }
     }
+}
+
+/// How a slot's own memory lies: on as few pages as it can, since MPI copies page by page.
+fn layout(size: usize) -> Layout {
+    let align = if size >= PAGE_BYTES { PAGE_BYTES } else { LINE_BYTES };
+    Layout::from_size_align(size.max(1), align).expect("a slot is far smaller than all memory")
 }
 
 /// Frees what abandoned requests have let go.

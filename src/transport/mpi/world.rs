@@ -3,6 +3,7 @@
 use super::port::Port;
 use super::service::Service;
 use super::slot::{check, sweep};
+use super::window::Window;
 use crate::error::{Cause, Error, Result};
 use mpi::environment::{
     Universe, initialize_with_threading, is_initialized, library_version, threading_support,
@@ -65,6 +66,8 @@ pub struct World {
     started: Started,
     service: Service,
     turn: Mutex<()>,
+    /// Memory of the ranks of this host; none where they share none.
+    window: OnceLock<Option<Window>>,
     /// Ports that are closed, since when, and whose peers have not closed theirs.
     closing: Mutex<Vec<(Arc<Mutex<Port>>, Instant)>>,
     /// The largest tag.
@@ -113,7 +116,14 @@ pub fn join(threads: Threads, limit: Duration) -> Result<&'static World> {
     }
     let service = Service::start().map_err(|e| Error::usage(format!("no thread for MPI: {e}")))?;
     let started = service.run(move |ours| start(ours, threads, limit))?;
-    let world = World { started, service, turn: Mutex::new(()), closing: Mutex::default(), tag_max: TAG_MAX };
+    let world = World {
+        started,
+        service,
+        turn: Mutex::new(()),
+        window: OnceLock::new(),
+        closing: Mutex::default(),
+        tag_max: TAG_MAX,
+    };
     OWNER.store(std::process::id(), Ordering::SeqCst);
     let world = WORLD.get_or_init(|| world);
     world.service.serve(world);
@@ -294,6 +304,37 @@ impl World {
             !port.pump_closed() && since.elapsed() < CLOSING_KEPT
         });
         CLOSING.store(closing.len(), Ordering::Relaxed);
+    }
+
+    /// Lets lanes within a host use memory that its ranks share, from now on; with `writes`, this process's own, too.
+    /// All processes of the job must call; `limit` is how long they wait for each other.
+    ///
+    /// # Errors
+    /// The others did not come. Where MPI has no such memory, lanes send messages.
+    pub fn share(&'static self, writes: bool, limit: Duration) -> Result<()> {
+        if self.window.get().is_some() {
+            return Ok(());
+        }
+        let opened = self.service.run(move |_| {
+            let _turn = self.turn();
+            let mut request = std::mem::MaybeUninit::<ffi::MPI_Request>::uninit();
+            // SAFETY: the communicator lives as long as the process.
+            let code = unsafe { ffi::MPI_Ibarrier(self.started.comm.0, request.as_mut_ptr()) };
+            check(code)
+                .map_err(|cause| Error::usage(format!("the ranks could not meet over MPI: {cause}")))?;
+            // What follows blocks: it must not begin before all have come.
+            // SAFETY: MPI has written it, for it succeeded.
+            complete(unsafe { request.assume_init() }, Instant::now() + limit)?;
+            let Started { comm, rank, size, .. } = &self.started;
+            Ok(Window::open(comm, *rank as c_int, *size, writes).ok().flatten())
+        })?;
+        // Only one thread initialises at a time.
+        let _ = self.window.set(opened);
+        Ok(())
+    }
+
+    pub(super) fn window(&self) -> Option<&Window> {
+        self.window.get()?.as_ref()
     }
 
     /// What rank 0 says, on all ranks. All must call; `words` counts on rank 0.

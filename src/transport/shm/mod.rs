@@ -215,7 +215,7 @@ impl ShmPipe {
 
 /// Whether handing lines back pays on this processor: on AMD's. Others have not been measured, and may fetch a
 /// changed line more slowly than they take over a shared one.
-fn hands_back() -> bool {
+pub(in crate::transport) fn hands_back() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         let leaf = std::arch::x86_64::__cpuid(0);
