@@ -473,7 +473,7 @@ pub unsafe fn recv(
 
 /// As [`recv`], from whichever member of the set sends with this tag; [`Outcome::source`] tells which one. Receives of
 /// one tag, from any rank or from one, meet messages in the order in which they were submitted. Ends with
-/// [`Error::Shutdown`](crate::error::Error::Shutdown) when all other members have left and nothing of theirs is here.
+/// [`Error::Shutdown`] when all other members have left and nothing of theirs is here.
 ///
 /// # Safety
 /// As [`submit`].
