@@ -227,13 +227,11 @@ class Reducer:
             [sent for sent, _ in pairs], name=f"group.{self.names[group.parameters[0]]}", op=self.op,
             prescale_factor=self.pre, postscale_factor=self.post, process_set=self.process_set,
         )  # fmt: skip
-        reduced: List[torch.Tensor] = []
+        reduced = _once(lambda: ops.synchronize(handle))
         for position, (parameter, (_, ctx)) in enumerate(zip(dense, pairs)):
 
             def put(position=position, parameter=parameter, ctx=ctx, check=self.watch(parameter)) -> None:
-                if not reduced:
-                    reduced.extend(ops.synchronize(handle))
-                self.put(parameter, reduced[position], ctx, check)
+                self.put(parameter, reduced()[position], ctx, check)
 
             self.waiting[parameter] = put
 
@@ -297,13 +295,23 @@ class Reducer:
                     self.submit(parameter)
                 else:
                     self.submit_group(group)
-            for parameter in self.trained:
-                if parameter in self.waiting:
-                    self.waiting[parameter]()
+            self.finish()
         finally:
             # After a failure the rest is dropped: the operations end by themselves.
             self.reset()
         self.synchronized = True
+
+    def finish(self) -> None:
+        """Waits for everything, also when something has failed: until an operation is over its name is taken."""
+        failure: Optional[Error] = None
+        for parameter in self.trained:
+            if parameter in self.waiting:
+                try:
+                    self.waiting[parameter]()
+                except Error as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
 
     def agree_on_layouts(self) -> None:
         """Whether a parameter's gradients are sparse, for the ranks that have not computed one. Again and again, until
@@ -335,6 +343,24 @@ class Reducer:
             self.passes_left[parameter] = self.backward_passes_per_step
         for group in self.groups.values():
             group.ready = 0
+
+
+def _once(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call that is made once, and whose outcome all get, an error too."""
+    outcome: List[Tuple[Any, Optional[Error]]] = []
+
+    def get() -> Any:
+        if not outcome:
+            try:
+                outcome.append((call(), None))
+            except Error as error:
+                outcome.append((None, error))
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result
+
+    return get
 
 
 def _replace(tensor: torch.Tensor, reduced: torch.Tensor, check: Optional[Callable[[], None]]) -> None:
