@@ -67,7 +67,9 @@ fn output(program: &str, args: &[&str]) -> String {
 }
 
 fn commit() -> String {
-    let changed = !output("git", &["status", "--porcelain", "--untracked-files=no"]).is_empty();
+    // But for what this program itself has written.
+    let args = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!ci/EVIDENCE.md"];
+    let changed = !output("git", &args).is_empty();
     format!("{}{}", output("git", &["rev-parse", "HEAD"]), if changed { " changed" } else { "" })
 }
 
