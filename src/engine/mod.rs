@@ -159,6 +159,7 @@ pub struct Engine {
     encoded: Vec<u8>,
     spare_memory: Vec<TensorMemory>,
     inline_regions: Vec<Region>,
+    tensor_bytes: Vec<u64>,
     spare_fds: Vec<(RawFd, bool)>,
     /// Agreement messages for sets that this rank has not made yet: the sender is ahead in the global order.
     early: Vec<(Rank, SetId, Vec<u8>)>,
@@ -221,6 +222,7 @@ impl Engine {
             encoded: Vec::new(),
             spare_memory: Vec::new(),
             inline_regions: Vec::new(),
+            tensor_bytes: Vec::new(),
             spare_fds: Vec::new(),
             early: Vec::new(),
             setup,

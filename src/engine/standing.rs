@@ -208,16 +208,9 @@ impl Standings {
         }
     }
 
-    /// This rank withdraws from all that stands in a set.
-    pub fn withdraw_all(&self, set: SetId) {
-        for standing in self.of(Some(set)) {
-            self.withdraw(&standing, &mut lock(&standing.inner));
-        }
-    }
-
-    /// This rank starts nothing more.
-    pub fn close(&self) {
-        for standing in self.of(None) {
+    /// This rank withdraws from all that stands in a set, or at all.
+    pub fn withdraw_all(&self, set: Option<SetId>) {
+        for standing in self.of(set) {
             self.withdraw(&standing, &mut lock(&standing.inner));
         }
     }

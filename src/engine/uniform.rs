@@ -8,14 +8,15 @@
 //! awakes in just that moment.)
 #![forbid(unsafe_code)]
 
+use super::Engine;
+use super::batch::push_bytes;
 use super::sets::ProcessSet;
-use super::{Engine, operation};
 use crate::coordinator::{self, Agreed, OpId};
 use crate::error::Cause;
 use crate::limits::BALLOT_SETS_MAX;
 use crate::membership::ledger::{Ledger, Step};
 use crate::membership::vote::Marks;
-use crate::types::{Collective, Place, Rank, SetId};
+use crate::types::{Place, Rank, SetId};
 use crate::wire;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
@@ -29,11 +30,14 @@ impl Engine {
     /// The next operation of a set's log, whether this rank takes part or not; the same place on every member.
     /// `agreed` is what was agreed on; a join is not.
     pub(super) fn enter_ledger(&mut self, id: SetId, op: Option<OpId>, agreed: Option<&Agreed>) {
-        let is_covered = |set: &&ProcessSet| {
+        let is_covered = |set: &ProcessSet| {
             set.size() > 1 && set.departed.is_none() && self.setup.uniform.covers(&set.hosts)
         };
-        let Some(set) = self.sets.get(&id).filter(is_covered) else { return };
+        if !self.sets.get(&id).is_some_and(is_covered) {
+            return;
+        }
         let is_evident = agreed.is_some_and(|agreed| self.is_evident(id, agreed));
+        let Some(set) = self.sets.get(&id) else { return };
         let ledger = match self.ledgers.entry(id) {
             Entry::Occupied(there) => there.into_mut(),
             Entry::Vacant(place) => {
@@ -52,12 +56,21 @@ impl Engine {
 
     /// Whether all members can complete an operation that one has completed: it goes over the boards, and some bytes do,
     /// so that nobody is through before all have entered. A function of what is agreed.
-    fn is_evident(&self, id: SetId, agreed: &Agreed) -> bool {
+    fn is_evident(&mut self, id: SetId, agreed: &Agreed) -> bool {
         agreed.signature.place == Place::Host
             && !agreed.is_plan()
             && !agreed.is_inline()
             && self.goes_over_boards(id, &agreed.signature)
-            && has_bytes(agreed, self.sets[&id].size())
+            && self.has_bytes(id, agreed)
+    }
+
+    /// Whether an operation has any byte on any member.
+    fn has_bytes(&mut self, id: SetId, agreed: &Agreed) -> bool {
+        let (me, size) = (self.sets[&id].me(), self.sets[&id].size());
+        let bytes = &mut self.tensor_bytes;
+        let any = (0..agreed.signature.tensors.len()).any(|t| push_bytes(agreed, t, me, size, bytes) > 0);
+        bytes.clear();
+        any
     }
 
     /// The operation is over here. Whether its caller is to be told later.
@@ -112,7 +125,7 @@ impl Engine {
     /// nothing more that others could complete something by.
     pub(super) fn seal(&mut self) {
         self.close_channels();
-        self.standings.close();
+        self.standings.withdraw_all(None);
         let marks = self.ledgers.iter().map(|(&set, ledger)| (set, ledger.limit()));
         let marks: Marks = marks.filter(|&(_, mark)| mark > 0).take(BALLOT_SETS_MAX).collect();
         self.membership.seal(marks);
@@ -120,6 +133,7 @@ impl Engine {
 
     /// Completes what the verdict says is complete everywhere.
     pub(super) fn commit(&mut self) {
+        // A rank that was not turned since then has it still to do.
         self.finish_seats();
         let verdict = self.membership.verdict();
         let ledgers = std::mem::take(&mut self.ledgers);
@@ -131,21 +145,4 @@ impl Engine {
             }
         }
     }
-}
-
-/// Whether any byte goes from one member to another, or would in a set of several.
-fn has_bytes(agreed: &Agreed, size: u32) -> bool {
-    let has = |(t, tensor): (usize, &crate::types::TensorSignature)| match agreed.signature.collective {
-        Collective::Allgather => {
-            tensor.row_elements() > 0
-                && (0..size).any(|from| operation::gathered_rows(&agreed.call, from, t) > 0)
-        }
-        Collective::Alltoall => {
-            let pairs = (0..size).flat_map(|from| (0..size).map(move |to| (from, to)));
-            let rows = |(from, to)| operation::split(&agreed.call, from, to, t, size);
-            tensor.row_elements() > 0 && pairs.map(rows).any(|rows| rows > 0)
-        }
-        _ => tensor.elements() > 0,
-    };
-    agreed.signature.tensors.iter().enumerate().any(has)
 }

@@ -218,7 +218,7 @@ impl Engine {
     /// Whether a join can be submitted: it waits for the starts of its set, which were submitted before it, and there will
     /// be no others.
     pub fn may_join(&mut self, set: SetId, now: Time) -> bool {
-        self.standings.withdraw_all(set);
+        self.standings.withdraw_all(Some(set));
         self.settle_standings(Some(set));
         self.turn_standings(now);
         !self.standings.is_under_way(set)
